@@ -1,0 +1,229 @@
+"""What a run shows and saves: the report at its start, checkpoints, the LoRA."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from PIL import Image, ImageDraw
+
+from mpp.core.loss import MaskedPriorLoss
+from mpp.core.masks import MaskWeights
+from mpp.data.cache import Cache, Entry
+from mpp.data.datamodule import LatentDataModule
+from mpp.models.adapters import save_lora
+from mpp.module import MaskedPriorModule
+
+log = logging.getLogger("mpp")
+
+_SCANNED = 512  # masks read for the report; more would delay the start without changing the means
+# Student step over teacher forward (S/T) between no attention and all attention: a frozen linear layer costs 1
+# forward in its backward, flash attention 2.5, and checkpointing recomputes the forward.
+_STEP_OVER_TEACHER = {False: (2.0, 3.5), True: (3.0, 4.5)}
+
+
+class Checkpoints(Checkpoint):
+    """Saves `last.ckpt` and the LoRA every so many steps and at the end.
+
+    Args:
+        folder: The run's output folder: `checkpoints/last.ckpt`, `lora.safetensors` (the newest) and
+            `lora/step-000500.safetensors` (each of them).
+        every_n_steps: Optimizer steps between two saves, >= 1.
+        keep_all: Also keep each checkpoint as `checkpoints/step-000500.ckpt`.
+
+    Raises:
+        ValueError: `every_n_steps` is below 1.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int = 500, *, keep_all: bool = False) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.checkpoints.every_n_steps must be at least 1, got {every_n_steps}")
+        self.folder, self.every_n_steps, self.keep_all = Path(folder), every_n_steps, keep_all
+        self._saved_at = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was resumed from is saved already."""
+        del pl_module
+        self._saved_at = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Save at the chosen steps, and at the last one while its place in the epoch is still known."""
+        step = trainer.global_step
+        if step != self._saved_at and (step % self.every_n_steps == 0 or step == trainer.max_steps):
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save whatever has not been saved."""
+        if trainer.global_step != self._saved_at:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, module: MaskedPriorModule) -> None:
+        step = self._saved_at = trainer.global_step
+        checkpoints = self.folder / "checkpoints"
+        trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
+        if self.keep_all:
+            trainer.save_checkpoint(checkpoints / f"step-{step:06d}.ckpt", weights_only=False)
+        if not trainer.is_global_zero:
+            return
+        with module.evaluated_adapter() as state:
+            for path in (self.folder / "lora" / f"step-{step:06d}.safetensors", self.folder / "lora.safetensors"):
+                save_lora(path, module.transformer, state, module.record())
+
+
+class LossBar(TQDMProgressBar):
+    """Progress with the losses by their short names."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
+        """Loss, target and prior of the last report."""
+        found = super().get_metrics(trainer, pl_module)
+        return {name.removeprefix("train/"): value for name, value in found.items() if name.startswith("train/")}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the masks of a set come to under a loss, measured on some of them."""
+
+    scanned: int
+    learn: float
+    preserve: float
+    taught: float
+    lowest: float
+
+
+def measure_coverage(cache: Cache, entries: list[Entry], loss: MaskedPriorLoss) -> Coverage:
+    """Mean weights of both regions and the share of samples the teacher runs for, over evenly spread samples."""
+    chosen = entries[:: max(1, -(-len(entries) // _SCANNED))]
+    learn = preserve = taught = 0.0
+    lowest = 1.0
+    for entry in chosen:
+        mask = cache.mask(entry)[None]
+        weights = effective_weights(loss, mask)
+        learn += float(weights.target.mean())
+        preserve += float(weights.prior.mean())
+        taught += bool(loss.needs_prior(mask)[0])
+        if entry.mask is not None:
+            lowest = min(lowest, float(mask.min()))
+    count = len(chosen)
+    return Coverage(count, learn / count, preserve / count, taught / count, lowest)
+
+
+def effective_weights(loss: MaskedPriorLoss, mask: torch.Tensor) -> MaskWeights:
+    """The weights that training uses: no prior region while the prior is off."""
+    return loss.weights(mask) if loss.prior_weight > 0 else loss.plain_weights(mask)
+
+
+class RunReport(Callback):
+    """Says at the start what is on, with what data, and shows the regions of a few samples.
+
+    Args:
+        folder: The run's output folder; `regions.png` is written there.
+        pictures: How many samples are shown.
+    """
+
+    def __init__(self, folder: str, pictures: int = 4) -> None:
+        self.folder, self.pictures = Path(folder), pictures
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the banner, the warnings and the pictures, on the first process only."""
+        if not trainer.is_global_zero:
+            return
+        data: LatentDataModule = trainer.datamodule
+        loss = pl_module.loss
+        coverage = measure_coverage(data.cache, data.train_entries, loss)
+        for line in banner(pl_module, data, coverage):
+            log.info(line)
+        for line in loss.advice() + _data_advice(loss, data, coverage):
+            log.warning(line)
+        self._show_regions(trainer, data, loss)
+
+    def _show_regions(self, trainer: Trainer, data: LatentDataModule, loss: MaskedPriorLoss) -> None:
+        chosen = data.train_entries[: self.pictures]
+        rows = [region_strip(data.cache, entry, loss) for entry in chosen]
+        if not rows:
+            return
+        sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
+        top = 0
+        for entry, row in zip(chosen, rows, strict=True):
+            sheet.paste(row, (0, top))
+            top += row.height
+            for logger in trainer.loggers:
+                _log_picture(logger, f"regions/{entry.key}", row, trainer.global_step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(self.folder / "regions.png")
+
+
+def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage) -> list[str]:
+    """What is on, in words: mode, settings, data, coverage, expected cost of the teacher."""
+    loss = module.loss
+    if loss.prior_weight == 0:
+        mode = "masked training without a prior"
+    elif loss.prior_threshold is None:
+        mode = "masked prior preservation, continuous mode"
+    else:
+        mode = "masked prior preservation, threshold mode"
+    settings = ", ".join(f"{name}={value}" for name, value in vars(loss).items())
+    masks = sum(entry.mask is not None for entry in data.train_entries)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    low, high = _STEP_OVER_TEACHER[module.gradient_checkpointing]
+    cost = (
+        f"teacher: runs for {coverage.taught:.0%} of the samples; steps take about {1 + coverage.taught / high:.2f}x "
+        f"(long videos) to {1 + coverage.taught / low:.2f}x (small pictures) as long"
+        if loss.prior_weight > 0
+        else "teacher: never runs"
+    )
+    lines = [
+        f"{mode}: {settings}",
+        f"samples: {len(data.train_entries)} for training ({masks} with masks), {len(data.val_entries)} for validation",
+        f"coverage: learn {coverage.learn:.1%}, preserve {coverage.preserve:.1%} of the area "
+        f"(from {coverage.scanned} samples)",
+        cost,
+        f"adapter: {module.adapter.kind}, rank {module.adapter.rank}, {trained:,} trainable parameters",
+    ]
+    if data.unchecked:
+        lines.append(f"not on this machine, so not compared with the cache's: {', '.join(data.unchecked)}")
+    return lines
+
+
+def _data_advice(loss: MaskedPriorLoss, data: LatentDataModule, coverage: Coverage) -> list[str]:
+    masked = any(entry.mask is not None for entry in data.train_entries)
+    if loss.prior_weight > 0 and not masked:
+        return [
+            "loss.prior_weight > 0 while no sample has a mask: the prior never applies; prepare with data.mask_dir, or "
+            "choose loss=plain"
+        ]
+    threshold = loss.prior_threshold
+    if loss.prior_weight > 0 and threshold is not None and masked and coverage.lowest >= threshold:
+        return [
+            f"no mask goes below loss.prior_threshold={threshold} (lowest value {coverage.lowest:.3f}): the prior region "
+            "is empty; a floor may be baked into the masks: remove it, or raise the threshold above it"
+        ]
+    return []
+
+
+def region_strip(cache: Cache, entry: Entry, loss: MaskedPriorLoss) -> Image.Image:
+    """Picture, mask, target weights and prior weights of one sample side by side."""
+    picture = Image.open(cache.preview_path(entry.key)).convert("RGB")
+    weights = effective_weights(loss, cache.mask(entry)[None])
+    parts = [("picture", picture)]
+    for name, field in (("mask", weights.raw), ("learns", weights.target), ("keeps the base", weights.prior)):
+        grey = Image.fromarray((field[0, 0, 0].numpy() * 255).round().astype(np.uint8))
+        parts.append((name, grey.resize(picture.size, Image.Resampling.NEAREST).convert("RGB")))
+    header = 16
+    strip = Image.new("RGB", (picture.width * len(parts), picture.height + header), "white")
+    draw = ImageDraw.Draw(strip)
+    for column, (name, image) in enumerate(parts):
+        strip.paste(image, (column * picture.width, header))
+        label = f"{entry.key}: {name}" if column == 0 else f"{name} ({np.asarray(image).mean() / 255:.0%})"
+        draw.text((column * picture.width + 4, 2), label, fill="black")
+    return strip
+
+
+def _log_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    elif hasattr(logger, "log_image"):
+        logger.log_image(name, [picture], step=step)

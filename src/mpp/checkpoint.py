@@ -1,0 +1,43 @@
+"""Checkpoints on disk: written beside their target, synced and renamed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from mpp.files import write_atomically
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint format, but a checkpoint is either its old self or the complete new one.
+
+    Lightning's own writer goes through the system's temporary folder, which across file systems is a copy, and does
+    not sync.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
+        """Write a checkpoint atomically.
+
+        Raises:
+            OSError: The disk is full or not writable; the previous checkpoint is untouched.
+        """
+        del storage_options
+        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU without running code from it.
+
+    Raises:
+        ValueError: It is not there, or not a checkpoint.
+    """
+    if not path.is_file():
+        raise ValueError(f"ckpt_path={path} is not there; give a run's checkpoint, or ckpt_path=last with its output_dir")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises whatever the unpickler meets in a foreign or damaged file
+        raise ValueError(f"ckpt_path={path} is no checkpoint, or damaged ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"ckpt_path={path} is no checkpoint: it holds a {type(content).__name__}")
+    return content

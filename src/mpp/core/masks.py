@@ -1,0 +1,105 @@
+"""Raw masks to loss weights: which latent cells learn the target and which keep the base model's prediction.
+
+Shape legend: b batch, f latent frames, h and w latent cells. A mask is 1 where the LoRA learns and 0 where the
+base model's prediction is preserved.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+from torch.nn import functional
+
+Mask = Float[Tensor, "b 1 f h w"]
+
+
+@dataclass(frozen=True)
+class MaskWeights:
+    """Per-cell weights of the two loss terms, all `(b, 1, f, h, w)` in [0, 1].
+
+    Attributes:
+        raw: The mask itself, clamped to [0, 1].
+        target: Weight of the error against the training target (`processed` in the formulas).
+        prior: Weight of the error against the base model's prediction.
+    """
+
+    raw: Mask
+    target: Mask
+    prior: Mask
+
+
+def as_mask(mask: Shaped[Tensor, "..."], dtype: torch.dtype = torch.float32) -> Mask:
+    """Bring a mask of any dtype to `(b, 1, f, h, w)` floats clamped to [0, 1].
+
+    Args:
+        mask: `(b, 1, h, w)` for images or `(b, 1, f, h, w)`; 1 = learn, 0 = preserve.
+        dtype: Floating dtype of the result.
+
+    Raises:
+        ValueError: The mask has another number of dimensions, or more than one channel.
+    """
+    if mask.ndim not in (4, 5) or mask.shape[1] != 1:
+        raise ValueError(
+            f"a mask has shape (batch, 1, height, width) or (batch, 1, frames, height, width), got {tuple(mask.shape)}"
+        )
+    raw = mask.to(dtype).clamp(0, 1)
+    return raw.unsqueeze(2) if raw.ndim == 4 else raw
+
+
+def blur_mask(raw: Mask, kernel_size: int) -> Mask:
+    """Spatial Gaussian over latent cells, each frame alone, edges replicated, result clamped to [0, 1].
+
+    The width follows the kernel: `sigma = 0.3 * ((k - 1) / 2 - 1) + 0.8`.
+
+    Args:
+        raw: Mask in [0, 1].
+        kernel_size: 0 (no blur) or odd, in latent cells.
+    """
+    if kernel_size == 0:
+        return raw
+    sigma = 0.3 * ((kernel_size - 1) / 2 - 1) + 0.8
+    offset = torch.arange(kernel_size, dtype=raw.dtype, device=raw.device) - (kernel_size - 1) / 2
+    kernel = torch.exp(-(offset**2) / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    reach = kernel_size // 2
+    frames = raw.transpose(1, 2).flatten(0, 1)  # (b * f, 1, h, w)
+    padded = functional.pad(frames, (reach, reach, reach, reach), mode="replicate")
+    soft = functional.conv2d(padded, kernel.view(1, 1, 1, -1))
+    soft = functional.conv2d(soft, kernel.view(1, 1, -1, 1))
+    return soft.unflatten(0, (raw.shape[0], raw.shape[2])).transpose(1, 2).clamp(0, 1)
+
+
+def process_mask(raw: Mask, *, gamma: float, min_weight: float, blur: int) -> Mask:
+    """Target weights before the prior takes its region: blur, then `soft ** gamma`, then the floor.
+
+    The floor is affine, `processed * (1 - min_weight) + min_weight`, so full weight stays 1.
+    """
+    processed = blur_mask(raw, blur) ** gamma
+    return processed * (1 - min_weight) + min_weight
+
+
+def split_regions(
+    raw: Mask, processed: Mask, *, threshold: float | None, applies: Bool[Tensor, " b"] | None = None
+) -> MaskWeights:
+    """Divide the cells between target and prior.
+
+    Continuous (no threshold): `prior = 1 - processed`. With a threshold: `prior = raw < threshold` as 0/1, decided
+    on the raw mask, and those cells leave the target, so that a cell either learns or is preserved, never both.
+
+    Args:
+        raw: Mask in [0, 1].
+        processed: Result of `process_mask` on it.
+        threshold: In (0, 1), or None for the continuous mode.
+        applies: Samples to which the prior applies; the others keep their plain target weights and get no prior.
+            None: all of them.
+    """
+    if threshold is None:
+        prior, target = 1 - processed, processed
+    else:
+        prior = (raw < threshold).to(raw.dtype)
+        target = processed * (1 - prior)
+    if applies is None:
+        return MaskWeights(raw, target, prior)
+    chosen = applies.view(-1, 1, 1, 1, 1)
+    return MaskWeights(raw, torch.where(chosen, target, processed), torch.where(chosen, prior, 0))

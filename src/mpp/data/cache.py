@@ -1,0 +1,261 @@
+"""The on-disk cache: latents, masks and text embeddings in files of their own, and an index that names them.
+
+```
+cache.json                      what the cache was made with; written first
+index.jsonl                     one line per sample; written last, so it only names complete files
+latents/KEY.safetensors         "latents" (c, f, h, w) float32, normalised
+masks/KEY.safetensors           "mask" (1, f, h, w) float32 in [0, 1]; only samples that have one
+text/HASH.safetensors           the family's conditioning tensors of one caption, shared by equal captions
+previews/KEY.jpg                the picture in its bucket, for logs and reports
+```
+
+Every tensor file carries its format version and what it was made from in its header. All writing is atomic.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpp import __version__
+from mpp.files import write_atomically, write_json
+from mpp.models.base import Conditioning, Identity, LatentSpec
+
+FORMAT = 1
+_AGAIN = "run `python -m mpp.prepare` again"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache was made with; a run must agree."""
+
+    family: str
+    latents: LatentSpec
+    vae: str | None
+    text_encoder: str | None
+
+    def check(self, family: str, latents: LatentSpec, identity: Identity, folder: Path) -> list[str]:
+        """Refuse a cache of another model; VAE and text encoder are compared where both are known.
+
+        Returns:
+            Names of what could not be compared because it is not on this machine.
+
+        Raises:
+            ValueError: Family, latent shape, VAE or text encoder differ.
+        """
+        unknown = []
+        wanted = Manifest(family, latents, identity.vae, identity.text_encoder)
+        for name in ("family", "latents", "vae", "text_encoder"):
+            cached, run = getattr(self, name), getattr(wanted, name)
+            if name in ("vae", "text_encoder") and (cached is None or run is None):
+                unknown.append(name)
+            elif cached != run:
+                raise ValueError(
+                    f"the cache {folder} was made with another {name} ({cached}) than this run's ({run}); choose the "
+                    "model it was made with, or prepare into another data.cache_dir"
+                )
+        return unknown
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample in the index.
+
+    Attributes:
+        key: Its name, unique in the cache; randomness depends on it.
+        split: `train` or `val`.
+        shape: Latent shape (c, f, h, w).
+        text: Name of its text file.
+        caption: The caption itself.
+        mask: Where the mask came from (`folder`, `masklabel`, `alpha`), or None without one.
+        flip: Whether it is the mirrored copy of another sample.
+    """
+
+    key: str
+    split: str
+    shape: tuple[int, ...]
+    text: str
+    caption: str
+    mask: str | None
+    flip: bool = False
+
+
+def text_name(caption: str) -> str:
+    """File name of a caption's embeddings."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+
+
+class Cache:
+    """A cache folder. Constructing one touches nothing."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+
+    def latents_path(self, key: str) -> Path:
+        """Where a sample's latents lie."""
+        return self.folder / "latents" / f"{key}.safetensors"
+
+    def mask_path(self, key: str) -> Path:
+        """Where a sample's mask lies."""
+        return self.folder / "masks" / f"{key}.safetensors"
+
+    def text_path(self, name: str) -> Path:
+        """Where a caption's embeddings lie."""
+        return self.folder / "text" / f"{name}.safetensors"
+
+    def preview_path(self, key: str) -> Path:
+        """Where a sample's preview picture lies."""
+        return self.folder / "previews" / f"{key}.jpg"
+
+    def manifest(self) -> Manifest:
+        """What the cache was made with.
+
+        Raises:
+            ValueError: There is no cache, or one of another format version.
+        """
+        path = self.folder / "cache.json"
+        if not path.is_file():
+            raise ValueError(f"no cache at {self.folder}; make one with `python -m mpp.prepare data.cache_dir={self.folder}`")
+        content = _json(path.read_text(), path)
+        if content.get("format") != FORMAT:
+            raise ValueError(
+                f"the cache {self.folder} has format version {content.get('format')}, this mpp reads {FORMAT}; "
+                "prepare into another data.cache_dir"
+            )
+        spec = content["latents"]
+        latents = LatentSpec(**{**spec, "patch": tuple(spec["patch"])})
+        return Manifest(content["family"], latents, content["vae"], content["text_encoder"])
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Record what the cache is made with."""
+        write_json(self.folder / "cache.json", {"format": FORMAT, "mpp": __version__, **asdict(manifest)})
+
+    def entries(self) -> list[Entry]:
+        """The samples of a finished cache.
+
+        Raises:
+            ValueError: The cache was never finished, or its index is damaged.
+        """
+        path = self.folder / "index.jsonl"
+        if not path.is_file():
+            raise ValueError(f"the cache {self.folder} is not finished: it has no index; {_AGAIN}")
+        found = []
+        for line in path.read_text().splitlines():
+            row = _json(line, path)
+            try:
+                found.append(Entry(**{**row, "shape": tuple(row["shape"])}))
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from error
+        return found
+
+    def write_index(self, entries: Sequence[Entry]) -> None:
+        """Write the index; everything it names must be on disk already."""
+        lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
+        write_atomically(self.folder / "index.jsonl", lambda temporary: temporary.write_text(lines))
+
+    def latents(self, entry: Entry) -> Tensor:
+        """A sample's latents `(c, f, h, w)`.
+
+        Raises:
+            ValueError: The file is missing, damaged, of another shape than the index says, or not finite.
+        """
+        path = self.latents_path(entry.key)
+        latents = _tensor(path, "latents", entry.shape)
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"{entry.key}: its latents hold NaN or infinity ({path}); delete the file and {_AGAIN}")
+        return latents
+
+    def mask(self, entry: Entry) -> Tensor:
+        """A sample's mask `(1, f, h, w)`; all ones without one.
+
+        Raises:
+            ValueError: The file is missing, damaged, or disagrees with the latents.
+        """
+        shape = (1, *entry.shape[1:])
+        if entry.mask is None:
+            return torch.ones(shape)
+        return _tensor(self.mask_path(entry.key), "mask", shape)
+
+    def text(self, entry: Entry, record: type[Conditioning]) -> Conditioning:
+        """A sample's text embeddings as the family's record.
+
+        Raises:
+            ValueError: The file is missing, damaged, or of another family.
+        """
+        path = self.text_path(entry.text)
+        with _open(path) as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        try:
+            return record(**tensors)
+        except TypeError as error:
+            raise ValueError(f"{path} holds {sorted(tensors)}, not this model's text ({error}); {_AGAIN}") from error
+
+    def check_files(self, entry: Entry) -> None:
+        """Refuse a sample whose files are missing, cut short or disagree, from their headers alone.
+
+        Raises:
+            ValueError: As `latents`, `mask` and `text` raise, but for values.
+        """
+        _check_shape(self.latents_path(entry.key), "latents", entry.shape)
+        if entry.mask is not None:
+            _check_shape(self.mask_path(entry.key), "mask", (1, *entry.shape[1:]))
+        with _open(self.text_path(entry.text)):
+            pass
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], made_from: Mapping[str, object]) -> None:
+    """Write a cache file atomically with what it was made from in its header."""
+    metadata = {"format": str(FORMAT), "made_from": json.dumps(dict(made_from), sort_keys=True)}
+    contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=metadata))
+
+
+def made_from(path: Path) -> dict[str, object] | None:
+    """What a cache file was made from; None where it is missing, damaged, or of another format version."""
+    try:
+        with safe_open(path, "pt") as handle:
+            metadata = handle.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    if metadata.get("format") != str(FORMAT):
+        return None
+    return json.loads(metadata["made_from"])
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        state = "damaged or cut short" if path.is_file() else "missing"
+        raise ValueError(f"{path} is {state}; {_AGAIN}") from error
+
+
+def _check_shape(path: Path, name: str, shape: Sequence[int]) -> None:
+    with _open(path) as handle:
+        if name not in handle.keys():  # noqa: SIM118
+            raise ValueError(f"{path} holds no {name}; {_AGAIN}")
+        got = tuple(handle.get_slice(name).get_shape())
+    if got != tuple(shape):
+        raise ValueError(f"{path}: {name} is {got}, the sample's latents call for {tuple(shape)}; {_AGAIN}")
+
+
+def _tensor(path: Path, name: str, shape: Sequence[int]) -> Tensor:
+    _check_shape(path, name, shape)
+    with _open(path) as handle:
+        return handle.get_tensor(name)
+
+
+def _json(text: str, path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (no object); {_AGAIN}")
+    return content

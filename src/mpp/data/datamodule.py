@@ -1,0 +1,155 @@
+"""The DataModule that streams cached latents, masks and text."""
+
+import random
+from collections.abc import Sequence
+
+from lightning import LightningDataModule
+from torch.utils.data import Dataset
+
+from mpp.core import draws
+from mpp.data.batch import Batch, Sample, collate_samples
+from mpp.data.cache import Cache, Entry
+from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
+from mpp.models.base import Architecture
+
+_CHECKED = 10_000  # samples whose file headers are read before training; more would delay the start
+
+
+class CachedSamples(Dataset[Sample]):
+    """Samples of a cache by number."""
+
+    def __init__(self, cache: Cache, entries: Sequence[Entry], architecture: Architecture) -> None:
+        self.cache, self.entries, self.record = cache, entries, architecture.conditioning
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one sample."""
+        entry = self.entries[index]
+        return Sample(
+            entry.key, self.cache.latents(entry), self.cache.mask(entry), self.cache.text(entry, self.record)
+        )
+
+
+class LatentDataModule(LightningDataModule):
+    """Streams a cache made by `python -m mpp.prepare`.
+
+    Args:
+        architecture: The model that trains; the cache must be its own.
+        cache_dir: The cache.
+        batch_size: Samples of one shape per batch, at most.
+        val_fraction: Share of the training pictures held out for validation, in [0, 1), where the cache has no
+            validation folder of its own.
+        require_mask: Refuse a cache in which a training sample has no mask.
+        num_workers: Processes that read ahead.
+        seed: Seed of order and split.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        architecture: Architecture,
+        cache_dir: str,
+        batch_size: int = 1,
+        val_fraction: float = 0.0,
+        require_mask: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(
+                f"data.batch_size must be at least 1 and data.num_workers at least 0, got {batch_size} and {num_workers}"
+            )
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"data.val_fraction must be at least 0 and below 1, got {val_fraction}")
+        self.architecture = architecture
+        self.cache = Cache(cache_dir)
+        self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
+        self.require_mask, self.num_workers = require_mask, num_workers
+        self.train_entries: list[Entry] = []
+        self.val_entries: list[Entry] = []
+        self.unchecked: list[str] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the index and refuse a cache that does not fit, from manifests and file headers alone.
+
+        Raises:
+            ValueError: Another model's cache, a damaged file, a missing mask with `require_mask`, or a batch larger
+                than the set.
+        """
+        del stage
+        if self.train_entries:
+            return
+        model = self.architecture
+        manifest = self.cache.manifest()
+        self.unchecked = manifest.check(model.family, model.latents, model.identity(), self.cache.folder)
+        entries = self.cache.entries()
+        train, self.val_entries = split_entries(entries, self.val_fraction, self.seed)
+        if not train:
+            raise ValueError(
+                f"the cache {self.cache.folder} leaves no training sample: {len(entries)} samples, "
+                f"{len(self.val_entries)} of them for validation; lower data.val_fraction or add pictures"
+            )
+        if self.batch_size > len(train):
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is larger than the training set of {len(train)} samples; lower it "
+                f"(trainer.accumulate_grad_batches repeats smaller batches)"
+            )
+        for entry in _some(entries, self.seed):
+            self.cache.check_files(entry)
+        bare = [entry.key for entry in train if entry.mask is None]
+        if self.require_mask and bare:
+            raise ValueError(f"{bare[0]} and {len(bare) - 1} other training samples have no mask; data.require_mask=true")
+        self.train_entries = train
+
+    def train_dataloader(self) -> TrainLoader:
+        """This rank's training batches, by shape."""
+        rank, world = self._place()
+        order = BatchOrder([entry.shape for entry in self.train_entries], self.batch_size, self.seed, rank, world)
+        window = self.trainer.accumulate_grad_batches if self.trainer else 1
+        samples = CachedSamples(self.cache, self.train_entries, self.architecture)
+        return TrainLoader(samples, order, self.collate, window=window, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> ValidationLoader | list[object]:
+        """This rank's validation batches; none without a validation split."""
+        if not self.val_entries:
+            return []
+        rank, world = self._place()
+        shapes = [entry.shape for entry in self.val_entries]
+        samples = CachedSamples(self.cache, self.val_entries, self.architecture)
+        return ValidationLoader(samples, shapes, self.batch_size, self.collate, rank=rank, world_size=world)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """One batch from samples of one shape."""
+        return collate_samples(samples, self.architecture.collate([sample.conditioning for sample in samples]))
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def split_entries(entries: Sequence[Entry], fraction: float, seed: int) -> tuple[list[Entry], list[Entry]]:
+    """Training and validation samples.
+
+    A validation folder in the cache wins; otherwise the share `fraction` of the training pictures is held out, at
+    least one where it is above 0, chosen by name alone, so that adding pictures moves few others. Mirrored copies
+    of held-out pictures are used for neither.
+    """
+    train = [entry for entry in entries if entry.split == "train"]
+    val = [entry for entry in entries if entry.split == "val"]
+    if val or fraction == 0:
+        return train, val
+    originals = [entry for entry in train if not entry.flip]
+    ranked = sorted(originals, key=lambda e: draws.generator(seed, "validation", e.key).initial_seed())
+    held = {entry.key for entry in ranked[: max(1, round(fraction * len(originals)))]}
+    kept = [entry for entry in train if entry.key.removesuffix("@flip") not in held]
+    return kept, [entry for entry in originals if entry.key in held]
+
+
+def _some(entries: Sequence[Entry], seed: int) -> Sequence[Entry]:
+    return entries if len(entries) <= _CHECKED else random.Random(seed).sample(entries, _CHECKED)

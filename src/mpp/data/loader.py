@@ -1,0 +1,164 @@
+"""Batches in an order that is a function of (seed, epoch), for one rank, resumable at any batch."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mpp.core import draws
+from mpp.data.batch import Batch, Sample
+
+Shape = tuple[int, ...]
+T = TypeVar("T")
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Consecutive lists of `size` items, the last perhaps shorter."""
+    iterator = iter(items)
+    while part := list(islice(iterator, size)):
+        yield part
+
+
+class BatchOrder:
+    """Which samples make up which batch of an epoch.
+
+    Samples are shuffled within their shape, cut into batches of at most `batch_size` (the last of a shape may be
+    smaller), and the batches are shuffled. The epoch's list is the same on every rank, and each rank takes every
+    `world_size`-th batch; the list wraps around so that all ranks have equally many.
+
+    Args:
+        shapes: Latent shape of each sample.
+        batch_size: Samples per batch at most.
+        seed: Seed of the order.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.groups = _by_shape(shapes)
+        self.epoch = 0
+        self.position = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch; another epoch starts at its first batch."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def epoch_batches(self) -> list[list[int]]:
+        """All batches of this rank in the current epoch."""
+        found: list[list[int]] = []
+        for shape, members in sorted(self.groups.items()):
+            order = draws.order(len(members), self.seed, self.epoch, f"samples {shape}")
+            found += [[members[i] for i in part] for part in chunks(order, self.batch_size)]
+        order = draws.order(len(found), self.seed, self.epoch, "batches")
+        padded = order + [order[i % len(order)] for i in range(-len(order) % self.world_size)]
+        return [found[i] for i in padded[self.rank :: self.world_size]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The batches that are left of the current epoch."""
+        return iter(self.epoch_batches()[self.position :])
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank."""
+        total = sum(-(-len(members) // self.batch_size) for members in self.groups.values())
+        return -(-total // self.world_size)
+
+
+class TrainLoader:
+    """Training batches; its position is in the checkpoint, so a resumed run goes on with the very next batch.
+
+    Lightning saves and restores it through `state_dict`, and sets the epoch on `sampler`.
+
+    Args:
+        dataset: Samples.
+        order: Which samples make up which batch.
+        collate: Samples to a batch.
+        window: Batches per optimizer step; with more than one, each batch is told the masks of its window.
+        num_workers: Processes that read ahead.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Sample],
+        order: BatchOrder,
+        collate: Callable[[list[Sample]], Batch],
+        *,
+        window: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        self.sampler = order
+        self.window = window
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=order,
+            collate_fn=collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches that are left of the current epoch."""
+        if self.sampler.position >= len(self):
+            self.sampler.position = 0
+        for group in chunks(self._loader, self.window):
+            masks = tuple(batch.mask for batch in group) if self.window > 1 else None
+            for batch in group:
+                self.sampler.position += 1
+                yield replace(batch, window=masks)
+
+    def state_dict(self) -> dict[str, int]:
+        """Position: batches handed out in this epoch."""
+        return {"epoch": self.sampler.epoch, "position": self.sampler.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the position."""
+        self.sampler.epoch, self.sampler.position = state["epoch"], state["position"]
+
+
+class ValidationLoader:
+    """This rank's validation batches, in a fixed order.
+
+    Every rank gets equally many: where the list does not divide, the last batch is a repeat that is marked as not
+    counted, so that collectives stay in step and no sample counts twice. Read in the main process.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Sample],
+        shapes: Sequence[Shape],
+        batch_size: int,
+        collate: Callable[[list[Sample]], Batch],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        found = [part for _, members in sorted(_by_shape(shapes).items()) for part in chunks(members, batch_size)]
+        places = range(rank, -(-len(found) // world_size) * world_size, world_size)
+        self._counted = [place < len(found) for place in places]
+        batches = [found[place % len(found)] for place in places]
+        self._loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+
+    def __len__(self) -> int:
+        """Batches on this rank."""
+        return len(self._counted)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """All batches of this rank."""
+        for batch, counted in zip(self._loader, self._counted, strict=True):
+            yield replace(batch, counted=counted)
+
+
+def _by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
+    groups: dict[Shape, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(index)
+    return groups

@@ -1,0 +1,1 @@
+"""One file per DiT family: all it knows about latents, conditioning and timestep convention."""

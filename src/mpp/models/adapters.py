@@ -1,0 +1,177 @@
+"""Adapters by PEFT: inject, switch off and restore, adapter-only state, LoRA files."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mpp.files import write_atomically
+
+ADAPTER = "default"  # PEFT's and diffusers' name for a model's only adapter
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Which adapter is trained.
+
+    Args:
+        kind: `lora`; `rslora` (scale alpha / sqrt(rank), Kalajdzievski 2023, arXiv 2312.03732); `dora` (Liu et al.
+            2024, arXiv 2402.09353); `lokr` (Kronecker product, Yeh et al. 2023, arXiv 2309.14859).
+        rank: Rank, >= 1.
+        alpha: Scale numerator, > 0; the update is scaled by alpha / rank.
+        targets: Module names, or one regex over full module names; None: the family's default.
+        dropout: Dropout on the adapter's input, in [0, 1).
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    kind: Literal["lora", "rslora", "dora", "lokr"] = "lora"
+    rank: int = 16
+    alpha: float = 16
+    targets: str | Sequence[str] | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        if self.kind not in ("lora", "rslora", "dora", "lokr"):
+            raise ValueError(f"lora.kind must be lora, rslora, dora or lokr, got {self.kind!r}")
+        if self.rank < 1 or not self.alpha > 0:
+            raise ValueError(f"lora.rank must be at least 1 and lora.alpha above 0, got {self.rank} and {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be at least 0 and below 1, got {self.dropout}")
+
+    def config(self, default_targets: str | Sequence[str]) -> PeftConfig:
+        """The PEFT configuration."""
+        targets = self.targets or default_targets
+        modules = targets if isinstance(targets, str) else list(targets)
+        if self.kind == "lokr":
+            return LoKrConfig(r=self.rank, alpha=self.alpha, target_modules=modules, module_dropout=self.dropout)
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=modules,
+            lora_dropout=self.dropout,
+            use_rslora=self.kind == "rslora",
+            use_dora=self.kind == "dora",
+        )
+
+
+def inject(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequence[str], *, seed: int) -> None:
+    """Freeze the transformer and add a trainable float32 adapter, initialised from `seed` alone.
+
+    Raises:
+        ValueError: `lora.targets` match no module, or modules that adapters cannot attach to.
+    """
+    transformer.requires_grad_(False)
+    config = adapter.config(default_targets)
+    # On the CPU whatever device the base is on: the same seed gives the same adapter everywhere.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            transformer.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:
+            linear = sorted({name.rsplit(".", 1)[-1] for name, m in transformer.named_modules() if _is_linear(m)})
+            raise ValueError(
+                f"lora.targets={config.target_modules} fit no trainable module of {type(transformer).__name__}: "
+                f"{str(error).splitlines()[0][:200]}; its linear layers end in {', '.join(linear)}"
+            ) from error
+        for layer in _layers(transformer):
+            _to_float32(layer, adapter.kind)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _layers(transformer: nn.Module) -> Iterator[BaseTunerLayer]:
+    return (m for m in transformer.modules() if isinstance(m, BaseTunerLayer))
+
+
+def _to_float32(layer: BaseTunerLayer, kind: str) -> None:
+    """Adapters inherit the base's dtype; draw them again in float32 so that a bf16 base loses no precision."""
+    low = [p for p in layer.parameters() if p.requires_grad and p.dtype != torch.float32]
+    if not low:
+        return
+    for parameter in low:
+        parameter.data = parameter.data.float()
+    if kind == "lokr":
+        layer.reset_adapter_parameters(ADAPTER)
+    else:
+        layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+
+
+def has_adapter(transformer: nn.Module) -> bool:
+    """Whether the transformer carries an adapter that can be switched off."""
+    return any(True for _ in _layers(transformer))
+
+
+@contextmanager
+def adapters_off(transformer: nn.Module) -> Iterator[None]:
+    """The base model: adapters are bypassed inside, and each layer's own previous state comes back on the way out.
+
+    Sets PEFT's per-layer flag instead of calling `disable_adapters`, which flips `requires_grad` of every adapter
+    and would make parameters trainable that were frozen on purpose. Train mode is not touched either. A test
+    compares this with `disable_adapters`, since the flag is private to PEFT.
+    """
+    before = [(layer, layer._disable_adapters) for layer in _layers(transformer)]  # noqa: SLF001
+    try:
+        for layer, _ in before:
+            layer._disable_adapters = True  # noqa: SLF001
+        yield
+    finally:
+        for layer, state in before:
+            layer._disable_adapters = state  # noqa: SLF001
+
+
+def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors by their PEFT names, e.g. `blocks.0.attn1.to_q.lora_A.weight`; references, not copies."""
+    return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+
+
+def load_adapter_state(transformer: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load what `adapter_state` gave, in place.
+
+    Raises:
+        ValueError: Names or shapes differ from the transformer's adapter.
+    """
+    expected = adapter_state(transformer)
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = [n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape]
+    if missing or extra or shapes:
+        raise ValueError(
+            f"{source} does not hold this run's adapter: {len(missing)} of {len(expected)} tensors missing"
+            f"{_first(missing)}, {len(extra)} unknown{_first(extra)}, {len(shapes)} of another shape{_first(shapes)}; "
+            "resume with the lora settings it was made with"
+        )
+    set_peft_model_state_dict(transformer, dict(state), adapter_name=ADAPTER)
+
+
+def _first(names: Sequence[str]) -> str:
+    return f" (first: {names[0]})" if names else ""
+
+
+def save_lora(path: Path, transformer: nn.Module, state: Mapping[str, Tensor], provenance: Mapping[str, object]) -> None:
+    """Write a LoRA file in diffusers' format, atomically.
+
+    Keys are `transformer.<module>.lora_A.weight` and so on; rank, alpha and kind stand in the metadata where
+    diffusers' loader looks for them, and how the file was made under `mpp`.
+    """
+    config = transformer.peft_config[ADAPTER].to_dict()
+    described = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    metadata = {
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True, default=str),
+        "mpp": json.dumps(dict(provenance), sort_keys=True, default=str),
+    }
+    tensors = {f"transformer.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))

@@ -1,0 +1,36 @@
+"""`python -m mpp.prepare`: turn a folder of pictures, masks and captions into a cache."""
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from mpp.config import CONFIG_DIR, build, check_config, entry
+from mpp.data.preparation import Preparation, Summary
+
+
+def run(cfg: DictConfig) -> Summary:
+    """Prepare as configured.
+
+    Raises:
+        ValueError: Bad settings or pictures; nothing was encoded.
+        OSError: The cache cannot be written.
+    """
+    check_config(cfg)
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    summary = Preparation(build(cfg.data), build(cfg.model), device).run()
+    for line in summary.lines():
+        print(line)
+    return summary
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="prepare")
+@entry
+def main(cfg: DictConfig) -> None:
+    """Command line entry."""
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Who answers for the prior, and for which samples."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mpp.core.flow import Noisy
+from mpp.models.adapters import adapters_off
+from mpp.models.base import Architecture, Conditioning
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The base model itself: the same transformer with its adapters off, without gradients.
+
+    Args:
+        eval_mode: Run the teacher in eval mode, for architectures with dropout; each module's mode comes back after.
+    """
+
+    eval_mode: bool = False
+
+    @torch.no_grad()
+    def predict(
+        self,
+        architecture: Architecture,
+        transformer: nn.Module,
+        noisy: Noisy,
+        conditioning: Conditioning,
+        samples: Sequence[int],
+    ) -> Float[Tensor, "b c f h w"] | None:
+        """The base model's prediction for the given samples of a batch; the other rows are 0.
+
+        A part of a batch goes through the transformer as a smaller batch, which agrees with the whole up to
+        rounding; the whole batch is bitwise what the student would predict without adapters.
+
+        Returns:
+            The prediction, or None where no sample is given.
+        """
+        if not samples:
+            return None
+        with adapters_off(transformer), _eval_mode(transformer, wanted=self.eval_mode):
+            if len(samples) == noisy.sigma.shape[0]:
+                return architecture.velocity(transformer, noisy.latents, noisy.sigma, conditioning)
+            rows = list(samples)
+            part = architecture.velocity(
+                transformer, noisy.latents[rows], noisy.sigma[rows], conditioning.select(rows)
+            )
+        prediction = torch.zeros_like(noisy.latents, dtype=part.dtype)
+        prediction[rows] = part
+        return prediction
+
+
+@contextmanager
+def _eval_mode(transformer: nn.Module, *, wanted: bool) -> Iterator[None]:
+    training = [module for module in transformer.modules() if module.training] if wanted else []
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

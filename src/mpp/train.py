@@ -1,0 +1,110 @@
+"""`python -m mpp.train`: train a LoRA with masked prior preservation."""
+
+import logging
+from pathlib import Path
+
+import hydra
+import lightning
+from lightning.pytorch.callbacks import ProgressBar
+from omegaconf import DictConfig
+
+from mpp.checkpoint import AtomicCheckpointIO, read_checkpoint
+from mpp.config import CONFIG_DIR, as_record, build, build_all, check_config, entry
+from mpp.data.datamodule import LatentDataModule
+from mpp.module import MaskedPriorModule, check_checkpoint
+
+log = logging.getLogger("mpp")
+
+
+def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
+    """Train as configured; everything cheap is checked before the transformer is loaded.
+
+    Returns:
+        The finished trainer and module.
+
+    Raises:
+        ValueError: Bad settings, a cache or checkpoint that does not fit, a model that is not there.
+    """
+    check_config(cfg)
+    folder = Path(cfg.output_dir)
+    architecture = build(cfg.model)
+    module = MaskedPriorModule(
+        architecture=architecture,
+        adapter=build(cfg.lora),
+        loss=build(cfg.loss),
+        teacher=build(cfg.teacher),
+        optimizer=build(cfg.optimizer),
+        schedule=build(cfg.schedule),
+        seed=cfg.seed,
+        val_sigmas=cfg.val_sigmas,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        compile_blocks=cfg.compile,
+        provenance=as_record(cfg),
+    )
+    data = build(cfg.data, architecture=architecture)
+    checkpoint = find_checkpoint(cfg.ckpt_path, folder)
+    architecture.check()
+    data.setup()
+    if checkpoint is not None:
+        check_checkpoint(read_checkpoint(checkpoint), base=architecture.identity().transformer, seed=cfg.seed)
+    bar = cfg.trainer.enable_progress_bar is not False
+    trainer = build(
+        cfg.trainer,
+        callbacks=[c for c in build_all(cfg.callbacks) if bar or not isinstance(c, ProgressBar)],
+        logger=build_all(cfg.logger),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(folder),
+    )
+    fit(trainer, module, data, checkpoint, validate_first=cfg.validate_first)
+    return trainer, module
+
+
+def fit(
+    trainer: lightning.Trainer,
+    module: MaskedPriorModule,
+    data: LatentDataModule,
+    checkpoint: Path | None,
+    *,
+    validate_first: bool,
+) -> None:
+    """Fit, after one validation of the untrained adapter to compare with."""
+    if validate_first and checkpoint is None and data.val_entries:
+        trainer.validate(module, datamodule=data, verbose=False)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        log.info("LoRA: %s", Path(trainer.default_root_dir, "lora.safetensors"))
+
+
+def find_checkpoint(ckpt_path: str | None, folder: Path) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        ckpt_path: A file, `last` (the output folder's newest), or None to start anew.
+        folder: The run's output folder.
+
+    Raises:
+        ValueError: Nothing is there to resume, or a new run would overwrite an older one.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    if ckpt_path is None:
+        if last.exists():
+            raise ValueError(
+                f"output_dir={folder} holds a run already; resume it with ckpt_path=last, or choose another output_dir"
+            )
+        return None
+    if ckpt_path != "last":
+        return Path(ckpt_path)
+    if not last.is_file():
+        raise ValueError(f"ckpt_path=last: no checkpoint at {last}; set output_dir to the folder of the run to resume")
+    return last
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
+@entry
+def main(cfg: DictConfig) -> None:
+    """Command line entry."""
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()
