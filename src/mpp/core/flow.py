@@ -6,8 +6,9 @@ Convention everywhere in mpp: sigma in [0, 1], 0 = clean, 1 = noise;
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -44,12 +45,7 @@ def velocity(
     return noise - latents
 
 
-class Shift(Protocol):
-    """A shift factor that depends on the number of tokens of a sample."""
-
-    def __call__(self, tokens: int) -> float:
-        """Factor s > 0 in `s * t / (1 + (s - 1) * t)`."""
-        ...
+Shift = Callable[[int], float]  # number of tokens of a sample -> factor s > 0 in `s * t / (1 + (s - 1) * t)`
 
 
 @dataclass(frozen=True)

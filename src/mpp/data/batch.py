@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ class Batch:
     window: tuple[Tensor, ...] | None = None
     counted: bool = True
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; what only the host needs stays."""
         return replace(
             self,
@@ -53,7 +52,7 @@ class Batch:
             conditioning=self.conditioning.to(device),
         )
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, for faster copies to a GPU."""
         return replace(self, latents=self.latents.pin_memory(), mask=self.mask.pin_memory())
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import torch
 from huggingface_hub import snapshot_download
@@ -29,7 +29,7 @@ class LatentSpec:
     channels: int
     spatial_stride: int
     temporal_stride: int
-    patch: tuple[int, int, int]
+    patch: Sequence[int]
 
     def __post_init__(self) -> None:
         """A patch read from YAML is a list."""
@@ -59,16 +59,17 @@ class Conditioning:
         """The tensors by field name, as the cache stores them."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Conditioning":
         """The same on another device."""
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
-    def select(self, samples: Sequence[int]) -> Self:
+    def select(self, samples: Sequence[int]) -> "Conditioning":
         """The given samples of a batch."""
         rows = list(samples)
         return replace(self, **{name: tensor[rows] for name, tensor in self.tensors().items()})
 
 
+@runtime_checkable
 class Encoders(Protocol):
     """VAE and text encoder of a family; only preparing and sampling load them, one at a time."""
 
@@ -76,7 +77,7 @@ class Encoders(Protocol):
         """One unbatched conditioning per caption, on the CPU. Loads the text encoder on first use."""
         ...
 
-    def encode_pixels(self, pixels: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b c f h w"]:
+    def encode_pixels(self, pixels: Float[Tensor, "b 3 frames height width"]) -> Float[Tensor, "b c f h w"]:
         """Normalised float32 latents on the CPU of RGB pixels in [-1, 1]. Loads the VAE on first use."""
         ...
 
@@ -94,6 +95,7 @@ class Identity:
     text_encoder: str | None
 
 
+@runtime_checkable
 class Architecture(Protocol):
     """What mpp needs to know about a DiT family. Constructing one loads nothing.
 

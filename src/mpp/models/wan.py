@@ -4,7 +4,6 @@ import gc
 import html
 import json
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,15 @@ from typing import Literal
 
 import ftfy
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from mpp.core.flow import SigmaLaw
 from mpp.files import weights_fingerprint
@@ -181,7 +182,7 @@ class WanEncoders:
         self.architecture = architecture
         self.device = torch.device(device)
         self._vae: AutoencoderKLWan | None = None
-        self._text: tuple[AutoTokenizer, UMT5EncoderModel] | None = None
+        self._text: tuple[PreTrainedTokenizerBase, UMT5EncoderModel] | None = None
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> list[WanConditioning]:
@@ -201,7 +202,7 @@ class WanEncoders:
         return [WanConditioning(state[:length].clone()) for state, length in zip(states, lengths, strict=True)]
 
     @torch.no_grad()
-    def encode_pixels(self, pixels: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b c f h w"]:
+    def encode_pixels(self, pixels: Float[Tensor, "b 3 frames height width"]) -> Float[Tensor, "b c f h w"]:
         """Mode of the VAE's posterior, `(z - mean) / std` per channel in float32."""
         vae = self._load_vae()
         latents = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode().float().cpu()
@@ -228,7 +229,7 @@ class WanEncoders:
             self._vae = vae.to(self.device).eval()
         return self._vae
 
-    def _load_text(self) -> tuple[AutoTokenizer, UMT5EncoderModel]:
+    def _load_text(self) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
         if self._text is None:
             source = self.architecture.text_encoder
             tokenizer_folder = resolve_folder(source, "tokenizer", "model.text_encoder")
@@ -312,13 +313,17 @@ def _config_of(file: Path) -> dict[str, object]:
 def _load_single_file(file: Path, dtype: torch.dtype) -> WanTransformer3DModel:
     config = _config_of(file)
     state = {_strip(key): tensor for key, tensor in load_file(file).items()}
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(config))
-        transformer = WanTransformer3DModel.from_single_file(state, config=folder)
-    absent = [name for name, parameter in transformer.named_parameters() if parameter.is_meta]
-    if absent:
-        raise ValueError(f"model.pretrained={file} lacks {len(absent)} tensors of a WAN transformer: {absent[0]}, ...")
-    kept = WanTransformer3DModel._keep_in_fp32_modules  # noqa: SLF001
+    if "head.head.weight" in state:
+        state = convert_wan_transformer_to_diffusers(state)
+    with init_empty_weights():
+        transformer = WanTransformer3DModel.from_config(config)
+    missing, extra = transformer.load_state_dict(state, strict=False, assign=True)
+    if missing or extra:
+        raise ValueError(
+            f"model.pretrained={file} lacks {len(missing)} tensors of a WAN transformer and has {len(extra)} others, "
+            f"such as {(missing + extra)[0]}"
+        )
+    kept = WanTransformer3DModel._keep_in_fp32_modules  # noqa: SLF001 (from_pretrained honours it, for the same reason)
     for name, parameter in transformer.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if any(part in name for part in kept) else dtype)
-    return transformer
+    return transformer.eval()

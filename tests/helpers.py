@@ -1,0 +1,163 @@
+"""What several tests need: configs, drawn pictures, batches."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+import mpp.prepare
+import mpp.train
+from mpp.config import CONFIG_DIR, build
+from mpp.core.loss import MaskedPriorLoss
+from mpp.data.batch import Batch
+from mpp.models.adapters import Adapter
+from mpp.models.wan import WanConditioning
+from mpp.module import MaskedPriorModule
+from mpp.teacher import Teacher
+
+QUIET = ["trainer.enable_progress_bar=false", "callbacks.learning_rate=null"]
+
+
+def unchecked_errors(setup, expressions):
+    """Error of each expression, in a process without the test run's type checker, which would answer first."""
+    lines = [setup]
+    for expression in expressions:
+        lines += ["try:", f"    {expression}", "except Exception as error:", "    print(type(error).__name__, error, sep=': ')"]
+        lines += ["else:", "    print('accepted')"]
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
+def config(name, overrides):
+    """A composed configuration, as the command line makes it."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def architecture(pipeline, *overrides):
+    """The tiny WAN with its weights at `pipeline`."""
+    cfg = config("train", ["model=tiny_wan", f"model.pretrained={pipeline}", "data.cache_dir=x", *overrides])
+    return build(cfg.model)
+
+
+def draw_photos(photos: Path, masks: Path, count: int = 8):
+    """Noise pictures in two shapes with a bright rectangle; a mask of it for all but every fourth; captions."""
+    random = np.random.default_rng(0)
+    photos.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    for number in range(count):
+        height, width = ((64, 64), (48, 96))[number % 2]
+        pixels = random.integers(0, 120, (height, width, 3), dtype=np.uint8)
+        mask = np.zeros((height, width), np.uint8)
+        box = slice(8 + number, 40), slice(10, 24 + 4 * number)
+        pixels[box] = (250, 240, 30 * number)
+        mask[box] = 255
+        mask[:8, :8] = 80
+        Image.fromarray(pixels).save(photos / f"p{number}.png")
+        (photos / f"p{number}.txt").write_text(f"a yellow box {number % 3}\n")
+        if number % 4 != 3:
+            Image.fromarray(mask).save(masks / f"p{number}.png")
+
+
+def prepare(pipeline, root: Path, *overrides):
+    """Run prepare on `root/photos` and `root/masks` into `root/cache`."""
+    cfg = config(
+        "prepare",
+        [
+            "model=tiny_wan",
+            f"model.pretrained={pipeline}",
+            f"data.image_dir={root / 'photos'}",
+            f"data.mask_dir={root / 'masks'}",
+            f"data.cache_dir={root / 'cache'}",
+            "data.resolution=64",
+            "device=cpu",
+            *overrides,
+        ],
+    )
+    return mpp.prepare.run(cfg)
+
+
+def train_config(pipeline, cache, out, *overrides):
+    """A short float32 run on the tiny WAN."""
+    return config(
+        "train",
+        [
+            "model=tiny_wan",
+            f"model.pretrained={pipeline}",
+            f"data.cache_dir={cache}",
+            f"output_dir={out}",
+            "data.batch_size=2",
+            "data.num_workers=0",
+            "trainer.max_steps=4",
+            "trainer.precision=32-true",
+            "trainer.log_every_n_steps=1",
+            "trainer.accelerator=cpu",
+            "optimizer.lr=1e-3",
+            "lora.rank=4",
+            "logger=csv",
+            *QUIET,
+            *overrides,
+        ],
+    )
+
+
+def train(pipeline, cache, out, *overrides):
+    """Run it."""
+    return mpp.train.run(train_config(pipeline, cache, out, *overrides))
+
+
+def logged(out: Path):
+    """Rows of a run's CSV log as dicts of floats by step."""
+    lines = (Path(out) / "csv" / "metrics.csv").read_text().splitlines()
+    names = lines[0].split(",")
+    return [
+        {name: float(value) for name, value in zip(names, line.split(","), strict=True) if value} for line in lines[1:]
+    ]
+
+
+def module(arch, loss=None, *, build_it=True, **settings):
+    """A MaskedPriorModule outside any trainer, float32."""
+    built = MaskedPriorModule(
+        architecture=arch,
+        adapter=settings.pop("adapter", Adapter(rank=4, alpha=4)),
+        loss=loss or MaskedPriorLoss(prior_weight=1.0, normalization="per_sample"),
+        teacher=settings.pop("teacher", Teacher()),
+        optimizer=settings.pop("optimizer", torch.optim.AdamW),
+        **settings,
+    )
+    if build_it:
+        built.configure_model()
+    return built
+
+
+def batch(masks, channels=16, seed=0):
+    """A batch with the given masks `(b, 1, f, h, w)`, random latents and text."""
+    random = torch.Generator().manual_seed(seed)
+    count, _, *cells = masks.shape
+    return Batch(
+        keys=tuple(f"s{n}" for n in range(count)),
+        latents=torch.randn(count, channels, *cells, generator=random),
+        mask=masks,
+        conditioning=WanConditioning(torch.randn(count, 64, 32, generator=random)),
+    )
+
+
+def four_masks():
+    """Four samples: half, full, tiered, full."""
+    masks = torch.ones(4, 1, 1, 8, 8)
+    masks[0, ..., 4:] = 0
+    masks[2, ..., :4] = 0.5
+    masks[2, ..., :2, :] = 0.05
+    return masks
+
+
+def randomise_adapter(transformer, scale=0.1):
+    """Give every adapter tensor random values, so that it does something."""
+    random = torch.Generator().manual_seed(1)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data += scale * torch.randn(parameter.shape, generator=random)
