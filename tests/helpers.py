@@ -112,7 +112,8 @@ def train(pipeline, cache, out, *overrides):
 
 def logged(out: Path):
     """Rows of a run's CSV log as dicts of floats by step."""
-    lines = (Path(out) / "csv" / "metrics.csv").read_text().splitlines()
+    (path,) = Path(out).glob("csv/*/metrics.csv")
+    lines = path.read_text().splitlines()
     names = lines[0].split(",")
     return [
         {name: float(value) for name, value in zip(names, line.split(","), strict=True) if value} for line in lines[1:]

@@ -50,6 +50,7 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     bar = cfg.trainer.enable_progress_bar is not False
     trainer = build(
         cfg.trainer,
+        limit_val_batches=cfg.trainer.limit_val_batches if data.val_entries else 0,
         callbacks=[c for c in build_all(cfg.callbacks) if bar or not isinstance(c, ProgressBar)],
         logger=build_all(cfg.logger),
         plugins=[AtomicCheckpointIO()],

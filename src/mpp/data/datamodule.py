@@ -116,10 +116,8 @@ class LatentDataModule(LightningDataModule):
         samples = CachedSamples(self.cache, self.train_entries, self.architecture)
         return TrainLoader(samples, order, self.collate, window=window, num_workers=self.num_workers)
 
-    def val_dataloader(self) -> ValidationLoader | list[object]:
-        """This rank's validation batches; none without a validation split."""
-        if not self.val_entries:
-            return []
+    def val_dataloader(self) -> ValidationLoader:
+        """This rank's validation batches."""
         rank, world = self._place()
         shapes = [entry.shape for entry in self.val_entries]
         samples = CachedSamples(self.cache, self.val_entries, self.architecture)
