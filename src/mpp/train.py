@@ -1,6 +1,7 @@
 """`python -m mpp.train`: train a LoRA with masked prior preservation."""
 
 import logging
+import warnings
 from pathlib import Path
 
 import hydra
@@ -69,6 +70,8 @@ def fit(
     validate_first: bool,
 ) -> None:
     """Fit, after one validation of the untrained adapter to compare with."""
+    # Points in the log are counted in optimizer steps across epochs, so short epochs lose none.
+    warnings.filterwarnings("ignore", message="The number of training batches")
     if validate_first and checkpoint is None and data.val_entries:
         trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

@@ -1,0 +1,71 @@
+"""The entries as users start them, in processes of their own."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from tests.helpers import draw_photos
+
+REPOSITORY = Path(__file__).parents[1]
+TRAIN = ["model=tiny_wan", "trainer.max_steps=2", "trainer.precision=32-true", "data.num_workers=0", "trainer.accelerator=cpu"]
+
+
+def run(module, *arguments, cwd, path=None):
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(cwd), "OMP_NUM_THREADS": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_pictures_to_lora_by_the_two_commands(tmp_path):
+    draw_photos(tmp_path / "photos", tmp_path / "masks", count=4)
+    prepared = run(
+        "mpp.prepare", "model=tiny_wan", "data.image_dir=photos", "data.mask_dir=masks", "data.cache_dir=c",
+        "data.resolution=64", cwd=tmp_path,
+    )  # fmt: skip
+    assert prepared.returncode == 0, prepared.stderr
+    assert "pictures: 4 (4 encoded" in prepared.stdout
+    trained = run("mpp.train", *TRAIN, "loss=threshold", "data.cache_dir=c", "output_dir=out", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert (tmp_path / "out" / "lora.safetensors").is_file()
+    assert "masked prior preservation, threshold mode" in (tmp_path / "out" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.cache_dir=none"], "error: no cache at none; make one with"),
+        (["data.cache_dir=c", "loss.prior_weight=-1"], "error: loss.prior_weight must be at least 0, got -1"),
+        (["data.cache_dir=c", "lora=none"], "error: lora=none: loss.prior_weight=1.0 needs an adapter"),
+        (["data.cache_dir=c", "loss=treshold"], "Could not find 'loss/treshold'"),
+        (["data.cache_dir=c", "losss=masked"], "losss"),
+        ([], "data.cache_dir"),
+    ],
+)
+def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, message):
+    result = run("mpp.train", "model=tiny_wan", "output_dir=out", *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Error executing job" not in result.stderr
+
+
+def test_an_installed_wheel_finds_its_configs_in_another_folder(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    work = tmp_path / "elsewhere"
+    work.mkdir()
+    shown = run("mpp.train", "--cfg", "job", "data.cache_dir=x", cwd=work, path=tmp_path / "site")
+    assert shown.returncode == 0, shown.stderr
+    assert "prior_threshold: 0.1" in shown.stdout
+    where = subprocess.run(
+        [sys.executable, "-c", "import mpp.config; print(mpp.config.CONFIG_DIR)"],
+        cwd=work, env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert where.stdout.strip() == str(tmp_path / "site" / "mpp" / "configs")

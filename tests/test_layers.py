@@ -1,0 +1,74 @@
+"""Imports point one way."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "mpp"
+LAYERS = [  # each may import from those before it
+    {"files"},
+    {"core"},
+    {"models"},
+    {"data"},
+    {"teacher"},
+    {"metrics"},
+    {"module"},
+    {"checkpoint", "callbacks"},
+    {"config"},
+    {"prepare", "train"},
+]
+LIGHTNING = {"data/datamodule", "module", "metrics", "callbacks", "checkpoint", "train"}
+HYDRA = {"config", "train", "prepare"}
+
+
+def modules():
+    return sorted(path for path in SOURCE.rglob("*.py") if path.name != "__init__.py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(part):
+    return next(number for number, names in enumerate(LAYERS) if part in names)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(SOURCE).as_posix())
+def test_modules_import_only_from_lower_layers(path):
+    name = path.relative_to(SOURCE).with_suffix("").as_posix()
+    own = layer(name.split("/")[0])
+    for imported in imports(path):
+        root, *parts = imported.split(".")
+        if root == "mpp" and parts and parts[0] not in ("__version__",):
+            assert layer(parts[0]) <= own, f"{name} imports {imported}"
+        if root in ("lightning", "pytorch_lightning"):
+            assert name in LIGHTNING, f"{name} imports {imported}"
+        if root in ("hydra", "omegaconf"):
+            assert name in HYDRA, f"{name} imports {imported}"
+
+
+def test_core_is_pure():
+    allowed = {"torch", "jaxtyping", "mpp", "math", "dataclasses", "typing", "collections", "hashlib"}
+    for path in (SOURCE / "core").glob("*.py"):
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert roots <= allowed, f"{path.name}: {roots - allowed}"
+
+
+def test_no_architecture_imports_another():
+    shared = {"base", "adapters"}
+    for path in (SOURCE / "models").glob("*.py"):
+        others = {n.split(".")[2] for n in imports(path) if n.startswith("mpp.models.")} - shared
+        assert others <= {path.stem}, f"{path.name} imports {others}"
+
+
+def test_nothing_outside_models_names_a_family():
+    for path in modules():
+        if path.parent.name != "models":
+            assert not re.search(r"(?i)\bwan\b|Wan[A-Z]|_wan\b", path.read_text()), path.name
