@@ -49,7 +49,9 @@ def train(out: Path, cache: Path, preset: str) -> dict[str, tuple[float, float]]
     )
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     known = events.Tags()["scalars"]
-    values = {name: [event.value for event in events.Scalars(f"val/{name}")] for name in SHOWN if f"val/{name}" in known}
+    values = {
+        name: [event.value for event in events.Scalars(f"val/{name}")] for name in SHOWN if f"val/{name}" in known
+    }
     return {name: (series[0], series[-1]) for name, series in values.items()}
 
 

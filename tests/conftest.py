@@ -5,8 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import tests.typecheck  # noqa: F401 (the hook looks it up by name)
 from jaxtyping import install_import_hook
+
+import tests.typecheck  # noqa: F401 (the hook looks it up by name)
 
 install_import_hook(["mpp.core", "mpp.models.base", "mpp.models.wan", "mpp.teacher"], "tests.typecheck.checked")
 

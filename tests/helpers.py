@@ -26,7 +26,12 @@ def unchecked_errors(setup, expressions):
     """Error of each expression, in a process without the test run's type checker, which would answer first."""
     lines = [setup]
     for expression in expressions:
-        lines += ["try:", f"    {expression}", "except Exception as error:", "    print(type(error).__name__, error, sep=': ')"]
+        lines += [
+            "try:",
+            f"    {expression}",
+            "except Exception as error:",
+            "    print(type(error).__name__, error, sep=': ')",
+        ]
         lines += ["else:", "    print('accepted')"]
     run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     return run.stdout.splitlines()

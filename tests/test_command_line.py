@@ -6,10 +6,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from tests.helpers import draw_photos
 
 REPOSITORY = Path(__file__).parents[1]
-TRAIN = ["model=tiny_wan", "trainer.max_steps=2", "trainer.precision=32-true", "data.num_workers=0", "trainer.accelerator=cpu"]
+TRAIN = [
+    "model=tiny_wan",
+    "trainer.max_steps=2",
+    "trainer.precision=32-true",
+    "data.num_workers=0",
+    "trainer.accelerator=cpu",
+]
 
 
 def run(module, *arguments, cwd, path=None):
@@ -66,6 +73,10 @@ def test_an_installed_wheel_finds_its_configs_in_another_folder(tmp_path):
     assert "prior_threshold: 0.1" in shown.stdout
     where = subprocess.run(
         [sys.executable, "-c", "import mpp.config; print(mpp.config.CONFIG_DIR)"],
-        cwd=work, env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=work,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert where.stdout.strip() == str(tmp_path / "site" / "mpp" / "configs")

@@ -48,7 +48,9 @@ def test_every_trainer_flag_can_be_set_and_none_is_invented():
 
 def test_all_mistakes_are_named_at_once_with_their_path():
     cfg = config("train", ["data.cache_dir=x", "lora.rank='8'", "loss.normalization=batch", "+loss.tau=1"])
-    with pytest.raises(ValueError, match=r"(?s)loss.normalization should be .*got 'batch'.*loss.tau is not a setting") as e:
+    with pytest.raises(
+        ValueError, match=r"(?s)loss.normalization should be .*got 'batch'.*loss.tau is not a setting"
+    ) as e:
         check_config(cfg)
     assert "lora.rank should be a valid integer, got '8'" in str(e.value)
 

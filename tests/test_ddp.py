@@ -32,7 +32,14 @@ def run(arguments):
 def launch(arguments, ranks):
     import json
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "--no-python",
+    ]
     command += [sys.executable, "-c", SCRIPT, json.dumps(arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
 

@@ -167,7 +167,9 @@ def test_other_optimizers_train_and_resume(pipeline, prepared, tmp_path, optimiz
     val = ["data.val_fraction=0.25", "trainer.val_check_interval=2", "callbacks.checkpoints.every_n_steps=2"]
     train(pipeline, prepared, tmp_path / "straight", *lr, *val, "trainer.max_steps=6")
     train(pipeline, prepared, tmp_path / "parts", *lr, *val, "trainer.max_steps=4")
-    train(pipeline, prepared, tmp_path / "parts", *lr, *val, "trainer.max_steps=6", "logger=tensorboard", "ckpt_path=last")
+    train(
+        pipeline, prepared, tmp_path / "parts", *lr, *val, "trainer.max_steps=6", "logger=tensorboard", "ckpt_path=last"
+    )
     straight, parts = (load_file(tmp_path / run / "lora.safetensors") for run in ("straight", "parts"))
     for name in straight:
         torch.testing.assert_close(straight[name], parts[name], rtol=1e-5, atol=1e-7)
@@ -200,7 +202,12 @@ def test_accumulated_batches_have_the_gradient_of_one_big_batch(
     ]
     train(pipeline, cache, tmp_path / "big", *base, "data.batch_size=4")
     train(
-        pipeline, cache, tmp_path / "parts", *base, f"data.batch_size={size}", f"trainer.accumulate_grad_batches={accumulate}"
+        pipeline,
+        cache,
+        tmp_path / "parts",
+        *base,
+        f"data.batch_size={size}",
+        f"trainer.accumulate_grad_batches={accumulate}",
     )
     big, parts = (load_file(tmp_path / run / "lora.safetensors") for run in ("big", "parts"))
     for name in big:

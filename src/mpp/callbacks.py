@@ -141,7 +141,7 @@ class RunReport(Callback):
         self._show_regions(trainer, data, loss)
 
     def _show_regions(self, trainer: Trainer, data: LatentDataModule, loss: MaskedPriorLoss) -> None:
-        chosen = data.train_entries[: self.pictures]
+        chosen = [entry for entry in data.train_entries if not entry.flip][: self.pictures]
         rows = [region_strip(data.cache, entry, loss) for entry in chosen]
         if not rows:
             return
@@ -198,8 +198,8 @@ def _data_advice(loss: MaskedPriorLoss, data: LatentDataModule, coverage: Covera
     threshold = loss.prior_threshold
     if loss.prior_weight > 0 and threshold is not None and masked and coverage.lowest >= threshold:
         return [
-            f"no mask goes below loss.prior_threshold={threshold} (lowest value {coverage.lowest:.3f}): the prior region "
-            "is empty; a floor may be baked into the masks: remove it, or raise the threshold above it"
+            f"no mask goes below loss.prior_threshold={threshold} (lowest value {coverage.lowest:.3f}): the prior "
+            "region is empty; a floor may be baked into the masks: remove it, or raise the threshold above it"
         ]
     return []
 

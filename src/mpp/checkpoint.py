@@ -33,11 +33,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: It is not there, or not a checkpoint.
     """
     if not path.is_file():
-        raise ValueError(f"ckpt_path={path} is not there; give a run's checkpoint, or ckpt_path=last with its output_dir")
+        raise ValueError(
+            f"ckpt_path={path} is not there; give a run's checkpoint, or ckpt_path=last with its output_dir"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises whatever the unpickler meets in a foreign or damaged file
-        raise ValueError(f"ckpt_path={path} is no checkpoint, or damaged ({str(error).splitlines()[0][:120]})") from error
+        raise ValueError(
+            f"ckpt_path={path} is no checkpoint, or damaged ({str(error).splitlines()[0][:120]})"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"ckpt_path={path} is no checkpoint: it holds a {type(content).__name__}")
     return content

@@ -36,7 +36,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
         if is_out_of_space(error):
             raise OSError(
-                errno.ENOSPC, f"no space left to write {path}; what was there before is untouched: free space, run again"
+                errno.ENOSPC,
+                f"no space left to write {path}; what was there before is untouched: free space, run again",
             ) from error
         raise
 

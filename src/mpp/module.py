@@ -189,9 +189,7 @@ class MaskedPriorModule(LightningModule):
             pred = self.student_step(noisy, batch)
             sums = self.loss.sums(pred, noisy.target, batch.mask, prior)
             if batch.counted:
-                self.val_metrics.update(
-                    sums, len(batch), len(samples), pred=pred, prior=prior, prior_weights=region
-                )
+                self.val_metrics.update(sums, len(batch), len(samples), pred=pred, prior=prior, prior_weights=region)
 
     def _validation_sigmas(self, batch: Batch) -> list[float]:
         if self.val_sigmas is not None:
@@ -201,15 +199,11 @@ class MaskedPriorModule(LightningModule):
 
     # ---------------------------------------------------------------- reports
 
-    def report_train(
-        self, batch: Batch, batch_idx: int, sums: LossSums, pred: Tensor, prior: Tensor | None
-    ) -> None:
+    def report_train(self, batch: Batch, batch_idx: int, sums: LossSums, pred: Tensor, prior: Tensor | None) -> None:
         """Add the batch to the running sums, and log them every `log_every_n_steps` optimizer steps."""
         preserved = self.loss.weights(batch.mask) if prior is not None else self.loss.plain_weights(batch.mask)
         taught = len(self.prior_samples(batch))
-        self.train_metrics.update(
-            sums, len(batch), taught, pred=pred, prior=prior, prior_weights=preserved.prior
-        )
+        self.train_metrics.update(sums, len(batch), taught, pred=pred, prior=prior, prior_weights=preserved.prior)
         if self._trainer is None:
             return
         trainer = self.trainer
@@ -330,7 +324,9 @@ def check_checkpoint(checkpoint: Mapping[str, Any], *, base: str | None, seed: i
             f"the checkpoint has format version {record.get('format')}, this mpp reads {CHECKPOINT_FORMAT}"
         )
     if not checkpoint["state_dict"]:
-        raise ValueError("the checkpoint holds no adapter tensors, so there is nothing to resume; start without ckpt_path")
+        raise ValueError(
+            "the checkpoint holds no adapter tensors, so there is nothing to resume; start without ckpt_path"
+        )
     if base is not None and record.get("base") not in (None, base):
         raise ValueError(
             f"the checkpoint was trained on another base model (weights {record['base']}) than model.pretrained "
@@ -338,6 +334,6 @@ def check_checkpoint(checkpoint: Mapping[str, Any], *, base: str | None, seed: i
         )
     if record.get("seed") != seed:
         raise ValueError(
-            f"the checkpoint was made with seed={record.get('seed')}, this run has seed={seed}: samples would see other "
-            "noise; resume with the same seed"
+            f"the checkpoint was made with seed={record.get('seed')}, this run has seed={seed}: samples would see "
+            "other noise; resume with the same seed"
         )

@@ -46,9 +46,7 @@ class Teacher:
             if len(samples) == noisy.sigma.shape[0]:
                 return architecture.velocity(transformer, noisy.latents, noisy.sigma, conditioning)
             rows = list(samples)
-            part = architecture.velocity(
-                transformer, noisy.latents[rows], noisy.sigma[rows], conditioning.select(rows)
-            )
+            part = architecture.velocity(transformer, noisy.latents[rows], noisy.sigma[rows], conditioning.select(rows))
         prediction = torch.zeros_like(noisy.latents, dtype=part.dtype)
         prediction[rows] = part
         return prediction

@@ -58,7 +58,11 @@ def test_encoders_that_are_not_at_hand_are_reported_as_not_compared(cache):
 @pytest.mark.parametrize("damage", ["cut", "gone", "noise"])
 def test_damaged_files_are_named(cache, kind, damage):
     entry = first(cache)
-    paths = {"latents": cache.latents_path(entry.key), "mask": cache.mask_path(entry.key), "text": cache.text_path(entry.text)}
+    paths = {
+        "latents": cache.latents_path(entry.key),
+        "mask": cache.mask_path(entry.key),
+        "text": cache.text_path(entry.text),
+    }
     path = paths[kind]
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-10])
@@ -75,7 +79,9 @@ def test_mask_and_latents_that_disagree_are_refused_with_both_shapes(cache):
     entry = first(cache)
     write_tensors(cache.mask_path(entry.key), {"mask": torch.ones(1, 1, 3, 3)}, {})
     for action in (cache.check_files, cache.mask):
-        with pytest.raises(ValueError, match=r"mask is \(1, 1, 3, 3\), the sample's latents call for \(1, 1, \d+, \d+\)"):
+        with pytest.raises(
+            ValueError, match=r"mask is \(1, 1, 3, 3\), the sample's latents call for \(1, 1, \d+, \d+\)"
+        ):
             action(entry)
 
 

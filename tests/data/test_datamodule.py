@@ -136,7 +136,11 @@ def test_a_validation_fraction_holds_out_by_name_at_least_one():
 
 
 def test_mirrored_copies_of_held_out_pictures_are_not_trained_on():
-    pairs = [e for n in range(8) for e in (entries(8)[n], Entry(f"k{n}@flip", "train", (16, 1, 8, 8), "t", "", None, flip=True))]
+    pairs = [
+        e
+        for n in range(8)
+        for e in (entries(8)[n], Entry(f"k{n}@flip", "train", (16, 1, 8, 8), "t", "", None, flip=True))
+    ]
     train, val = split_entries(pairs, 0.25, seed=0)
     held = {e.key for e in val}
     assert len(held) == 2
@@ -176,7 +180,9 @@ def test_missing_masks_are_refused_where_they_are_required(prepared, architectur
         module(prepared, architecture, require_mask=True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("num_workers", -1), ("val_fraction", 1.0), ("val_fraction", -0.1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 0), ("num_workers", -1), ("val_fraction", 1.0), ("val_fraction", -0.1)]
+)
 def test_settings_out_of_range_are_refused(prepared, architecture, name, value):
     with pytest.raises(ValueError, match=f"data.{name}"):
         module(prepared, architecture, **{name: value})

@@ -149,7 +149,12 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("mask", "picture", "fine"),
-    [((50, 50), (100, 100), True), ((640, 426), (640, 427), True), ((100, 98), (100, 100), False), ((50, 80), (80, 50), False)],
+    [
+        ((50, 50), (100, 100), True),
+        ((640, 426), (640, 427), True),
+        ((100, 98), (100, 100), False),
+        ((50, 80), (80, 50), False),
+    ],
 )
 def test_aspect_ratios_may_differ_by_one_percent(mask, picture, fine):
     if fine:
@@ -159,7 +164,9 @@ def test_aspect_ratios_may_differ_by_one_percent(mask, picture, fine):
             check_aspect(mask, picture, "p")
 
 
-@pytest.mark.parametrize(("resolution", "step", "aspect"), [(512, 16, 2.0), (480, 32, 1.5), (64, 16, 4.0), (256, 16, 1.0)])
+@pytest.mark.parametrize(
+    ("resolution", "step", "aspect"), [(512, 16, 2.0), (480, 32, 1.5), (64, 16, 4.0), (256, 16, 1.0)]
+)
 def test_buckets_fit_area_step_and_aspect(resolution, step, aspect):
     sizes = Buckets(resolution, step, aspect).sizes()
     assert (resolution // step * step,) * 2 in sizes

@@ -164,7 +164,13 @@ def test_a_mask_folder_inside_the_picture_folder_holds_no_pictures(root, pipelin
 
 def test_a_validation_folder_is_marked(root, pipeline):
     draw_photos(root / "held", root / "held_masks", count=2)
-    prepare(pipeline, root, f"data.val_image_dir={root / 'held'}", f"data.val_mask_dir={root / 'held_masks'}", "data.flip=true")
+    prepare(
+        pipeline,
+        root,
+        f"data.val_image_dir={root / 'held'}",
+        f"data.val_mask_dir={root / 'held_masks'}",
+        "data.flip=true",
+    )
     found = entries(root)
     assert sorted(key for key, entry in found.items() if entry.split == "val") == ["@val/p0", "@val/p1"]
     assert found["@val/p0"].mask == "folder"
@@ -300,11 +306,12 @@ except OSError as error:
 print(old == (root / "cache" / "latents" / "p0.safetensors").read_bytes())
 print(before == sorted(p for p in (root / "cache").rglob("*")))
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
     message, *rest = run.stdout.splitlines()[-3:]
     assert f"[Errno {errno.ENOSPC}] no space left to write" in message
     assert rest == ["True", "True"]
-
 
 
 def test_cache_says_what_it_was_made_with(root, pipeline):

@@ -93,7 +93,9 @@ def test_single_file_in_bf16_keeps_what_diffusers_keeps_in_float32(single, tmp_p
     save_file({k: v.bfloat16() for k, v in original_keys(state).items()}, file)
     from_file = make(file, "model.dtype=bfloat16").load_transformer()
     from_folder = make(folder, "model.dtype=bfloat16").load_transformer()
-    assert {n: p.dtype for n, p in from_file.named_parameters()} == {n: p.dtype for n, p in from_folder.named_parameters()}
+    assert {n: p.dtype for n, p in from_file.named_parameters()} == {
+        n: p.dtype for n, p in from_folder.named_parameters()
+    }
     assert torch.float32 in {p.dtype for p in from_file.parameters()}
 
 
@@ -158,7 +160,9 @@ def test_experts_train_on_their_own_range_of_sigma():
     from mpp.config import build
     from tests.helpers import config
 
-    laws = {n: build(config("train", [f"model={n}", "data.cache_dir=x"]).model).sigma for n in ("wan22_high", "wan22_low")}
+    laws = {
+        n: build(config("train", [f"model={n}", "data.cache_dir=x"]).model).sigma for n in ("wan22_high", "wan22_low")
+    }
     assert float(laws["wan22_high"].quantile(uniform, 1).min()) >= 0.875
     assert float(laws["wan22_low"].quantile(uniform, 1).max()) <= 0.875
 
@@ -193,7 +197,9 @@ def test_timesteps_keep_float32_precision_over_a_bf16_model():
     seen = {}
     model = WanTransformer3DModel(**TRANSFORMER).to(torch.bfloat16)
     model.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
-    wan("x").velocity(model, torch.zeros(1, 16, 1, 4, 4), torch.tensor([0.4873]), WanConditioning(torch.zeros(1, 3, 32)))
+    wan("x").velocity(
+        model, torch.zeros(1, 16, 1, 4, 4), torch.tensor([0.4873]), WanConditioning(torch.zeros(1, 3, 32))
+    )
     assert seen["timestep"].dtype == torch.float32
     assert float(seen["timestep"]) == pytest.approx(487.3)
     assert seen["hidden_states"].dtype == torch.bfloat16

@@ -38,9 +38,7 @@ def interpolate(
     return (1 - level) * latents + level * noise
 
 
-def velocity(
-    latents: Float[Tensor, "b c f h w"], noise: Float[Tensor, "b c f h w"]
-) -> Float[Tensor, "b c f h w"]:
+def velocity(latents: Float[Tensor, "b c f h w"], noise: Float[Tensor, "b c f h w"]) -> Float[Tensor, "b c f h w"]:
     """The training target `noise - latents`, the derivative of `interpolate` by sigma."""
     return noise - latents
 

@@ -236,7 +236,12 @@ class MaskedPriorLoss:
         return error.sum(1, keepdim=True)
 
     def _reduce(
-        self, target_cells: Tensor, prior_cells: Tensor, weights: MaskWeights, channels: int, sample_prior: Tensor | None
+        self,
+        target_cells: Tensor,
+        prior_cells: Tensor,
+        weights: MaskWeights,
+        channels: int,
+        sample_prior: Tensor | None,
     ) -> LossSums:
         cells = torch.full_like(weights.raw[0, 0, 0, 0, 0], weights.raw.numel())
         if self.normalization == "global":

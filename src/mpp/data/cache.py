@@ -121,7 +121,9 @@ class Cache:
         """
         path = self.folder / "cache.json"
         if not path.is_file():
-            raise ValueError(f"no cache at {self.folder}; make one with `python -m mpp.prepare data.cache_dir={self.folder}`")
+            raise ValueError(
+                f"no cache at {self.folder}; make one with `python -m mpp.prepare data.cache_dir={self.folder}`"
+            )
         content = _json(path.read_text(), path)
         if content.get("format") != FORMAT:
             raise ValueError(

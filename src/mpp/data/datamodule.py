@@ -28,9 +28,7 @@ class CachedSamples(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Read one sample."""
         entry = self.entries[index]
-        return Sample(
-            entry.key, self.cache.latents(entry), self.cache.mask(entry), self.cache.text(entry, self.record)
-        )
+        return Sample(entry.key, self.cache.latents(entry), self.cache.mask(entry), self.cache.text(entry, self.record))
 
 
 class LatentDataModule(LightningDataModule):
@@ -64,7 +62,8 @@ class LatentDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise ValueError(
-                f"data.batch_size must be at least 1 and data.num_workers at least 0, got {batch_size} and {num_workers}"
+                f"data.batch_size must be at least 1 and data.num_workers at least 0, got "
+                f"{batch_size} and {num_workers}"
             )
         if not 0 <= val_fraction < 1:
             raise ValueError(f"data.val_fraction must be at least 0 and below 1, got {val_fraction}")
@@ -105,7 +104,9 @@ class LatentDataModule(LightningDataModule):
             self.cache.check_files(entry)
         bare = [entry.key for entry in train if entry.mask is None]
         if self.require_mask and bare:
-            raise ValueError(f"{bare[0]} and {len(bare) - 1} other training samples have no mask; data.require_mask=true")
+            raise ValueError(
+                f"{bare[0]} and {len(bare) - 1} other training samples have no mask; data.require_mask=true"
+            )
         self.train_entries = train
 
     def train_dataloader(self) -> TrainLoader:

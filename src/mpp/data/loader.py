@@ -65,7 +65,7 @@ class BatchOrder:
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""
         total = sum(-(-len(members) // self.batch_size) for members in self.groups.values())
-        return -(-total // self.world_size)
+        return -(-total // self.world_size)  # noqa: PLE0303 (rounds up)
 
 
 class TrainLoader:

@@ -190,7 +190,7 @@ def latent_mask(mask: np.ndarray, geometry: Geometry, cells: tuple[int, int]) ->
 
 
 def overlaps(start: float, stop: float, cells: int, pixels: int) -> np.ndarray:
-    """Share of each pixel in each of `cells` equal cells between `start` and `stop`: `(cells, pixels)`, rows sum to 1."""
+    """Share of each pixel in each of `cells` equal cells from `start` to `stop`: `(cells, pixels)`; rows sum to 1."""
     edges = np.linspace(start, stop, cells + 1)
     pixel = np.arange(pixels)
     inside = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)

@@ -235,9 +235,7 @@ class Preparation:
         image = crop_picture(read_picture(job.item.picture).rgb, job.geometry)
         latents = encoders.encode_pixels(picture_tensor(image)[None])[0]
         if not torch.isfinite(latents).all():
-            raise ValueError(
-                f"{job.item.picture}: the VAE gave NaN or infinite latents; use model.vae_dtype=float32"
-            )
+            raise ValueError(f"{job.item.picture}: the VAE gave NaN or infinite latents; use model.vae_dtype=float32")
         if tuple(latents.shape) != job.shape:
             raise ValueError(f"{job.item.picture}: latents are {tuple(latents.shape)}, expected {job.shape}")
         image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))

@@ -160,7 +160,9 @@ def _first(names: Sequence[str]) -> str:
     return f" (first: {names[0]})" if names else ""
 
 
-def save_lora(path: Path, transformer: nn.Module, state: Mapping[str, Tensor], provenance: Mapping[str, object]) -> None:
+def save_lora(
+    path: Path, transformer: nn.Module, state: Mapping[str, Tensor], provenance: Mapping[str, object]
+) -> None:
     """Write a LoRA file in diffusers' format, atomically.
 
     Keys are `transformer.<module>.lora_A.weight` and so on; rank, alpha and kind stand in the metadata where
