@@ -288,3 +288,20 @@ def test_schedule_free_weights_are_exported_evaluated_and_trained_on_unchanged(a
     assert any(not torch.equal(before[n], exported[n]) for n in before)
     assert all(torch.equal(before[n], t) for n, t in built.state_dict().items())
     built._trainer = None
+
+
+@pytest.mark.slow  # compiles for about a minute
+def test_compiled_blocks_train_like_eager_ones_without_recompiling(architecture):
+    data = batch(four_masks())
+    grads = []
+    for compiled in (False, True):
+        built = module(architecture, THRESHOLD, compile_blocks=compiled, gradient_checkpointing=True)
+        randomise_adapter(built.transformer)
+        for _ in range(2):
+            built.zero_grad()
+            with torch.compiler.set_stance("default" if not grads or _ == 0 else "fail_on_recompile"):
+                built.training_step(data, 0).backward()
+        grads.append({n.replace("_orig_mod.", ""): p.grad for n, p in built.named_parameters() if p.requires_grad})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-3, atol=1e-6)
