@@ -27,7 +27,7 @@ test: $(STAMP) ## the whole suite, on the CPU, offline
 lint: $(STAMP) ## ruff, and types of the core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(STAMP) ## ruff's fixes
 	$(BIN)/ruff check --fix .
