@@ -254,8 +254,13 @@ def test_captions_are_cleaned_as_the_pipeline_does():
     assert clean_caption("  a\n\tcat &amp;amp; a   dog â€” ") == "a cat & a dog —"
 
 
-def test_constructing_loads_nothing(tmp_path):
+def test_constructing_loads_nothing(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("mpp.models.wan.resolve_folder", lambda *a, **k: opened.append(a))
+    monkeypatch.setattr("mpp.models.wan.safe_open", lambda *a, **k: opened.append(a))
     wan(tmp_path / "not there yet")
+    wan(tmp_path / "not there yet.safetensors")
+    assert opened == []
 
 
 def test_identity_follows_the_weights_not_the_place(pipeline, tmp_path):
