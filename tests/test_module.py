@@ -293,6 +293,7 @@ def test_schedule_free_weights_are_exported_evaluated_and_trained_on_unchanged(a
 
 
 @pytest.mark.slow  # compiles for about a minute
+@pytest.mark.filterwarnings("ignore")  # the compiler raises warnings of its own while tracing
 def test_compiled_blocks_train_like_eager_ones_without_recompiling(architecture):
     data = batch(four_masks())
     grads = []
