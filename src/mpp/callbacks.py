@@ -169,9 +169,11 @@ def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage
     masks = sum(entry.mask is not None for entry in data.train_entries)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     low, high = _STEP_OVER_TEACHER[module.gradient_checkpointing]
+    rate = data.preservation.rate
+    taught = coverage.taught * (1 - rate) + rate
     cost = (
-        f"teacher: runs for {coverage.taught:.0%} of the samples; steps take about {1 + coverage.taught / high:.2f}x "
-        f"(long videos) to {1 + coverage.taught / low:.2f}x (small pictures) as long"
+        f"teacher: runs for {taught:.0%} of the samples; steps take about {1 + taught / high:.2f}x "
+        f"(long videos) to {1 + taught / low:.2f}x (small pictures) as long"
         if loss.prior_weight > 0
         else "teacher: never runs"
     )
@@ -183,6 +185,9 @@ def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage
         cost,
         f"adapter: {module.adapter.kind}, rank {module.adapter.rank}, {trained:,} trainable parameters",
     ]
+    if data.pool:
+        count = data.preservation.count(len(data.train_entries))
+        lines.append(f"preservation: {count} more samples per epoch ({rate:.0%}) from a pool of {len(data.pool)}")
     if data.unchecked:
         lines.append(f"not on this machine, so not compared with the cache's: {', '.join(data.unchecked)}")
     return lines
@@ -190,7 +195,7 @@ def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage
 
 def _data_advice(loss: MaskedPriorLoss, data: LatentDataModule, coverage: Coverage) -> list[str]:
     masked = any(entry.mask is not None for entry in data.train_entries)
-    if loss.prior_weight > 0 and not masked:
+    if loss.prior_weight > 0 and not masked and not data.pool:
         return [
             "loss.prior_weight > 0 while no sample has a mask: the prior never applies; prepare with data.mask_dir, or "
             "choose loss=plain"

@@ -81,6 +81,7 @@ class MaskedPriorModule(LightningModule):
         self._base: str | None = None
         self._reported_at = 0.0
         self._warned = False
+        self._learning = 0  # samples since the last report that are meant to teach something
 
     def configure_model(self) -> None:
         """Load the frozen transformer and add the adapter, once.
@@ -207,6 +208,7 @@ class MaskedPriorModule(LightningModule):
         if self._trainer is None:
             return
         trainer = self.trainer
+        self._learning += len(batch) - batch.preserved
         self.samples_seen += len(batch) * trainer.world_size
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if not ends_step or (trainer.global_step + 1) % trainer.log_every_n_steps:
@@ -222,7 +224,8 @@ class MaskedPriorModule(LightningModule):
         self.log("perf/samples_per_second", rate, batch_size=len(batch))
 
     def _warn_if_nothing_learned(self, sums: Tensor) -> None:
-        if float(sums[0]) == 0 and not self._warned:
+        nothing, self._learning = float(sums[0]) == 0 and self._learning > 0, 0
+        if nothing and not self._warned:
             self._warned = True
             self.print(
                 "warning: nothing is learned: every mask since the last report is empty (all 0); check that masks are "

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from mpp.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mpp.config import CONFIG_DIR, as_record, build, build_all, check_config, entry
+from mpp.core.loss import MaskedPriorLoss
 from mpp.data.datamodule import LatentDataModule
 from mpp.module import MaskedPriorModule, check_checkpoint
 
@@ -46,6 +47,7 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     checkpoint = find_checkpoint(cfg.ckpt_path, folder)
     architecture.check()
     data.setup()
+    check_preservation(module.loss, data)
     if checkpoint is not None:
         check_checkpoint(read_checkpoint(checkpoint), base=architecture.identity().transformer, seed=cfg.seed)
     bar = cfg.trainer.enable_progress_bar is not False
@@ -78,6 +80,23 @@ def fit(
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
         log.info("LoRA: %s", Path(trainer.default_root_dir, "lora.safetensors"))
+
+
+def check_preservation(loss: MaskedPriorLoss, data: LatentDataModule) -> None:
+    """Refuse preservation samples under a loss that would not preserve them.
+
+    Raises:
+        ValueError: No prior, or a floor that would learn the samples' own pictures.
+    """
+    if data.preservation.rate == 0:
+        return
+    if loss.prior_weight == 0:
+        raise ValueError("data.preservation needs a prior; set loss.prior_weight above 0, or choose loss=threshold")
+    if loss.mask_min_weight > 0:
+        raise ValueError(
+            f"loss.mask_min_weight={loss.mask_min_weight} would train on the pictures of the preservation samples; "
+            "set loss.mask_min_weight=0"
+        )
 
 
 def find_checkpoint(ckpt_path: str | None, folder: Path) -> Path | None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mpp.data.cache import Cache, Entry
-from mpp.data.datamodule import LatentDataModule, split_entries
+from mpp.data.datamodule import CachedSamples, LatentDataModule, split_entries
 from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
 from tests import helpers
 
@@ -111,7 +111,7 @@ def test_batches_carry_what_the_cache_holds(prepared, architecture, workers):
 def test_validation_counts_every_sample_once_whatever_the_number_of_ranks(prepared, architecture, world):
     data = LatentDataModule(architecture=architecture, cache_dir=str(prepared), val_fraction=0.6)
     data.setup()
-    samples = data.train_dataloader()._loader.dataset.__class__(data.cache, data.val_entries, architecture)
+    samples = CachedSamples(data.cache, data.val_entries, architecture)
     shapes = [entry.shape for entry in data.val_entries]
     ranks = [
         list(ValidationLoader(samples, shapes, 2, data.collate, rank=rank, world_size=world)) for rank in range(world)

@@ -11,12 +11,16 @@ from mpp.models.base import Conditioning
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as read from the cache: latents `(c, f, h, w)`, mask `(1, f, h, w)`, unbatched conditioning."""
+    """One sample as read from the cache: latents `(c, f, h, w)`, mask `(1, f, h, w)`, unbatched conditioning.
+
+    `preserved` tells a preservation sample, whose mask is zeros by intention.
+    """
 
     key: str
     latents: Tensor
     mask: Tensor
     conditioning: Conditioning
+    preserved: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Batch:
             `mask` itself.
         window: Masks of all batches of this accumulation window on this rank, this one included; they decide what a
             `global` mean divides by. Stays on the CPU. None: this batch alone.
+        preserved: How many are preservation samples.
         counted: False for a repeat that only keeps the ranks in step during validation.
     """
 
@@ -41,6 +46,7 @@ class Batch:
     conditioning: Conditioning
     host_mask: Tensor | None = None
     window: tuple[Tensor, ...] | None = None
+    preserved: int = 0
     counted: bool = True
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -70,4 +76,5 @@ def collate_samples(samples: Sequence[Sample], conditioning: Conditioning) -> Ba
         mask=mask,
         conditioning=conditioning,
         host_mask=mask,
+        preserved=sum(sample.preserved for sample in samples),
     )

@@ -10,6 +10,7 @@ from mpp.core import draws
 from mpp.data.batch import Batch, Sample, collate_samples
 from mpp.data.cache import Cache, Entry
 from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
+from mpp.data.preservation import MixedSamples, Preservation
 from mpp.models.base import Architecture
 
 _CHECKED = 10_000  # samples whose file headers are read before training; more would delay the start
@@ -41,6 +42,7 @@ class LatentDataModule(LightningDataModule):
         val_fraction: Share of the training pictures held out for validation, in [0, 1), where the cache has no
             validation folder of its own.
         require_mask: Refuse a cache in which a training sample has no mask.
+        preservation: Samples whose whole area keeps the base model's prediction, mixed into training.
         num_workers: Processes that read ahead.
         seed: Seed of order and split.
 
@@ -56,6 +58,7 @@ class LatentDataModule(LightningDataModule):
         batch_size: int = 1,
         val_fraction: float = 0.0,
         require_mask: bool = False,
+        preservation: Preservation | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -71,7 +74,9 @@ class LatentDataModule(LightningDataModule):
         self.cache = Cache(cache_dir)
         self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
         self.require_mask, self.num_workers = require_mask, num_workers
+        self.preservation = preservation or Preservation()
         self.train_entries: list[Entry] = []
+        self.pool: list[tuple[Cache, Entry]] = []
         self.val_entries: list[Entry] = []
         self.unchecked: list[str] = []
 
@@ -79,8 +84,8 @@ class LatentDataModule(LightningDataModule):
         """Read the index and refuse a cache that does not fit, from manifests and file headers alone.
 
         Raises:
-            ValueError: Another model's cache, a damaged file, a missing mask with `require_mask`, or a batch larger
-                than the set.
+            ValueError: Another model's cache, a damaged file, a missing mask with `require_mask`, a batch larger
+                than the set, or preservation samples that are not there.
         """
         del stage
         if self.train_entries:
@@ -107,14 +112,24 @@ class LatentDataModule(LightningDataModule):
             raise ValueError(
                 f"{bare[0]} and {len(bare) - 1} other training samples have no mask; data.require_mask=true"
             )
+        self.pool = self.preservation.pool(self.cache, train, model)
         self.train_entries = train
 
     def train_dataloader(self) -> TrainLoader:
         """This rank's training batches, by shape."""
         rank, world = self._place()
-        order = BatchOrder([entry.shape for entry in self.train_entries], self.batch_size, self.seed, rank, world)
+        order = BatchOrder(
+            [entry.shape for entry in self.train_entries],
+            self.batch_size,
+            self.seed,
+            rank,
+            world,
+            pool=[entry.shape for _, entry in self.pool],
+            pool_count=self.preservation.count(len(self.train_entries)),
+        )
         window = self.trainer.accumulate_grad_batches if self.trainer else 1
-        samples = CachedSamples(self.cache, self.train_entries, self.architecture)
+        train = CachedSamples(self.cache, self.train_entries, self.architecture)
+        samples = MixedSamples(train, len(self.train_entries), self.pool, self.architecture)
         return TrainLoader(samples, order, self.collate, window=window, num_workers=self.num_workers)
 
     def val_dataloader(self) -> ValidationLoader:

@@ -29,17 +29,34 @@ class BatchOrder:
     smaller), and the batches are shuffled. The epoch's list is the same on every rank, and each rank takes every
     `world_size`-th batch; the list wraps around so that all ranks have equally many.
 
+    Each epoch also holds `pool_count` samples of a pool, of each shape in proportion and in turn: number `i` of the
+    pool on its visit `v` within the epoch is sample `len(shapes) + v * len(pool) + i`.
+
     Args:
         shapes: Latent shape of each sample.
         batch_size: Samples per batch at most.
         seed: Seed of the order.
         rank: This process.
         world_size: Number of processes.
+        pool: Latent shape of each sample of the pool.
+        pool_count: How many of them an epoch holds.
     """
 
-    def __init__(self, shapes: Sequence[Shape], batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        pool: Sequence[Shape] = (),
+        pool_count: int = 0,
+    ) -> None:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.groups = _by_shape(shapes)
+        self.first_of_pool, self.pool_size = len(shapes), len(pool)
+        self.groups, self.pool = _by_shape(shapes), _by_shape(pool)
+        self.quota = _apportion({shape: len(members) for shape, members in self.pool.items()}, pool_count)
         self.epoch = 0
         self.position = 0
 
@@ -51,7 +68,8 @@ class BatchOrder:
     def epoch_batches(self) -> list[list[int]]:
         """All batches of this rank in the current epoch."""
         found: list[list[int]] = []
-        for shape, members in sorted(self.groups.items()):
+        for shape in sorted({*self.groups, *self.pool}):
+            members = self.groups.get(shape, []) + self._picks(shape)
             order = draws.order(len(members), self.seed, self.epoch, f"samples {shape}")
             found += [[members[i] for i in part] for part in chunks(order, self.batch_size)]
         order = draws.order(len(found), self.seed, self.epoch, "batches")
@@ -64,8 +82,23 @@ class BatchOrder:
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""
-        total = sum(-(-len(members) // self.batch_size) for members in self.groups.values())
+        sizes = [len(self.groups.get(s, ())) + self.quota.get(s, 0) for s in {*self.groups, *self.pool}]
+        total = sum(-(-size // self.batch_size) for size in sizes)
         return -(-total // self.world_size)  # noqa: PLE0303 (rounds up)
+
+    def _picks(self, shape: Shape) -> list[int]:
+        """This epoch's samples of the pool in one shape; successive epochs go through the pool in turn."""
+        members, count = self.pool.get(shape, []), self.quota.get(shape, 0)
+        if not count:
+            return []
+        start, size = self.epoch * count, len(members)
+        turns = range(start // size, (start + count - 1) // size + 1)
+        row = [
+            self.first_of_pool + visit * self.pool_size + members[i]
+            for visit, turn in enumerate(turns)
+            for i in draws.order(size, self.seed, turn, f"pool {shape}")
+        ]
+        return row[start % size : start % size + count]
 
 
 class TrainLoader:
@@ -155,6 +188,19 @@ class ValidationLoader:
         """All batches of this rank."""
         for batch, counted in zip(self._loader, self._counted, strict=True):
             yield replace(batch, counted=counted)
+
+
+def _apportion(sizes: dict[Shape, int], count: int) -> dict[Shape, int]:
+    """`count` shared out in proportion to the sizes, largest remainders first."""
+    total = sum(sizes.values())
+    if total == 0 or count == 0:
+        return {}
+    exact = {shape: count * size / total for shape, size in sizes.items()}
+    shares = {shape: int(value) for shape, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda shape: (shares[shape] - exact[shape], shape))
+    for shape in by_remainder[: count - sum(shares.values())]:
+        shares[shape] += 1
+    return shares
 
 
 def _by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:

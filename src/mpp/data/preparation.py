@@ -202,7 +202,9 @@ class Preparation:
             summary.validation += job.item.split == "val"
 
     def _encode_text(self, jobs: Sequence[_Job], encoders: Encoders) -> None:
-        captions = sorted({job.item.caption for job in jobs})
+        own = {job.item.caption for job in jobs}
+        trained = {job.item.caption for job in jobs if job.item.split == "train"}
+        captions = sorted(own.union(*(self.source.preservation.of(caption) for caption in trained)))
         missing = [c for c in captions if made_from(self.cache.text_path(text_name(c))) is None]
         self.summary.texts_encoded, self.summary.texts_current = len(missing), len(captions) - len(missing)
         with tqdm(total=len(missing), desc="captions", unit="caption", disable=None) as bar:

@@ -2,11 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from mpp.data.media import SUFFIXES
+from mpp.data.preservation import OtherCaptions
 
 MaskKind = Literal["folder", "masklabel", "alpha"]
 _LABEL = "-masklabel"
@@ -52,6 +53,7 @@ class FolderSource:
         resolution: Side of the square bucket in pixels.
         max_aspect: Longest side of a bucket over its shortest.
         flip: Also prepare each training picture mirrored.
+        preservation: Other captions of the training pictures that are encoded as well, for preservation samples.
 
     Raises:
         ValueError: An unknown mask source or error mode.
@@ -68,6 +70,7 @@ class FolderSource:
     resolution: int = 512
     max_aspect: float = 2.0
     flip: bool = False
+    preservation: OtherCaptions = field(default_factory=OtherCaptions)
 
     def __post_init__(self) -> None:
         """Refuse unknown words."""

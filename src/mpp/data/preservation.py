@@ -1,0 +1,156 @@
+"""Preservation samples: pictures whose whole area keeps the base model's prediction, mixed into training.
+
+The prior sees only the captions that are trained on, so what other prompts show may still drift. A preservation
+sample is a visit with a mask of zeros: nothing is learned from the picture, its noisy latents only say where student
+and teacher are compared.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch.utils.data import Dataset
+
+from mpp.data.batch import Sample
+from mpp.data.cache import Cache, Entry, text_name
+from mpp.models.base import Architecture
+
+
+@dataclass(frozen=True)
+class OtherCaptions:
+    """Captions under which the training pictures are shown again.
+
+    Args:
+        replace: Words and what stands for them, e.g. `{ohwx: person}`: the trigger word's class word. None: not used.
+        caption: One caption for all pictures; `""` is the empty caption. None: not used.
+
+    Raises:
+        ValueError: An empty word to replace.
+    """
+
+    replace: Mapping[str, str] | None = None
+    caption: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what would match everywhere."""
+        if any(not word.strip() for word in self.replace or ()):
+            raise ValueError("data.preservation.replace has an empty word; write it as {trigger: class}")
+
+    def of(self, caption: str) -> list[str]:
+        """The other captions of a picture: with words replaced, where any occurs, and the one for all."""
+        found = []
+        if self.replace:
+            words = "|".join(re.escape(word) for word in sorted(self.replace, key=len, reverse=True))
+            other = re.sub(rf"(?<!\w)(?:{words})(?!\w)", lambda match: self.replace[match[0]], caption)
+            if other != caption:
+                found.append(other)
+        if self.caption is not None:
+            found.append(self.caption)
+        return found
+
+
+@dataclass(frozen=True)
+class Preservation(OtherCaptions):
+    """Which preservation samples are mixed into training, and how many.
+
+    Args:
+        replace: See `OtherCaptions`; the captions must have been prepared with the same setting.
+        caption: See `OtherCaptions`.
+        rate: Share of an epoch's samples that are preservation samples, in [0, 1); 0 is none.
+        cache_dir: A cache of other pictures, with their own captions.
+
+    Raises:
+        ValueError: A rate out of range, or one above 0 with nothing to draw from.
+    """
+
+    rate: float = 0.0
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other."""
+        super().__post_init__()
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"data.preservation.rate must be at least 0 and below 1, got {self.rate}")
+        named = bool(self.replace) or self.caption is not None or self.cache_dir is not None
+        if self.rate > 0 and not named:
+            raise ValueError(
+                f"data.preservation.rate={self.rate} has nothing to draw from; set data.preservation.replace, "
+                "data.preservation.caption or data.preservation.cache_dir"
+            )
+        if self.rate == 0 and named:
+            raise ValueError("data.preservation names samples and its rate is 0; set data.preservation.rate, e.g. 0.25")
+
+    def count(self, samples: int) -> int:
+        """Preservation samples in an epoch of `samples` training samples."""
+        return max(1, round(self.rate / (1 - self.rate) * samples)) if self.rate else 0
+
+    def pool(self, cache: Cache, entries: Sequence[Entry], architecture: Architecture) -> list[tuple[Cache, Entry]]:
+        """All preservation samples there are, with the caches that hold them.
+
+        Args:
+            cache: The training cache.
+            entries: Its training samples.
+            architecture: The model that trains.
+
+        Raises:
+            ValueError: No caption holds a word to replace, a caption was not prepared, or the other cache is of
+                another model, damaged or empty.
+        """
+        if self.rate == 0:
+            return []
+        others = [[replace(e, caption=c, text=text_name(c), mask=None) for c in self.of(e.caption)] for e in entries]
+        if self.replace and not any(len(found) > (self.caption is not None) for found in others):
+            raise ValueError(
+                f"data.preservation.replace: none of {', '.join(self.replace)} occurs as a word in any caption, "
+                f"such as {entries[0].caption!r}"
+            )
+        found = [(cache, entry) for group in others for entry in group]
+        for entry in {entry.text: entry for _, entry in found}.values():
+            if not cache.text_path(entry.text).is_file():
+                raise ValueError(
+                    f"the cache {cache.folder} has no embeddings of the caption {entry.caption!r}; run "
+                    "`python -m mpp.prepare` again with the same data.preservation.replace and caption"
+                )
+        return found + self._other_pictures(architecture)
+
+    def _other_pictures(self, architecture: Architecture) -> list[tuple[Cache, Entry]]:
+        if self.cache_dir is None:
+            return []
+        cache = Cache(self.cache_dir)
+        cache.manifest().check(architecture.family, architecture.latents, architecture.identity(), cache.folder)
+        entries = [replace(entry, mask=None) for entry in cache.entries() if entry.split == "train"]
+        if not entries:
+            raise ValueError(f"data.preservation.cache_dir={self.cache_dir} has no training samples")
+        for entry in entries:
+            cache.check_files(entry)
+        return [(cache, entry) for entry in entries]
+
+
+class MixedSamples(Dataset[Sample]):
+    """Training samples by number, and after them the preservation samples, again and again.
+
+    Args:
+        train: The training samples.
+        pool: The preservation samples.
+        architecture: Whose records the caches hold.
+    """
+
+    def __init__(
+        self, train: Dataset[Sample], count: int, pool: Sequence[tuple[Cache, Entry]], architecture: Architecture
+    ) -> None:
+        self.train, self.count, self.pool, self.record = train, count, pool, architecture.conditioning
+
+    def __len__(self) -> int:
+        """Samples, each preservation sample counted once."""
+        return self.count + len(self.pool)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one sample; a preservation sample's mask is zeros, and each of its visits has noise of its own."""
+        if index < self.count:
+            return self.train[index]
+        visit, number = divmod(index - self.count, len(self.pool))
+        cache, entry = self.pool[number]
+        latents = cache.latents(entry)
+        mask = latents.new_zeros(1, *latents.shape[1:])
+        key = f"{entry.key}#preserve{number}.{visit}"
+        return Sample(key, latents, mask, cache.text(entry, self.record), preserved=True)
