@@ -5,10 +5,10 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo demo-photos proof test lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,8 +18,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP) ## make the virtual environment
 
-demo: $(STAMP) ## photos and masks to a trained LoRA, in a few minutes on two CPU cores
-	$(BIN)/python demo/demo.py $(DEMO)
+demo: $(STAMP) ## what the prior does, in one picture: a toy world, a few minutes on two CPU cores
+	$(BIN)/python -m benchmarks.phantom_limb.demo $(DEMO)
+
+demo-photos: $(STAMP) ## photos and masks to a trained LoRA on a tiny random model
+	$(BIN)/python demo/demo.py $(DEMO)-photos
+
+proof: $(STAMP) ## the comparison behind the claims, all variants and seeds; PROOF=full for more
+	$(BIN)/python -m benchmarks.phantom_limb.proof $(if $(filter full,$(PROOF)),--full)
 
 test: $(STAMP) ## the whole suite, on the CPU, offline
 	$(BIN)/python -m pytest -n 2 $(PYTEST)

@@ -1,0 +1,97 @@
+"""The phantom limb in a few minutes: `python -m benchmarks.phantom_limb.demo OUT_DIR`, or `make demo`.
+
+Makes a fine-tune set, trains one adapter on its masks alone and one with the prior by the commands that users run,
+loads both files into the base model with diffusers' own loader, and writes one picture with base and both side by side.
+An earlier demo in OUT_DIR is replaced.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.phantom_limb.proof import picture, table
+from benchmarks.phantom_limb.sampling import draw_noise, sample, toy
+from benchmarks.phantom_limb.study import BASE, KEPT, NOISE_SEEDS, damage, make_data, painted, prompts_of, protocol
+from benchmarks.phantom_limb.world import SUBJECTS
+
+SUBJECT = "zarp"
+SHOWN = {
+    "success": ("whole subject", 2),
+    "phantom": ("phantom px", 4),
+    "background": ("background distance", 4),
+    "other_distance": ("other prompts' distance", 3),
+}
+
+
+def train(out: Path, variant: str) -> None:
+    """`python -m mpp.train` as the protocol has it."""
+    rules = protocol()
+    arguments = [
+        "experiment=phantom_limb",
+        f"data.cache_dir={out / 'data' / SUBJECT / 'train' / 'cache'}",
+        f"output_dir={out / variant}",
+        f"trainer.max_steps={rules.steps}",
+        *rules.main.variants[variant].set,
+    ]
+    print(f"\n$ python -m mpp.train {' '.join(arguments)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", "mpp.train", *arguments], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def paint(file: Path | None) -> dict[str, Tensor]:
+    """Pictures of the protocol's prompts by the base, with a LoRA file or without."""
+    architecture = toy(pretrained=str(BASE))
+    transformer = architecture.load_transformer().eval()
+    if file is not None:
+        transformer.load_lora_adapter(str(file), prefix="transformer")
+    pictures = {}
+    for kind, captions in prompts_of(SUBJECT, protocol()).items():
+        noise = draw_noise(architecture, len(captions), NOISE_SEEDS[kind])
+        pictures[kind] = sample(architecture, transformer, captions, noise)
+    return pictures
+
+
+def judge(variant: str, pictures: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float | str]:
+    """The protocol's measures of a variant's pictures."""
+    rules, subject = protocol(), SUBJECTS[SUBJECT]
+    values = painted(pictures["subject"], base["subject"], subject, SUBJECT, rules)
+    values |= damage(pictures["others"], base["others"], prompts_of(SUBJECT, rules)["others"], subject)
+    return {"variant": variant, **values}
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_dir", type=Path, help="folder for pictures, cache and runs")
+    parser.add_argument("--variants", nargs="+", default=["masked", "threshold_w4"], help="variants of the protocol")
+    args = parser.parse_args()
+    out, rules = args.out_dir, protocol()
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"Fine-tune set: {rules.pictures} pictures of the subject, always beside one bystander on one background.")
+    make_data(out / "data" / SUBJECT, SUBJECT, BASE, rules, rules.main.halo)
+    base = paint(None)
+    rows = [judge("base", base, base)]
+    for variant in args.variants:
+        train(out, variant)
+        pictures = paint(out / variant / "lora.safetensors")
+        rows.append(judge(variant, pictures, base))
+        kept = torch.cat([pictures["subject"][:KEPT], pictures["others"][:KEPT]])
+        folder = out / "training" / f"{variant}-{SUBJECT}-0"
+        folder.mkdir(parents=True)
+        torch.save((kept * 255).round().byte(), folder / "kept.pt")
+    picture(out, out / "data", SUBJECT, args.variants).save(out / "phantom_limb.png")
+    print(f"\n{rules.prompts} pictures each, prompted with the trigger word on named backgrounds:\n")
+    print(table(rows, SHOWN))
+    print(f"Picture to look at:       {out / 'phantom_limb.png'}  (the last two rows are prompts without the subject)")
+    print(f"LoRA (diffusers format):  {out / args.variants[-1] / 'lora.safetensors'}")
+    print(f"Regions of the masks:     {out / args.variants[-1] / 'regions.png'}")
+
+
+if __name__ == "__main__":
+    main()

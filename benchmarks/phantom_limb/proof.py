@@ -1,0 +1,187 @@
+"""The comparisons: `python -m benchmarks.phantom_limb.proof [--study NAME] [--full]`, or `make proof`.
+
+Makes the fine-tune sets, trains every variant of the protocol with every seed through `mpp.train`, measures, and
+writes `results/STUDY.json` (every run), `results/STUDY.md` and `results/STUDY.png`. Interrupted, it goes on.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from benchmarks.phantom_limb.sampling import grid
+from benchmarks.phantom_limb.study import (
+    BASE,
+    HERE,
+    KEPT,
+    Job,
+    damage,
+    jobs,
+    make_data,
+    painted,
+    prompts_of,
+    protocol,
+    run,
+)
+from benchmarks.phantom_limb.world import SUBJECTS
+from mpp.files import write_atomically, write_json
+
+Row = dict[str, float | str]
+COLUMNS = {  # measure: (heading, digits)
+    "success": ("subject", 2),
+    "held_out_error": ("in-mask error", 3),
+    "alone_error": ("alone", 3),
+    "phantom": ("phantom px", 4),
+    "bystander": ("bystander", 2),
+    "ground": ("checkers", 2),
+    "background": ("background", 4),
+    "rim": ("rim", 4),
+    "held_out_drift": ("drift", 3),
+    "other_distance": ("others", 3),
+    "other_malformed": ("malformed", 2),
+    "area": ("area", 2),
+    "seconds": ("s", 0),
+}
+SHOWN = ("no_mask", "masked", "masked_floor", "threshold_w1", "threshold_w4")
+
+
+def work(job: Job, base: Path, root: Path, out: Path) -> Path:
+    """One job in a process of its own."""
+    return run(job, base, root, out)
+
+
+def data(args: tuple[Path, str, Path, Mapping[str, float]]) -> None:
+    """One fine-tune set in a process of its own."""
+    root, name, base, halo = args
+    torch.set_num_threads(1)
+    rules = protocol()
+    if not (root / name / "base_others.pt").is_file():
+        make_data(root / name, name, base, rules, halo)
+
+
+def run_all(found: Sequence[Job], base: Path, root: Path, out: Path, workers: int) -> list[Row]:
+    """Results of all jobs, in their order."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = {pool.submit(work, job, base, root, out): job for job in found}
+        for number, done in enumerate(as_completed(waiting), 1):
+            print(f"{number}/{len(found)} {done.result().stem}", flush=True)
+    return [json.loads((out / "runs" / f"{j.variant}-{j.subject}-{j.seed}.json").read_text()) for j in found]
+
+
+def base_rows(root: Path) -> list[Row]:
+    """What the base itself scores, for each fine-tune set: the floor of every measure of pictures."""
+    rules, rows = protocol(), []
+    for name in rules.subjects:
+        pictures = {kind: torch.load(root / name / f"base_{kind}.pt") for kind in ("subject", "others")}
+        values = painted(pictures["subject"], pictures["subject"], SUBJECTS[name], name, rules)
+        others = prompts_of(name, rules)["others"]
+        values |= damage(pictures["others"], pictures["others"], others, SUBJECTS[name])
+        rows.append({"variant": "base", "subject": name, "seed": 0, **values})
+    return rows
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, tuple[str, int]] = COLUMNS) -> str:
+    """Mean and standard deviation over runs by variant, as Markdown."""
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    lines = [
+        "| variant | runs | " + " | ".join(heading for heading, _ in columns.values()) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for name in names:
+        own = [row for row in rows if row["variant"] == name]
+        cells = [_cell([row[key] for row in own if key in row], digits) for key, (_, digits) in columns.items()]
+        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 or digits == 0 else f"{mean}±{statistics.stdev(values):.{digits}f}"
+
+
+def mean(rows: Sequence[Row], variant: str, key: str) -> float:
+    """Mean of one measure over a variant's runs."""
+    return statistics.fmean(row[key] for row in rows if row["variant"] == variant)
+
+
+def against(rows: Sequence[Row], reference: str) -> str:
+    """Every variant against one of them, the ratios that the claims are about, as Markdown."""
+    lines = [
+        f"| against {reference} | phantom px | background | drift | others | subject, points | in-mask error | alone |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        if name in ("base", reference):
+            continue
+        lower = [
+            mean(rows, reference, key) / max(mean(rows, name, key), 1e-9)
+            for key in ("phantom", "background", "held_out_drift", "other_distance")
+        ]
+        points = 100 * (mean(rows, name, "success") - mean(rows, reference, "success"))
+        errors = [100 * (mean(rows, name, k) / mean(rows, reference, k) - 1) for k in ("held_out_error", "alone_error")]
+        cells = [f"{value:.1f}x lower" for value in lower] + [f"{points:+.1f}"] + [f"{e:+.1f} %" for e in errors]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(out: Path, root: Path, name: str, variants: Sequence[str], rows: int = 6) -> Image.Image:
+    """Base and variants side by side: each row one noise and caption, the last two without the trigger word."""
+    chosen = [*range(rows - 2), KEPT, KEPT + 1]
+    base = torch.cat([torch.load(root / name / f"base_{kind}.pt")[:KEPT] for kind in ("subject", "others")])
+    columns = [base] + [_kept(out, variant, name) for variant in variants]
+    sheet = grid(torch.stack([column[chosen] for column in columns], 1).flatten(0, 1), len(columns), 4)
+    head = Image.new("RGB", (sheet.width, sheet.height + 16), "white")
+    head.paste(sheet, (0, 16))
+    draw = ImageDraw.Draw(head)
+    for number, heading in enumerate(("base", *variants)):
+        draw.text((number * sheet.width // len(columns) + 3, 2), heading.replace("threshold", "prior"), fill="black")
+    return head
+
+
+def _kept(out: Path, variant: str, name: str) -> Tensor:
+    return torch.load(out / "training" / f"{variant}-{name}-0" / "kept.pt").float() / 255
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=("main", "tiers", "preservation"), default="main")
+    parser.add_argument("--full", action="store_true", help="more seeds and variants")
+    parser.add_argument("--base", type=Path, default=BASE)
+    parser.add_argument("--work", type=Path, default=Path("outputs/proof"), help="folder for data and runs")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for table and picture")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    rules, started = protocol(), time.time()
+    study, folder = rules[args.study], (args.work / args.study).resolve()
+    base, root = args.base.resolve(), folder / "data"
+    variants = {**study.variants, **(study.get("full_variants", {}) if args.full else {})}
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(data, [(root, name, base, dict(study.halo)) for name in rules.subjects]))
+    found = jobs(rules, root, variants, rules.full_seeds if args.full else rules.seeds)
+    rows = [*base_rows(root), *run_all(found, base, root, folder, args.workers)]
+    minutes = math.ceil((time.time() - started) / 60)
+    text = table(rows) + "\n" + against(rows, study.reference)
+    print("\n" + text + f"\n{len(found)} runs, {minutes} minutes")
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = f"{args.study}_full" if args.full else args.study
+    write_json(args.out / f"{name}.json", {"minutes": minutes, "torch": torch.__version__, "runs": rows})
+    write_atomically(args.out / f"{name}.md", lambda path: path.write_text(text))
+    shown = [variant for variant in SHOWN if variant in variants] or list(variants)
+    picture(folder, root, rules.subjects[0], shown).save(args.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

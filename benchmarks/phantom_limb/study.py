@@ -1,0 +1,307 @@
+"""Data, runs and measures of the experiment; everything trains through `mpp.prepare` and `mpp.train`."""
+
+import contextlib
+import io
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+
+import mpp.prepare
+import mpp.train
+from benchmarks.phantom_limb.detectors import GROUND_SHARE, background_off, find, grow, object_faults, objects
+from benchmarks.phantom_limb.sampling import draw_noise, sample, toy, write_pictures
+from benchmarks.phantom_limb.world import (
+    SIZE,
+    SUBJECTS,
+    Scenes,
+    Subject,
+    named_scenes,
+    object_coverage,
+    render,
+    subject_scenes,
+)
+from mpp.config import CONFIG_DIR
+from mpp.core.loss import MaskedPriorLoss
+from mpp.data.cache import Cache
+from mpp.data.datamodule import CachedSamples, LatentDataModule
+from mpp.data.loader import ValidationLoader
+from mpp.files import write_json
+from mpp.module import MaskedPriorModule
+
+HERE = Path(__file__).parent
+BASE = HERE / "base"
+NOISE_SEEDS = {"subject": 1000, "others": 2000}
+KEPT = 8  # pictures of each run that are kept for the grid
+
+
+def protocol() -> DictConfig:
+    """The protocol as committed."""
+    return OmegaConf.load(HERE / "protocol.yaml")
+
+
+def generator(*names: object) -> torch.Generator:
+    """Random numbers that depend on names alone."""
+    from mpp.core.draws import generator as seeded  # noqa: PLC0415
+
+    return seeded(0, "phantom limb", " ".join(map(str, names)))
+
+
+# ---------------------------------------------------------------- data
+
+
+def make_data(root: Path, name: str, base: Path, rules: DictConfig, halo: Mapping[str, float]) -> None:
+    """Write a subject's pictures, masks and captions, prepare them, and paint the base's pictures to compare with.
+
+    Args:
+        root: Folder of this fine-tune set.
+        name: The subject.
+        base: Folder of the base model.
+        rules: The protocol.
+        halo: Second tier of the masks.
+    """
+    subject = SUBJECTS[name]
+    sets = {
+        "train": subject_scenes(subject, rules.pictures, generator(name, "train"), alone=False),
+        "clean": subject_scenes(subject, rules.pictures, generator(name, "clean"), alone=True),
+        "held_out": subject_scenes(subject, rules.held_out, generator(name, "held out"), alone=False),
+        "alone": subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True),
+        "others": (*named_scenes(4 * rules.pictures, generator(name, "others")), None),
+    }
+    for kind, (scenes, captions, _) in sets.items():
+        write_pictures(render(scenes), captions, root / kind / "pictures")
+        if kind != "others":
+            write_masks(scenes, halo, root / kind / "masks")
+    masked = {kind: kind != "others" for kind in sets}
+    for kind in sets:
+        replace = [f"data.preservation.replace={{{name}:object}}", "data.preservation.caption=''"]
+        prepare(root / kind, base, [f"data.mask_dir={root / kind / 'masks'}"] if masked[kind] else [], replace)
+    prepare(root / "train", base, [], [], cache="unmasked")
+    prepare(root / "clean", base, [], [], cache="unmasked")
+    architecture, prompts = toy(pretrained=str(base)), prompts_of(name, rules)
+    transformer = architecture.load_transformer().eval()
+    for kind, captions in prompts.items():
+        noise = draw_noise(architecture, len(captions), NOISE_SEEDS[kind])
+        torch.save(sample(architecture, transformer, captions, noise), root / f"base_{kind}.pt")
+
+
+def write_masks(scenes: Scenes, halo: Mapping[str, float], folder: Path) -> None:
+    """Tiered masks: white on the object, grey around it, black elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = object_coverage(scenes) > 0.5
+    tiers = torch.where(whole, 1.0, torch.where(grow(whole, int(halo["pixels"])), float(halo["value"]), 0.0))
+    for number, tier in enumerate(tiers):
+        Image.fromarray((tier * 255).round().byte().numpy()).save(folder / f"{number:04d}.png")
+
+
+def prompts_of(name: str, rules: DictConfig) -> dict[str, list[str]]:
+    """What is painted to judge a run: the trigger word on named backgrounds, and other objects."""
+    _, subject, _ = subject_scenes(SUBJECTS[name], rules.prompts, generator(name, "prompts"), alone=True)
+    _, others = named_scenes(rules.prompts, generator(name, "other prompts"))
+    return {"subject": subject, "others": others}
+
+
+def configured(name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration that the command line would make."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def prepare(folder: Path, base: Path, masks: Sequence[str], others: Sequence[str], cache: str = "cache") -> None:
+    """`python -m mpp.prepare` on a folder of pictures."""
+    settings = ["model=toy", f"model.pretrained={base}", f"data.image_dir={folder / 'pictures'}", "device=cpu"]
+    settings += [f"data.cache_dir={folder / cache}", f"data.resolution={SIZE}", *masks, *others]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        mpp.prepare.run(configured("prepare", settings))
+
+
+# ---------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        variant: Its name.
+        subject: Whose fine-tune set.
+        seed: Of adapter and draws.
+        steps: Optimizer steps.
+        cache: The training cache.
+        settings: Overrides that make the variant.
+    """
+
+    variant: str
+    subject: str
+    seed: int
+    steps: int
+    cache: Path
+    settings: tuple[str, ...]
+
+
+def jobs(rules: DictConfig, root: Path, variants: Mapping[str, DictConfig], seeds: Sequence[int]) -> list[Job]:
+    """All runs of some variants."""
+    places = {"clean": ("clean", "unmasked"), "unmasked": ("train", "unmasked"), "train": ("train", "cache")}
+    found = []
+    for seed in seeds:
+        for subject in rules.subjects:
+            for name, variant in variants.items():
+                cache = root / subject / Path(*places[variant.get("data", "train")])
+                steps = round(rules.steps * variant.get("steps_factor", 1.0))
+                places_of = {"<data>": str(root / subject), "<subject>": subject}
+                settings = [_filled(setting, places_of) for setting in variant.set]
+                found.append(Job(name, subject, seed, steps, cache, tuple(settings)))
+    return found
+
+
+def _filled(setting: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        setting = setting.replace(name, value)
+    return setting
+
+
+def train(job: Job, base: Path, folder: Path) -> tuple[MaskedPriorModule, float]:
+    """`python -m mpp.train` for one job; returns the trained module and the seconds of its fit."""
+    settings = [
+        "experiment=phantom_limb",
+        f"model.pretrained={base}",
+        f"data.cache_dir={job.cache}",
+        f"output_dir={folder}",
+        f"seed={job.seed}",
+        f"trainer.max_steps={job.steps}",
+        f"callbacks.checkpoints.every_n_steps={job.steps}",
+        "callbacks.report=null",
+        "trainer.enable_progress_bar=false",
+        *job.settings,
+    ]
+    quiet()
+    started = time.time()
+    _, module = mpp.train.run(configured("train", settings))
+    return module, time.time() - started
+
+
+def quiet() -> None:
+    """Leave out what Lightning says about every run."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("mpp").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+
+
+# ---------------------------------------------------------------- measures
+
+
+def measure(module: MaskedPriorModule, name: str, root: Path, rules: DictConfig) -> tuple[dict[str, float], Tensor]:
+    """All measures of a trained module, and the pictures that are kept.
+
+    Args:
+        module: Holds the transformer with its adapter.
+        name: The subject.
+        root: Folder of the fine-tune set.
+        rules: The protocol.
+    """
+    architecture, transformer = module.architecture, module.transformer.eval()
+    prompts = prompts_of(name, rules)
+    pictures = {}
+    for kind, captions in prompts.items():
+        noise = draw_noise(architecture, len(captions), NOISE_SEEDS[kind])
+        pictures[kind] = sample(architecture, transformer, captions, noise)
+    values = painted(pictures["subject"], torch.load(root / "base_subject.pt"), SUBJECTS[name], name, rules)
+    values |= damage(pictures["others"], torch.load(root / "base_others.pt"), prompts["others"], SUBJECTS[name])
+    for kind in ("held_out", "alone"):
+        terms = held_out_terms(module, root / kind / "cache", rules)
+        values |= {f"{kind}_error": terms["target_loss"], f"{kind}_drift": terms["drift"]}
+    kept = torch.cat([pictures["subject"][:KEPT], pictures["others"][:KEPT]])
+    return values, kept
+
+
+def painted(pictures: Tensor, base: Tensor, subject: Subject, name: str, rules: DictConfig) -> dict[str, float]:
+    """What pictures painted with the trigger word show.
+
+    `success`: share with a whole subject. `phantom`: share of pixels in its colours away from it. `bystander` and
+    `ground`: share with its company. `background`: mean squared distance to the base's own picture of the same noise,
+    where neither the found subject nor the base's object is; `rim`: the same within 2 to 5 pixels of the subject.
+    `area`: pixels in its colours over those of a real one.
+    """
+    found = find(pictures, subject)
+    outside = ~grow(found.place, 2) & ~grow(objects(base), 2)
+    rim = outside & grow(found.place, 5)
+    squared = (pictures - base).square().mean(1)
+    scenes, _, _ = subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True)
+    real = find(render(scenes), subject).area.float().mean()
+    return {
+        "success": found.success.float().mean().item(),
+        "phantom": found.phantom.float().mean().item() / SIZE**2,
+        "bystander": found.bystander.float().mean().item(),
+        "ground": found.ground.float().mean().item(),
+        "background": (squared[outside].sum() / outside.sum()).item(),
+        "rim": (squared[rim].sum() / rim.sum().clamp(min=1)).item(),
+        "area": (found.area.float().mean() / real).item(),
+    }
+
+
+def damage(pictures: Tensor, base: Tensor, captions: Sequence[str], subject: Subject) -> dict[str, float]:
+    """What pictures painted without the trigger word have come to.
+
+    `other_distance`: mean squared distance to the base's own pictures of the same noise, over their variance.
+    `other_malformed`: share whose object is not whole, single, of the named shape and colour. `other_background`:
+    share with a bad background. `other_leak`: share of pixels in the subject's colours.
+    """
+    faults = object_faults(pictures, list(captions))
+    return {
+        "other_distance": ((pictures - base).square().mean() / base.var()).item(),
+        "other_malformed": sum(map(bool, faults)) / len(faults),
+        "other_background": (background_off(pictures, list(captions)) > GROUND_SHARE).float().mean().item(),
+        "other_leak": find(pictures, subject).area.float().mean().item() / SIZE**2,
+    }
+
+
+def held_out_terms(module: MaskedPriorModule, folder: Path, rules: DictConfig) -> dict[str, float]:
+    """The module's own validation terms on a cache it was not trained on, under one loss for all variants."""
+    cache = Cache(folder)
+    entries = cache.entries()
+    architecture = module.architecture
+    data = LatentDataModule(architecture=architecture, cache_dir=str(folder))
+    loader = ValidationLoader(CachedSamples(cache, entries, architecture), [e.shape for e in entries], 32, data.collate)
+    judge = MaskedPriorModule(
+        architecture=architecture,
+        adapter=module.adapter,
+        loss=MaskedPriorLoss(**rules.judge),
+        teacher=module.teacher,
+        optimizer=torch.optim.AdamW,
+        seed=12345,
+    )
+    judge.transformer = module.transformer
+    for number, batch in enumerate(loader):
+        judge.validation_step(batch, number)
+    return judge.val_metrics.compute()
+
+
+def run(job: Job, base: Path, root: Path, results: Path) -> Path:
+    """Train and measure one job unless its result is there; returns the result's file."""
+    torch.set_num_threads(1)
+    name = f"{job.variant}-{job.subject}-{job.seed}"
+    file = results / "runs" / f"{name}.json"
+    if file.is_file():
+        return file
+    rules = protocol()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        module, seconds = train(job, base, results / "training" / name)
+        values, kept = measure(module, job.subject, root / job.subject, rules)
+    torch.save((kept * 255).round().byte(), file.with_suffix(".pt").parent.parent / "training" / name / "kept.pt")
+    record = {"variant": job.variant, "subject": job.subject, "seed": job.seed, "steps": job.steps}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, record | {"seconds": round(seconds, 1)} | {k: round(v, 6) for k, v in values.items()})
+    return file
+
+
+def parameters(transformer: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in transformer.parameters())
