@@ -39,6 +39,7 @@ Row = dict[str, float | str]
 COLUMNS = {  # measure: (heading, digits)
     "success": ("subject", 2),
     "held_out_error": ("in-mask error", 3),
+    "held_out_error_low": ("at low noise", 3),
     "alone_error": ("alone", 3),
     "phantom": ("phantom px", 4),
     "bystander": ("bystander", 2),
@@ -51,6 +52,7 @@ COLUMNS = {  # measure: (heading, digits)
     "area": ("area", 2),
     "seconds": ("s", 0),
 }
+ERRORS = ("held_out_error", "held_out_error_low", "alone_error")
 SHOWN = ("no_mask", "masked", "masked_floor", "threshold_w1", "threshold_w4")
 
 
@@ -119,8 +121,9 @@ def mean(rows: Sequence[Row], variant: str, key: str) -> float:
 def against(rows: Sequence[Row], reference: str) -> str:
     """Every variant against one of them, the ratios that the claims are about, as Markdown."""
     lines = [
-        f"| against {reference} | phantom px | background | drift | others | subject, points | in-mask error | alone |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| against {reference} | phantom px | background | drift | others | subject, points | in-mask error "
+        "| at low noise | alone |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["variant"] for row in rows):
         if name in ("base", reference):
@@ -130,7 +133,7 @@ def against(rows: Sequence[Row], reference: str) -> str:
             for key in ("phantom", "background", "held_out_drift", "other_distance")
         ]
         points = 100 * (mean(rows, name, "success") - mean(rows, reference, "success"))
-        errors = [100 * (mean(rows, name, k) / mean(rows, reference, k) - 1) for k in ("held_out_error", "alone_error")]
+        errors = [100 * (mean(rows, name, key) / mean(rows, reference, key) - 1) for key in ERRORS]
         cells = [f"{value:.1f}x lower" for value in lower] + [f"{points:+.1f}"] + [f"{e:+.1f} %" for e in errors]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

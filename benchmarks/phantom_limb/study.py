@@ -217,7 +217,9 @@ def measure(module: MaskedPriorModule, name: str, root: Path, rules: DictConfig)
     values |= damage(pictures["others"], torch.load(root / "base_others.pt"), prompts["others"], SUBJECTS[name])
     for kind in ("held_out", "alone"):
         terms = held_out_terms(module, root / kind / "cache", rules)
+        low = held_out_terms(module, root / kind / "cache", rules, list(rules.low_sigmas))
         values |= {f"{kind}_error": terms["target_loss"], f"{kind}_drift": terms["drift"]}
+        values[f"{kind}_error_low"] = low["target_loss"]
     kept = torch.cat([pictures["subject"][:KEPT], pictures["others"][:KEPT]])
     return values, kept
 
@@ -263,8 +265,17 @@ def damage(pictures: Tensor, base: Tensor, captions: Sequence[str], subject: Sub
     }
 
 
-def held_out_terms(module: MaskedPriorModule, folder: Path, rules: DictConfig) -> dict[str, float]:
-    """The module's own validation terms on a cache it was not trained on, under one loss for all variants."""
+def held_out_terms(
+    module: MaskedPriorModule, folder: Path, rules: DictConfig, sigmas: Sequence[float] | None = None
+) -> dict[str, float]:
+    """The module's own validation terms on a cache it was not trained on, under one loss for all variants.
+
+    Args:
+        module: Holds the transformer with its adapter.
+        folder: The cache.
+        rules: The protocol.
+        sigmas: Noise levels; None: four quantiles of the training law, as in any validation.
+    """
     cache = Cache(folder)
     entries = cache.entries()
     architecture = module.architecture
@@ -277,6 +288,7 @@ def held_out_terms(module: MaskedPriorModule, folder: Path, rules: DictConfig) -
         teacher=module.teacher,
         optimizer=torch.optim.AdamW,
         seed=12345,
+        val_sigmas=sigmas,
     )
     judge.transformer = module.transformer
     for number, batch in enumerate(loader):
