@@ -14,7 +14,7 @@ from benchmarks.phantom_limb.world import SIZE
 from mpp.config import CONFIG_DIR, build
 from mpp.models.toy import Toy
 
-STEPS = 24
+STEPS = 16
 SHIFT = 3.0
 BATCH = 64
 
