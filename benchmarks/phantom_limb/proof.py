@@ -53,7 +53,7 @@ COLUMNS = {  # measure: (heading, digits)
     "seconds": ("s", 0),
 }
 ERRORS = ("held_out_error", "held_out_error_low", "alone_error")
-SHOWN = ("no_mask", "masked", "masked_floor", "threshold_w1", "threshold_w4")
+STUDIES = ("main", "weights", "tiers", "preservation")
 
 
 def work(job: Job, base: Path, root: Path, out: Path) -> Path:
@@ -157,33 +157,37 @@ def _kept(out: Path, variant: str, name: str) -> Tensor:
     return torch.load(out / "training" / f"{variant}-{name}-0" / "kept.pt").float() / 255
 
 
+def study(name: str, args: argparse.Namespace) -> None:
+    """Run one study of the protocol, and write its results."""
+    rules, started = protocol(), time.time()
+    part = rules[name]
+    folder = (args.work / part.get("folder", name)).resolve()
+    base, root = args.base.resolve(), folder / "data"
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(data, [(root, subject, base, dict(part.halo)) for subject in rules.subjects]))
+    found = jobs(rules, root, part.variants, rules.full_seeds if args.full else rules.seeds)
+    rows = [*base_rows(root), *run_all(found, base, root, folder, args.workers)]
+    minutes = math.ceil((time.time() - started) / 60)
+    text = table(rows) + "\n" + against(rows, part.reference)
+    print(f"\n{text}\n{name}: {len(found)} runs, {minutes} minutes", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / f"{name}.json", {"minutes": minutes, "torch": torch.__version__, "runs": rows})
+    write_atomically(args.out / f"{name}.md", lambda path: path.write_text(text))
+    picture(folder, root, rules.subjects[0], list(part.variants)).save(args.out / f"{name}.png")
+
+
 def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=("main", "tiers", "preservation"), default="main")
-    parser.add_argument("--full", action="store_true", help="more seeds and variants")
+    parser.add_argument("--study", choices=STUDIES, default="main")
+    parser.add_argument("--full", action="store_true", help="every study, with twice the seeds")
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--work", type=Path, default=Path("outputs/proof"), help="folder for data and runs")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for table and picture")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for tables and pictures")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    rules, started = protocol(), time.time()
-    study, folder = rules[args.study], (args.work / args.study).resolve()
-    base, root = args.base.resolve(), folder / "data"
-    variants = {**study.variants, **(study.get("full_variants", {}) if args.full else {})}
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(data, [(root, name, base, dict(study.halo)) for name in rules.subjects]))
-    found = jobs(rules, root, variants, rules.full_seeds if args.full else rules.seeds)
-    rows = [*base_rows(root), *run_all(found, base, root, folder, args.workers)]
-    minutes = math.ceil((time.time() - started) / 60)
-    text = table(rows) + "\n" + against(rows, study.reference)
-    print("\n" + text + f"\n{len(found)} runs, {minutes} minutes")
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = f"{args.study}_full" if args.full else args.study
-    write_json(args.out / f"{name}.json", {"minutes": minutes, "torch": torch.__version__, "runs": rows})
-    write_atomically(args.out / f"{name}.md", lambda path: path.write_text(text))
-    shown = [variant for variant in SHOWN if variant in variants] or list(variants)
-    picture(folder, root, rules.subjects[0], shown).save(args.out / f"{name}.png")
+    for name in STUDIES if args.full else (args.study,):
+        study(name, args)
 
 
 if __name__ == "__main__":

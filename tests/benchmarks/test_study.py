@@ -101,11 +101,11 @@ def test_masks_are_tiered_where_the_subject_is(tmp_path):
         assert (levels[body] == 255).all()
 
 
-@pytest.mark.parametrize("name", ["control", "main", "tiers", "preservation"])
+@pytest.mark.parametrize("name", ["control", *proof.STUDIES])
 def test_every_variant_of_the_protocol_is_a_valid_run(name, tmp_path):
     rules = study.protocol()
     part = rules[name]
-    variants = {**part.variants, **part.get("full_variants", {})}
+    variants = part.variants
     assert part.reference in variants
     found = study.jobs(rules, tmp_path, variants, rules.full_seeds)
     assert len(found) == len(variants) * 2 * 6
