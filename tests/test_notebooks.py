@@ -22,5 +22,5 @@ def test_a_notebook_runs_top_to_bottom(path, monkeypatch):
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
     figures = next(output["data"]["text/markdown"] for output in reversed(outputs) if "data" in output)
     values = {row.split("|")[1].strip(): row.split("|")[3:7] for row in figures.splitlines()[2:]}
-    assert set(values) == {"base", "masked", "threshold_w4"}
-    assert float(values["threshold_w4"][1]) < float(values["masked"][1])  # fewer phantom pixels
+    assert set(values) == {"base", "masked", "threshold_w1"}
+    assert float(values["threshold_w1"][1]) < float(values["masked"][1])  # fewer phantom pixels

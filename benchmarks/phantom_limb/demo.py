@@ -69,7 +69,7 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path, help="folder for pictures, cache and runs")
-    parser.add_argument("--variants", nargs="+", default=["masked", "threshold_w4"], help="variants of the protocol")
+    parser.add_argument("--variants", nargs="+", default=["masked", "threshold_w1"], help="variants of the protocol")
     args = parser.parse_args()
     out, rules = args.out_dir, protocol()
     shutil.rmtree(out, ignore_errors=True)

@@ -30,6 +30,7 @@ from benchmarks.phantom_limb.study import (
     painted,
     prompts_of,
     protocol,
+    result,
     run,
 )
 from benchmarks.phantom_limb.world import SUBJECTS
@@ -77,7 +78,7 @@ def run_all(found: Sequence[Job], base: Path, root: Path, out: Path, workers: in
         waiting = {pool.submit(work, job, base, root, out): job for job in found}
         for number, done in enumerate(as_completed(waiting), 1):
             print(f"{number}/{len(found)} {done.result().stem}", flush=True)
-    return [json.loads((out / "runs" / f"{j.variant}-{j.subject}-{j.seed}.json").read_text()) for j in found]
+    return [json.loads(result(out, job).read_text()) for job in found]
 
 
 def base_rows(root: Path) -> list[Row]:
@@ -166,12 +167,15 @@ def study(name: str, args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(data, [(root, subject, base, dict(part.halo)) for subject in rules.subjects]))
     found = jobs(rules, root, part.variants, rules.full_seeds if args.full else rules.seeds)
+    fresh = sum(not result(folder, job).is_file() for job in found)
     rows = [*base_rows(root), *run_all(found, base, root, folder, args.workers)]
     minutes = math.ceil((time.time() - started) / 60)
     text = table(rows) + "\n" + against(rows, part.reference)
-    print(f"\n{text}\n{name}: {len(found)} runs, {minutes} minutes", flush=True)
+    print(f"\n{text}\n{name}: {fresh} of {len(found)} runs made in {minutes} minutes", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / f"{name}.json", {"minutes": minutes, "torch": torch.__version__, "runs": rows})
+    write_json(
+        args.out / f"{name}.json", {"minutes": minutes, "fresh_runs": fresh, "torch": torch.__version__, "runs": rows}
+    )
     write_atomically(args.out / f"{name}.md", lambda path: path.write_text(text))
     picture(folder, root, rules.subjects[0], list(part.variants)).save(args.out / f"{name}.png")
 

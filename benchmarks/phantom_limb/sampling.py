@@ -46,9 +46,9 @@ def sample(architecture: Toy, transformer: nn.Module, captions: Sequence[str], n
     return torch.cat(pictures).clamp(0, 1)
 
 
-def grid(pictures: Tensor, columns: int, scale: int = 3) -> Image.Image:
-    """Pictures `(b, 3, h, w)` side by side, enlarged, with a white line between."""
-    framed = functional.pad(pictures, (1, 1, 1, 1), value=1.0)
+def grid(pictures: Tensor, columns: int, scale: int = 3, line: float = 1.0) -> Image.Image:
+    """Pictures `(b, 3, h, w)` side by side, enlarged, with a line between of a brightness in [0, 1]."""
+    framed = functional.pad(pictures, (1, 1, 1, 1), value=line)
     framed = torch.cat([framed, framed.new_ones(-len(framed) % columns, *framed.shape[1:])])
     rows, (height, width) = len(framed) // columns, framed.shape[-2:]
     sheet = framed.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, -1, 3)

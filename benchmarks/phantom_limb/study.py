@@ -296,18 +296,22 @@ def held_out_terms(
     return judge.val_metrics.compute()
 
 
+def result(results: Path, job: Job) -> Path:
+    """Where a job's measures go."""
+    return results / "runs" / f"{job.variant}-{job.subject}-{job.seed}.json"
+
+
 def run(job: Job, base: Path, root: Path, results: Path) -> Path:
     """Train and measure one job unless its result is there; returns the result's file."""
     torch.set_num_threads(1)
-    name = f"{job.variant}-{job.subject}-{job.seed}"
-    file = results / "runs" / f"{name}.json"
+    file, name = result(results, job), f"{job.variant}-{job.subject}-{job.seed}"
     if file.is_file():
         return file
     rules = protocol()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         module, seconds = train(job, base, results / "training" / name)
         values, kept = measure(module, job.subject, root / job.subject, rules)
-    torch.save((kept * 255).round().byte(), file.with_suffix(".pt").parent.parent / "training" / name / "kept.pt")
+    torch.save((kept * 255).round().byte(), results / "training" / name / "kept.pt")
     record = {"variant": job.variant, "subject": job.subject, "seed": job.seed, "steps": job.steps}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, record | {"seconds": round(seconds, 1)} | {k: round(v, 6) for k, v in values.items()})
