@@ -14,9 +14,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.phantom_limb.proof import picture, table
-from benchmarks.phantom_limb.sampling import draw_noise, sample, toy
-from benchmarks.phantom_limb.study import BASE, KEPT, NOISE_SEEDS, damage, make_data, painted, prompts_of, protocol
+from benchmarks.phantom_limb.proof import side_by_side, table
+from benchmarks.phantom_limb.sampling import toy
+from benchmarks.phantom_limb.study import (
+    BASE,
+    KEPT,
+    Job,
+    damage,
+    jobs,
+    make_data,
+    paint,
+    painted,
+    prompts_of,
+    protocol,
+)
 from benchmarks.phantom_limb.world import SUBJECTS
 
 SUBJECT = "zarp"
@@ -28,15 +39,15 @@ SHOWN = {
 }
 
 
-def train(out: Path, variant: str) -> None:
+def train(job: Job, folder: Path) -> None:
     """`python -m mpp.train` as the protocol has it."""
-    rules = protocol()
     arguments = [
         "experiment=phantom_limb",
-        f"data.cache_dir={out / 'data' / SUBJECT / 'train' / 'cache'}",
-        f"output_dir={out / variant}",
-        f"trainer.max_steps={rules.steps}",
-        *rules.main.variants[variant].set,
+        f"model.pretrained={BASE}",
+        f"data.cache_dir={job.cache}",
+        f"output_dir={folder}",
+        f"trainer.max_steps={job.steps}",
+        *job.settings,
     ]
     print(f"\n$ python -m mpp.train {' '.join(arguments)}", flush=True)
     code = subprocess.run([sys.executable, "-m", "mpp.train", *arguments], check=False).returncode
@@ -44,17 +55,13 @@ def train(out: Path, variant: str) -> None:
         sys.exit(code)
 
 
-def paint(file: Path | None) -> dict[str, Tensor]:
+def adapted(file: Path | None) -> dict[str, Tensor]:
     """Pictures of the protocol's prompts by the base, with a LoRA file or without."""
     architecture = toy(pretrained=str(BASE))
-    transformer = architecture.load_transformer().eval()
+    transformer = architecture.load_transformer()
     if file is not None:
         transformer.load_lora_adapter(str(file), prefix="transformer")
-    pictures = {}
-    for kind, captions in prompts_of(SUBJECT, protocol()).items():
-        noise = draw_noise(architecture, len(captions), NOISE_SEEDS[kind])
-        pictures[kind] = sample(architecture, transformer, captions, noise)
-    return pictures
+    return paint(architecture, transformer, SUBJECT, protocol())
 
 
 def judge(variant: str, pictures: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float | str]:
@@ -69,23 +76,23 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path, help="folder for pictures, cache and runs")
-    parser.add_argument("--variants", nargs="+", default=["masked", "threshold_w1"], help="variants of the protocol")
+    rules = protocol()
+    parser.add_argument("--variants", nargs="+", default=["masked", "threshold_w1"], choices=list(rules.main.variants))
     args = parser.parse_args()
-    out, rules = args.out_dir, protocol()
-    shutil.rmtree(out, ignore_errors=True)
+    out = args.out_dir.resolve()
+    chosen = {name: rules.main.variants[name] for name in args.variants}
+    for folder in ("data", *chosen):
+        shutil.rmtree(out / folder, ignore_errors=True)
     print(f"Fine-tune set: {rules.pictures} pictures of the subject, always beside one bystander on one background.")
     make_data(out / "data" / SUBJECT, SUBJECT, BASE, rules, rules.main.halo)
-    base = paint(None)
-    rows = [judge("base", base, base)]
-    for variant in args.variants:
-        train(out, variant)
-        pictures = paint(out / variant / "lora.safetensors")
-        rows.append(judge(variant, pictures, base))
-        kept = torch.cat([pictures["subject"][:KEPT], pictures["others"][:KEPT]])
-        folder = out / "training" / f"{variant}-{SUBJECT}-0"
-        folder.mkdir(parents=True)
-        torch.save((kept * 255).round().byte(), folder / "kept.pt")
-    picture(out, out / "data", SUBJECT, args.variants).save(out / "phantom_limb.png")
+    painted_by = {"base": adapted(None)}
+    for job in jobs(rules, out / "data", chosen, [0]):
+        if job.subject == SUBJECT:
+            train(job, out / job.variant)
+            painted_by[job.variant] = adapted(out / job.variant / "lora.safetensors")
+    rows = [judge(variant, pictures, painted_by["base"]) for variant, pictures in painted_by.items()]
+    columns = {name: torch.cat([p["subject"][:KEPT], p["others"][:KEPT]]) for name, p in painted_by.items()}
+    side_by_side(columns).save(out / "phantom_limb.png")
     print(f"\n{rules.prompts} pictures each, prompted with the trigger word on named backgrounds:\n")
     print(table(rows, SHOWN))
     print(f"Picture to look at:       {out / 'phantom_limb.png'}  (the last two rows are prompts without the subject)")

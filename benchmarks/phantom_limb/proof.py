@@ -1,16 +1,17 @@
 """The comparisons: `python -m benchmarks.phantom_limb.proof [--study NAME] [--full]`, or `make proof`.
 
 Makes the fine-tune sets, trains every variant of the protocol with every seed through `mpp.train`, measures, and
-writes `results/STUDY.json` (every run), `results/STUDY.md` and `results/STUDY.png`. Interrupted, it goes on.
+writes STUDY.json (every run), STUDY.md and STUDY.png into `--out`. Interrupted, it goes on.
 """
 
 import argparse
 import json
 import math
 import multiprocessing
+import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from torch import Tensor
 from benchmarks.phantom_limb.sampling import grid
 from benchmarks.phantom_limb.study import (
     BASE,
-    HERE,
     KEPT,
     Job,
     damage,
+    fingerprint,
     jobs,
     make_data,
     painted,
@@ -57,25 +58,23 @@ ERRORS = ("held_out_error", "held_out_error_low", "alone_error")
 STUDIES = ("main", "weights", "tiers", "preservation")
 
 
-def work(job: Job, base: Path, root: Path, out: Path) -> Path:
-    """One job in a process of its own."""
-    return run(job, base, root, out)
-
-
 def data(args: tuple[Path, str, Path, Mapping[str, float]]) -> None:
     """One fine-tune set in a process of its own."""
     root, name, base, halo = args
     torch.set_num_threads(1)
     rules = protocol()
-    if not (root / name / "base_others.pt").is_file():
+    stamp, source = root / name / "made_from", fingerprint(base, rules, name, halo)
+    if not stamp.is_file() or stamp.read_text() != source:
+        shutil.rmtree(root / name, ignore_errors=True)
         make_data(root / name, name, base, rules, halo)
+        stamp.write_text(source)
 
 
 def run_all(found: Sequence[Job], base: Path, root: Path, out: Path, workers: int) -> list[Row]:
     """Results of all jobs, in their order."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = {pool.submit(work, job, base, root, out): job for job in found}
+        waiting = {pool.submit(run, job, base, root, out): job for job in found}
         for number, done in enumerate(as_completed(waiting), 1):
             print(f"{number}/{len(found)} {done.result().stem}", flush=True)
     return [json.loads(result(out, job).read_text()) for job in found]
@@ -122,8 +121,8 @@ def mean(rows: Sequence[Row], variant: str, key: str) -> float:
 def against(rows: Sequence[Row], reference: str) -> str:
     """Every variant against one of them, the ratios that the claims are about, as Markdown."""
     lines = [
-        f"| against {reference} | phantom px | background | drift | others | subject, points | in-mask error "
-        "| at low noise | alone |",
+        f"| {reference}'s over the variant's | phantom px | background | drift | others | subject, points "
+        "| in-mask error | at low noise | alone |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["variant"] for row in rows):
@@ -135,27 +134,36 @@ def against(rows: Sequence[Row], reference: str) -> str:
         ]
         points = 100 * (mean(rows, name, "success") - mean(rows, reference, "success"))
         errors = [100 * (mean(rows, name, key) / mean(rows, reference, key) - 1) for key in ERRORS]
-        cells = [f"{value:.1f}x lower" for value in lower] + [f"{points:+.1f}"] + [f"{e:+.1f} %" for e in errors]
+        cells = [f"{value:.1f}x" for value in lower] + [f"{points:+.1f}"] + [f"{e:+.1f} %" for e in errors]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def picture(out: Path, root: Path, name: str, variants: Sequence[str], rows: int = 6) -> Image.Image:
-    """Base and variants side by side: each row one noise and caption, the last two without the trigger word."""
+def side_by_side(columns: Mapping[str, Tensor], rows: int = 6) -> Image.Image:
+    """Pictures of several models with their names above: each row one noise and caption, the last two without the word.
+
+    Args:
+        columns: By name, `KEPT` pictures with the trigger word and as many without.
+        rows: How many.
+    """
     chosen = [*range(rows - 2), KEPT, KEPT + 1]
-    base = torch.cat([torch.load(root / name / f"base_{kind}.pt")[:KEPT] for kind in ("subject", "others")])
-    columns = [base] + [_kept(out, variant, name) for variant in variants]
-    sheet = grid(torch.stack([column[chosen] for column in columns], 1).flatten(0, 1), len(columns), 4)
+    sheet = grid(torch.stack([column[chosen] for column in columns.values()], 1).flatten(0, 1), len(columns), 4)
     head = Image.new("RGB", (sheet.width, sheet.height + 16), "white")
     head.paste(sheet, (0, 16))
     draw = ImageDraw.Draw(head)
-    for number, heading in enumerate(("base", *variants)):
-        draw.text((number * sheet.width // len(columns) + 3, 2), heading.replace("threshold", "prior"), fill="black")
+    for number, heading in enumerate(columns):
+        draw.text((number * sheet.width // len(columns) + 3, 2), heading, fill="black")
     return head
 
 
-def _kept(out: Path, variant: str, name: str) -> Tensor:
-    return torch.load(out / "training" / f"{variant}-{name}-0" / "kept.pt").float() / 255
+def kept(folder: Path, root: Path, subject: str, variants: Iterable[str]) -> dict[str, Tensor]:
+    """The pictures that the base and the first seed of each variant left."""
+    found = {
+        "base": torch.cat([torch.load(root / subject / f"base_{kind}.pt")[:KEPT] for kind in ("subject", "others")])
+    }
+    for variant in variants:
+        found[variant] = torch.load(folder / "training" / f"{variant}-{subject}-0" / "kept.pt").float() / 255
+    return found
 
 
 def study(name: str, args: argparse.Namespace) -> None:
@@ -177,7 +185,7 @@ def study(name: str, args: argparse.Namespace) -> None:
         args.out / f"{name}.json", {"minutes": minutes, "fresh_runs": fresh, "torch": torch.__version__, "runs": rows}
     )
     write_atomically(args.out / f"{name}.md", lambda path: path.write_text(text))
-    picture(folder, root, rules.subjects[0], list(part.variants)).save(args.out / f"{name}.png")
+    side_by_side(kept(folder, root, rules.subjects[0], part.variants)).save(args.out / f"{name}.png")
 
 
 def main() -> None:
@@ -187,7 +195,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every study, with twice the seeds")
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--work", type=Path, default=Path("outputs/proof"), help="folder for data and runs")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for tables and pictures")
+    parser.add_argument("--out", type=Path, default=Path("outputs/proof/results"), help="tables and pictures")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     for name in STUDIES if args.full else (args.study,):

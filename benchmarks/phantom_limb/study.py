@@ -1,8 +1,11 @@
 """Data, runs and measures of the experiment; everything trains through `mpp.prepare` and `mpp.train`."""
 
 import contextlib
+import hashlib
 import io
+import json
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,11 +33,13 @@ from benchmarks.phantom_limb.world import (
     subject_scenes,
 )
 from mpp.config import CONFIG_DIR
+from mpp.core import draws
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.cache import Cache
 from mpp.data.datamodule import CachedSamples, LatentDataModule
 from mpp.data.loader import ValidationLoader
-from mpp.files import write_json
+from mpp.files import weights_fingerprint, write_json
+from mpp.models.base import Architecture
 from mpp.module import MaskedPriorModule
 
 HERE = Path(__file__).parent
@@ -50,9 +55,7 @@ def protocol() -> DictConfig:
 
 def generator(*names: object) -> torch.Generator:
     """Random numbers that depend on names alone."""
-    from mpp.core.draws import generator as seeded  # noqa: PLC0415
-
-    return seeded(0, "phantom limb", " ".join(map(str, names)))
+    return draws.generator(0, "phantom limb", " ".join(map(str, names)))
 
 
 # ---------------------------------------------------------------- data
@@ -70,27 +73,43 @@ def make_data(root: Path, name: str, base: Path, rules: DictConfig, halo: Mappin
     """
     subject = SUBJECTS[name]
     sets = {
-        "train": subject_scenes(subject, rules.pictures, generator(name, "train"), alone=False),
-        "clean": subject_scenes(subject, rules.pictures, generator(name, "clean"), alone=True),
-        "held_out": subject_scenes(subject, rules.held_out, generator(name, "held out"), alone=False),
-        "alone": subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True),
-        "others": (*named_scenes(4 * rules.pictures, generator(name, "others")), None),
+        "train": subject_scenes(subject, rules.pictures, generator(name, "train"), alone=False)[:2],
+        "clean": subject_scenes(subject, rules.pictures, generator(name, "clean"), alone=True)[:2],
+        "held_out": subject_scenes(subject, rules.held_out, generator(name, "held out"), alone=False)[:2],
+        "alone": subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True)[:2],
+        "others": other_scenes(name, rules),
     }
-    for kind, (scenes, captions, _) in sets.items():
+    for kind, (scenes, captions) in sets.items():
         write_pictures(render(scenes), captions, root / kind / "pictures")
+        masks = []
         if kind != "others":
             write_masks(scenes, halo, root / kind / "masks")
-    masked = {kind: kind != "others" for kind in sets}
-    for kind in sets:
-        replace = [f"data.preservation.replace={{{name}:object}}", "data.preservation.caption=''"]
-        prepare(root / kind, base, [f"data.mask_dir={root / kind / 'masks'}"] if masked[kind] else [], replace)
-    prepare(root / "train", base, [], [], cache="unmasked")
-    prepare(root / "clean", base, [], [], cache="unmasked")
-    architecture, prompts = toy(pretrained=str(base)), prompts_of(name, rules)
-    transformer = architecture.load_transformer().eval()
-    for kind, captions in prompts.items():
+            masks = [f"data.mask_dir={root / kind / 'masks'}"]
+        if kind == "train":
+            masks += [f"data.preservation.replace={{{name}:object}}", "data.preservation.caption=''"]
+        prepare(root / kind, base, masks)
+    for kind in ("train", "clean"):
+        prepare(root / kind, base, [], cache="unmasked")
+    architecture = toy(pretrained=str(base))
+    for kind, pictures in paint(architecture, architecture.load_transformer(), name, rules).items():
+        torch.save(pictures, root / f"base_{kind}.pt")
+
+
+def other_scenes(name: str, rules: DictConfig) -> tuple[Scenes, list[str]]:
+    """Other pictures for preservation: none has a caption that other prompts are judged by."""
+    scenes, captions = named_scenes(16 * rules.pictures, generator(name, "others"))
+    judged = set(prompts_of(name, rules)["others"])
+    chosen = [number for number, caption in enumerate(captions) if caption not in judged][: 4 * rules.pictures]
+    return scenes[torch.tensor(chosen)], [captions[number] for number in chosen]
+
+
+def paint(architecture: Architecture, transformer: nn.Module, name: str, rules: DictConfig) -> dict[str, Tensor]:
+    """Pictures of the protocol's prompts by kind, each kind from its own noise, the same for all models."""
+    pictures = {}
+    for kind, captions in prompts_of(name, rules).items():
         noise = draw_noise(architecture, len(captions), NOISE_SEEDS[kind])
-        torch.save(sample(architecture, transformer, captions, noise), root / f"base_{kind}.pt")
+        pictures[kind] = sample(architecture, transformer.eval(), captions, noise)
+    return pictures
 
 
 def write_masks(scenes: Scenes, halo: Mapping[str, float], folder: Path) -> None:
@@ -115,10 +134,10 @@ def configured(name: str, overrides: Sequence[str]) -> DictConfig:
         return compose(name, list(overrides))
 
 
-def prepare(folder: Path, base: Path, masks: Sequence[str], others: Sequence[str], cache: str = "cache") -> None:
+def prepare(folder: Path, base: Path, more: Sequence[str], cache: str = "cache") -> None:
     """`python -m mpp.prepare` on a folder of pictures."""
     settings = ["model=toy", f"model.pretrained={base}", f"data.image_dir={folder / 'pictures'}", "device=cpu"]
-    settings += [f"data.cache_dir={folder / cache}", f"data.resolution={SIZE}", *masks, *others]
+    settings += [f"data.cache_dir={folder / cache}", f"data.resolution={SIZE}", *more]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         mpp.prepare.run(configured("prepare", settings))
 
@@ -207,12 +226,8 @@ def measure(module: MaskedPriorModule, name: str, root: Path, rules: DictConfig)
         root: Folder of the fine-tune set.
         rules: The protocol.
     """
-    architecture, transformer = module.architecture, module.transformer.eval()
     prompts = prompts_of(name, rules)
-    pictures = {}
-    for kind, captions in prompts.items():
-        noise = draw_noise(architecture, len(captions), NOISE_SEEDS[kind])
-        pictures[kind] = sample(architecture, transformer, captions, noise)
+    pictures = paint(module.architecture, module.transformer, name, rules)
     values = painted(pictures["subject"], torch.load(root / "base_subject.pt"), SUBJECTS[name], name, rules)
     values |= damage(pictures["others"], torch.load(root / "base_others.pt"), prompts["others"], SUBJECTS[name])
     for kind in ("held_out", "alone"):
@@ -301,18 +316,30 @@ def result(results: Path, job: Job) -> Path:
     return results / "runs" / f"{job.variant}-{job.subject}-{job.seed}.json"
 
 
+def fingerprint(base: Path, rules: DictConfig, *facts: object) -> str:
+    """Of all that data or a result depend on but code: base, the protocol's numbers, and further facts."""
+    plain = OmegaConf.to_container(rules)
+    numbers = {name: value for name, value in plain.items() if not (isinstance(value, dict) and "variants" in value)}
+    shared = {name: value for name, value in numbers.items() if name not in ("subjects", "seeds", "full_seeds")}
+    return hashlib.sha256(json.dumps([weights_fingerprint(base), shared, *facts]).encode()).hexdigest()[:16]
+
+
 def run(job: Job, base: Path, root: Path, results: Path) -> Path:
-    """Train and measure one job unless its result is there; returns the result's file."""
+    """Train and measure one job unless its result is there; returns the result's file.
+
+    A result of another base, another protocol or other settings is made anew.
+    """
     torch.set_num_threads(1)
-    file, name = result(results, job), f"{job.variant}-{job.subject}-{job.seed}"
-    if file.is_file():
+    file, name, rules = result(results, job), f"{job.variant}-{job.subject}-{job.seed}", protocol()
+    source = fingerprint(base, rules, job.variant, job.subject, job.seed, job.steps, job.settings)
+    if file.is_file() and json.loads(file.read_text()).get("made_from") == source:
         return file
-    rules = protocol()
+    shutil.rmtree(results / "training" / name, ignore_errors=True)  # stopped between training and result
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         module, seconds = train(job, base, results / "training" / name)
         values, kept = measure(module, job.subject, root / job.subject, rules)
     torch.save((kept * 255).round().byte(), results / "training" / name / "kept.pt")
-    record = {"variant": job.variant, "subject": job.subject, "seed": job.seed, "steps": job.steps}
+    record = {"variant": job.variant, "subject": job.subject, "seed": job.seed, "steps": job.steps, "made_from": source}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, record | {"seconds": round(seconds, 1)} | {k: round(v, 6) for k, v in values.items()})
     return file

@@ -163,7 +163,7 @@ def train(args: argparse.Namespace) -> None:
     state = args.out / "state.pt"
     start, log = resume(state, model, average, batches, steppers) if state.exists() else (0, [])
     compiled = torch.compile(model, dynamic=False)
-    running, began = 0.0, time.time()
+    running, began = 0.0, time.time() - (log[-1]["seconds"] if log else 0)
     for step in range(start, args.steps):
         for optimizer in steppers:
             for group in optimizer.param_groups:
@@ -202,7 +202,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--decay-from", type=float, default=0.4, help="share of the steps after which the rate falls")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -214,6 +214,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "threads", "device")}
+    (args.out / "training.json").write_text(json.dumps(settings, indent=1) + "\n")
     train(args)
 
 

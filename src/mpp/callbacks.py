@@ -169,7 +169,8 @@ def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage
     masks = sum(entry.mask is not None for entry in data.train_entries)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     low, high = _STEP_OVER_TEACHER[module.gradient_checkpointing]
-    rate = data.preservation.rate
+    picks = data.train_dataloader().sampler.pool_picks if data.pool else 0
+    rate = picks / (picks + len(data.train_entries))
     taught = coverage.taught * (1 - rate) + rate
     cost = (
         f"teacher: runs for {taught:.0%} of the samples; steps take about {1 + taught / high:.2f}x "
@@ -186,8 +187,7 @@ def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage
         f"adapter: {module.adapter.kind}, rank {module.adapter.rank}, {trained:,} trainable parameters",
     ]
     if data.pool:
-        count = data.preservation.count(len(data.train_entries))
-        lines.append(f"preservation: {count} more samples per epoch ({rate:.0%}) from a pool of {len(data.pool)}")
+        lines.append(f"preservation: {picks} more samples per epoch ({rate:.0%}) from a pool of {len(data.pool)}")
     if data.unchecked:
         lines.append(f"not on this machine, so not compared with the cache's: {', '.join(data.unchecked)}")
     return lines

@@ -86,16 +86,22 @@ def check_preservation(loss: MaskedPriorLoss, data: LatentDataModule) -> None:
     """Refuse preservation samples under a loss that would not preserve them.
 
     Raises:
-        ValueError: No prior, or a floor that would learn the samples' own pictures.
+        ValueError: No prior, a floor that would learn the samples' own pictures, or an area scale over the whole batch,
+            whose mean they would lower.
     """
     if data.preservation.rate == 0:
         return
     if loss.prior_weight == 0:
         raise ValueError("data.preservation needs a prior; set loss.prior_weight above 0, or choose loss=threshold")
-    if loss.mask_min_weight > 0:
+    if loss.mask_min_weight > 0 and loss.prior_threshold is None:
         raise ValueError(
             f"loss.mask_min_weight={loss.mask_min_weight} would train on the pictures of the preservation samples; "
             "set loss.mask_min_weight=0"
+        )
+    if loss.area_scale_beta > 0 and loss.normalization == "global":
+        raise ValueError(
+            f"loss.area_scale_beta={loss.area_scale_beta} scales by the mask's mean over the batch, which preservation "
+            "samples would lower; set loss.normalization=per_sample"
         )
 
 

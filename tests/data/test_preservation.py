@@ -1,3 +1,5 @@
+import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.batch import collate_samples
-from mpp.data.cache import Cache
+from mpp.data.cache import Cache, text_name
 from mpp.data.datamodule import LatentDataModule
 from mpp.data.loader import BatchOrder
 from mpp.data.preservation import OtherCaptions, Preservation
@@ -54,7 +56,7 @@ def test_an_epoch_has_every_training_sample_and_the_share_of_the_pool(count, wor
                 assert len(shapes) == 1
         assert len(lengths) == 1
         assert set(range(len(TRAIN))) <= set(seen)
-        assert sum(index >= len(TRAIN) for index in seen) == count
+        assert sum(index >= len(TRAIN) for index in seen) == max(count, 2)  # the pool's two shapes, at least one each
 
 
 def test_successive_epochs_go_through_the_whole_pool_evenly():
@@ -73,6 +75,17 @@ def test_a_picture_visited_twice_in_an_epoch_is_another_sample_with_other_noise(
     keys = [key for batch in data.train_dataloader() for key in batch.keys if "#" in key]
     assert len(keys) == 32  # 8 pictures, 0.8 / 0.2 * 8 visits
     assert len(set(keys)) == 32
+
+
+def test_rare_shapes_of_the_pool_are_seen_too():
+    shapes = [(16, 1, 8, 8)] * 50 + [(16, 1, 8, 4)] * 20 + [(16, 1, 4, 8)] * 5
+    order = BatchOrder(TRAIN, 2, 0, pool=shapes, pool_count=2)
+    assert order.pool_picks == 3
+    seen = set()
+    for epoch in range(50):
+        order.set_epoch(epoch)
+        seen.update((index - len(TRAIN)) % len(shapes) for index in picks(order))
+    assert seen == set(range(75))
 
 
 def test_without_a_pool_the_order_is_what_it_was():
@@ -148,6 +161,7 @@ def test_longer_words_are_replaced_first_and_special_characters_are_plain():
         ({"rate": 0.5}, "nothing to draw from"),
         ({"caption": ""}, "its rate is 0"),
         ({"rate": 0.5, "replace": {" ": "x"}}, "empty word"),
+        ({"rate": 0.5, "replace": {"x": "x"}}, "stands for itself"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings, message):
@@ -162,6 +176,29 @@ def test_captions_that_were_not_prepared_and_words_that_do_not_occur_are_refused
         datamodule(architecture, prepared, rate=0.5, replace={"zarp": "thing"})
     with pytest.raises(ValueError, match="no cache at"):
         datamodule(architecture, prepared, rate=0.5, cache_dir="nowhere")
+    with pytest.raises(ValueError, match="is the training cache"):
+        datamodule(architecture, prepared, rate=0.5, cache_dir=f"{prepared}/../cache")
+
+
+def test_a_damaged_caption_and_a_cache_of_another_text_encoder_are_refused(architecture, other_captions, tmp_path):
+    damaged, foreign = tmp_path / "damaged", tmp_path / "foreign"
+    shutil.copytree(other_captions, damaged)
+    name = text_name("")
+    (damaged / "text" / f"{name}.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=f"{name}.safetensors is damaged or cut short"):
+        datamodule(architecture, damaged, rate=0.5, caption="")
+    shutil.copytree(other_captions, foreign)
+    manifest = json.loads((foreign / "cache.json").read_text())
+    (foreign / "cache.json").write_text(json.dumps(manifest | {"text_encoder": "another"}))
+    with pytest.raises(ValueError, match="was made with another text_encoder"):
+        datamodule(architecture, other_captions, rate=0.5, cache_dir=str(foreign))
+
+
+def test_preparing_refuses_words_that_no_caption_has(pipeline, tmp_path):
+    helpers.draw_photos(tmp_path / "photos", tmp_path / "masks", count=2)
+    with pytest.raises(ValueError, match="none of zarp occurs as a word in any caption, such as 'a yellow box"):
+        helpers.prepare(pipeline, tmp_path, "data.preservation.replace={zarp: thing}")
+    assert not (tmp_path / "cache" / "latents").exists()
 
 
 def test_a_loss_that_would_not_preserve_is_refused_before_the_model_loads(
@@ -172,7 +209,10 @@ def test_a_loss_that_would_not_preserve_is_refused_before_the_model_loads(
     with pytest.raises(ValueError, match="needs a prior"):
         helpers.train(pipeline, other_captions, tmp_path, "loss=masked", *settings)
     with pytest.raises(ValueError, match="would train on the pictures of the preservation samples"):
-        helpers.train(pipeline, other_captions, tmp_path, "loss=threshold", "loss.mask_min_weight=0.05", *settings)
+        helpers.train(pipeline, other_captions, tmp_path, "loss=binary", "loss.mask_min_weight=0.05", *settings)
+    with pytest.raises(ValueError, match="scales by the mask's mean over the batch"):
+        uneven = ["loss.area_scale_beta=0.5", "loss.normalization=global"]
+        helpers.train(pipeline, other_captions, tmp_path, "loss=binary", *uneven, *settings)
 
 
 def test_training_with_preservation_lowers_the_drift_of_the_other_captions(pipeline, other_captions, tmp_path, caplog):

@@ -1,4 +1,5 @@
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,8 @@ def test_captions_are_bags_of_words_padded_with_zeros(toy):
 def test_captions_that_are_too_long_are_refused(toy):
     with pytest.raises(ValueError, match="has 9 words, model=toy takes 8"):
         toy.load_encoders("cpu").encode_text(["a b c d e f g h i"])
+    with pytest.raises(ValueError, match="a cached caption has 9 words, model.text_length is 8"):
+        toy.collate([ToyConditioning(torch.zeros(9, 48))])
 
 
 def test_the_true_velocity_walks_diffusers_scheduler_back_to_the_latents(toy):
@@ -131,18 +134,25 @@ def test_two_sizes_and_gradients_to_every_adapter(toy):
     [
         ("model.text_dim=56", "has text_dim=48, model=toy needs 56"),
         ("model.latents.channels=27,model.latents.spatial_stride=3", "has in_channels=14, model=toy needs 29"),
+        ("model.latents.patch=[1,1,1]", r"has patch_size=\[1, 2, 2\], model=toy needs \[1, 1, 1\]"),
         ("model.pretrained=nowhere", "model.pretrained=nowhere is not there"),
     ],
 )
 def test_a_transformer_of_another_shape_is_refused(override, message):
-    cfg = helpers.config("train", ["model=toy", f"model.pretrained={BASE}", "data.cache_dir=x", *override.split(",")])
+    cfg = helpers.config(
+        "train", ["model=toy", f"model.pretrained={BASE}", "data.cache_dir=x", *re.split(r",(?=model)", override)]
+    )
     with pytest.raises(ValueError, match=message):
         helpers.build(cfg.model).check()
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("model.latents.channels=16", "stride 2 makes 12 channels"), ("model.text_dim=50", "multiple of 8, got 50")],
+    [
+        ("model.latents.channels=16", "stride 2 makes 12 channels"),
+        ("model.text_dim=50", "multiple of 8, got 50"),
+        ("model.latents.temporal_stride=4", "must be 1 for model=toy, got 4"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(override, message):
     cfg = helpers.config("train", ["model=toy", f"model.pretrained={BASE}", "data.cache_dir=x", override])

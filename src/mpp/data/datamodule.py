@@ -112,7 +112,7 @@ class LatentDataModule(LightningDataModule):
             raise ValueError(
                 f"{bare[0]} and {len(bare) - 1} other training samples have no mask; data.require_mask=true"
             )
-        self.pool = self.preservation.pool(self.cache, train, model)
+        self.pool = self.preservation.pool(self.cache, train)
         self.train_entries = train
 
     def train_dataloader(self) -> TrainLoader:

@@ -29,8 +29,9 @@ class BatchOrder:
     smaller), and the batches are shuffled. The epoch's list is the same on every rank, and each rank takes every
     `world_size`-th batch; the list wraps around so that all ranks have equally many.
 
-    Each epoch also holds `pool_count` samples of a pool, of each shape in proportion and in turn: number `i` of the
-    pool on its visit `v` within the epoch is sample `len(shapes) + v * len(pool) + i`.
+    Each epoch also holds samples of a pool, of each shape in turn: `pool_count` in proportion to the shapes, but at
+    least one of each, so that none is never seen. Number `i` of the pool on its visit `v` within the epoch is sample
+    `len(shapes) + v * len(pool) + i`.
 
     Args:
         shapes: Latent shape of each sample.
@@ -39,7 +40,7 @@ class BatchOrder:
         rank: This process.
         world_size: Number of processes.
         pool: Latent shape of each sample of the pool.
-        pool_count: How many of them an epoch holds.
+        pool_count: How many of them an epoch holds; 0 is none.
     """
 
     def __init__(
@@ -85,6 +86,11 @@ class BatchOrder:
         sizes = [len(self.groups.get(s, ())) + self.quota.get(s, 0) for s in {*self.groups, *self.pool}]
         total = sum(-(-size // self.batch_size) for size in sizes)
         return -(-total // self.world_size)  # noqa: PLE0303 (rounds up)
+
+    @property
+    def pool_picks(self) -> int:
+        """Samples of the pool in an epoch, over all ranks."""
+        return sum(self.quota.values())
 
     def _picks(self, shape: Shape) -> list[int]:
         """This epoch's samples of the pool in one shape; successive epochs go through the pool in turn."""
@@ -191,7 +197,7 @@ class ValidationLoader:
 
 
 def _apportion(sizes: dict[Shape, int], count: int) -> dict[Shape, int]:
-    """`count` shared out in proportion to the sizes, largest remainders first."""
+    """`count` shared out in proportion to the sizes, largest remainders first; at least 1 each."""
     total = sum(sizes.values())
     if total == 0 or count == 0:
         return {}
@@ -200,7 +206,7 @@ def _apportion(sizes: dict[Shape, int], count: int) -> dict[Shape, int]:
     by_remainder = sorted(exact, key=lambda shape: (shares[shape] - exact[shape], shape))
     for shape in by_remainder[: count - sum(shares.values())]:
         shares[shape] += 1
-    return shares
+    return {shape: max(1, share) for shape, share in shares.items()}
 
 
 def _by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:

@@ -116,6 +116,7 @@ class Preparation:
         identity = self.architecture.identity(fetch=True)
         self._claim(identity)
         jobs = self._plan(items, identity)
+        self.source.preservation.check([item.caption for item in items if item.split == "train"])
         self._count(items, jobs)
         encoders = self.architecture.load_encoders(self.device)
         self._encode_text(jobs, encoders)

@@ -13,7 +13,9 @@ from torch.utils.data import Dataset
 
 from mpp.data.batch import Sample
 from mpp.data.cache import Cache, Entry, text_name
-from mpp.models.base import Architecture
+from mpp.models.base import Architecture, Identity
+
+_CHECKED = 10_000  # samples whose file headers are read before training; more would delay the start
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class OtherCaptions:
         caption: One caption for all pictures; `""` is the empty caption. None: not used.
 
     Raises:
-        ValueError: An empty word to replace.
+        ValueError: An empty word to replace, or one that stands for itself.
     """
 
     replace: Mapping[str, str] | None = None
@@ -35,6 +37,10 @@ class OtherCaptions:
         """Refuse what would match everywhere."""
         if any(not word.strip() for word in self.replace or ()):
             raise ValueError("data.preservation.replace has an empty word; write it as {trigger: class}")
+        if any(word == other for word, other in (self.replace or {}).items()):
+            raise ValueError(
+                "data.preservation.replace has a word that stands for itself; write it as {trigger: class}"
+            )
 
     def of(self, caption: str) -> list[str]:
         """The other captions of a picture: with words replaced, where any occurs, and the one for all."""
@@ -43,10 +49,22 @@ class OtherCaptions:
             words = "|".join(re.escape(word) for word in sorted(self.replace, key=len, reverse=True))
             other = re.sub(rf"(?<!\w)(?:{words})(?!\w)", lambda match: self.replace[match[0]], caption)
             if other != caption:
-                found.append(other)
+                found.append(other.strip())
         if self.caption is not None:
             found.append(self.caption)
         return found
+
+    def check(self, captions: Sequence[str]) -> None:
+        """Refuse words to replace that no caption has.
+
+        Raises:
+            ValueError: None of them occurs.
+        """
+        if self.replace and not any(len(self.of(caption)) > (self.caption is not None) for caption in captions):
+            example = f", such as {captions[0]!r}" if captions else ""
+            raise ValueError(
+                f"data.preservation.replace: none of {', '.join(self.replace)} occurs as a word in any caption{example}"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,44 +102,49 @@ class Preservation(OtherCaptions):
         """Preservation samples in an epoch of `samples` training samples."""
         return max(1, round(self.rate / (1 - self.rate) * samples)) if self.rate else 0
 
-    def pool(self, cache: Cache, entries: Sequence[Entry], architecture: Architecture) -> list[tuple[Cache, Entry]]:
+    def pool(self, cache: Cache, entries: Sequence[Entry]) -> list[tuple[Cache, Entry]]:
         """All preservation samples there are, with the caches that hold them.
 
         Args:
             cache: The training cache.
             entries: Its training samples.
-            architecture: The model that trains.
 
         Raises:
-            ValueError: No caption holds a word to replace, a caption was not prepared, or the other cache is of
-                another model, damaged or empty.
+            ValueError: No caption holds a word to replace, a caption was not prepared, or the other cache is the
+                training cache, of another model, damaged or empty.
         """
         if self.rate == 0:
             return []
-        others = [[replace(e, caption=c, text=text_name(c), mask=None) for c in self.of(e.caption)] for e in entries]
-        if self.replace and not any(len(found) > (self.caption is not None) for found in others):
-            raise ValueError(
-                f"data.preservation.replace: none of {', '.join(self.replace)} occurs as a word in any caption, "
-                f"such as {entries[0].caption!r}"
-            )
-        found = [(cache, entry) for group in others for entry in group]
+        self.check([entry.caption for entry in entries])
+        found = [
+            (cache, replace(entry, caption=caption, text=text_name(caption), mask=None))
+            for entry in entries
+            for caption in self.of(entry.caption)
+        ]
         for entry in {entry.text: entry for _, entry in found}.values():
             if not cache.text_path(entry.text).is_file():
                 raise ValueError(
                     f"the cache {cache.folder} has no embeddings of the caption {entry.caption!r}; run "
                     "`python -m mpp.prepare` again with the same data.preservation.replace and caption"
                 )
-        return found + self._other_pictures(architecture)
+            cache.check_files(entry)
+        return found + self._other_pictures(cache)
 
-    def _other_pictures(self, architecture: Architecture) -> list[tuple[Cache, Entry]]:
+    def _other_pictures(self, training: Cache) -> list[tuple[Cache, Entry]]:
         if self.cache_dir is None:
             return []
         cache = Cache(self.cache_dir)
-        cache.manifest().check(architecture.family, architecture.latents, architecture.identity(), cache.folder)
+        if cache.folder.resolve() == training.folder.resolve():
+            raise ValueError(
+                f"data.preservation.cache_dir={self.cache_dir} is the training cache, whose pictures would be "
+                "preserved under their own captions; prepare other pictures into a cache of their own"
+            )
+        own = training.manifest()
+        cache.manifest().check(own.family, own.latents, Identity(None, own.vae, own.text_encoder), cache.folder)
         entries = [replace(entry, mask=None) for entry in cache.entries() if entry.split == "train"]
         if not entries:
             raise ValueError(f"data.preservation.cache_dir={self.cache_dir} has no training samples")
-        for entry in entries:
+        for entry in entries[:: -(-len(entries) // _CHECKED)]:
             cache.check_files(entry)
         return [(cache, entry) for entry in entries]
 
@@ -131,6 +154,7 @@ class MixedSamples(Dataset[Sample]):
 
     Args:
         train: The training samples.
+        count: How many these are.
         pool: The preservation samples.
         architecture: Whose records the caches hold.
     """

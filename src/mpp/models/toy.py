@@ -40,7 +40,7 @@ class Toy:
         text_length: Words that every caption is padded to; longer captions are refused.
 
     Raises:
-        ValueError: Channels that do not fit the stride, or a text dimension that is no multiple of 8.
+        ValueError: Channels that do not fit the stride, a temporal stride, or a text dimension off 8.
     """
 
     family = "toy"
@@ -61,6 +61,8 @@ class Toy:
                 f"model.latents: stride {latents.spatial_stride} makes {3 * latents.spatial_stride**2} channels of RGB "
                 f"pixels, got channels={latents.channels}"
             )
+        if latents.temporal_stride != 1:
+            raise ValueError(f"model.latents.temporal_stride must be 1 for model=toy, got {latents.temporal_stride}")
         if text_dim % 8:
             raise ValueError(f"model.text_dim must be a multiple of 8, got {text_dim}")
         self.pretrained = pretrained
@@ -78,6 +80,7 @@ class Toy:
             "in_channels": self.latents.channels + 2,
             "out_channels": self.latents.channels,
             "text_dim": self.text_dim,
+            "patch_size": list(self.latents.patch),
         }
         for name, value in wanted.items():
             if config.get(name) != value:
@@ -102,7 +105,16 @@ class Toy:
         return ToyEncoders(self)
 
     def collate(self, items: Sequence[ToyConditioning]) -> ToyConditioning:
-        """Zero-pad every caption to `text_length` words."""
+        """Zero-pad every caption to `text_length` words.
+
+        Raises:
+            ValueError: A cached caption is longer.
+        """
+        longest = max(item.text.shape[0] for item in items)
+        if longest > self.text_length:
+            raise ValueError(
+                f"a cached caption has {longest} words, model.text_length is {self.text_length}; prepare again"
+            )
         padded = [functional.pad(item.text, (0, 0, 0, self.text_length - item.text.shape[0])) for item in items]
         return ToyConditioning(torch.stack(padded))
 
