@@ -24,3 +24,10 @@ def test_a_notebook_runs_top_to_bottom(path, monkeypatch):
     values = {row.split("|")[1].strip(): row.split("|")[3:7] for row in figures.splitlines()[2:]}
     assert set(values) == {"base", "masked", "threshold_w1"}
     assert float(values["threshold_w1"][1]) < float(values["masked"][1])  # fewer phantom pixels
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_is_kept_with_its_outputs_and_no_machines_paths(path):
+    assert "site-packages" not in path.read_text()
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in cells)
