@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.phantom_limb import detectors, proof, study
+from benchmarks.phantom_limb import demo, detectors, proof, study
 from benchmarks.phantom_limb.sampling import draw_noise, grid, sample, toy
 from benchmarks.phantom_limb.world import SUBJECTS, named_scenes, render, subject_scenes
 from mpp.config import check_config
@@ -148,8 +148,13 @@ def test_a_run_leaves_its_measures_once(tmp_path, rules, monkeypatch):
     root = tmp_path / "data"
     study.make_data(root / "zarp", "zarp", study.BASE, rules, rules.main.halo)
     job = study.jobs(rules, root, {"threshold_w1": rules.main.variants.threshold_w1}, [0])[0]
-    job = dataclasses.replace(job, steps=2)
+    job = dataclasses.replace(job, steps=2, settings=(*job.settings, "schedule=constant", "optimizer.lr=0.02"))
     file = study.run(job, study.BASE, root, tmp_path)
+    kept = torch.load(tmp_path / "training" / "threshold_w1-zarp-0" / "kept.pt").float() / 255
+    monkeypatch.setattr(demo, "protocol", lambda: rules)
+    again = demo.adapted(tmp_path / "training" / "threshold_w1-zarp-0" / "lora.safetensors")  # by diffusers' loader
+    assert (torch.cat([again["subject"], again["others"]]) - kept).abs().max() < 0.01
+    assert (torch.cat(list(demo.adapted(None).values())) - kept).abs().max() > 0.2
     row = json.loads(file.read_text())
     assert {"variant", "subject", "seed", "steps", *proof.COLUMNS, *proof.ERRORS} <= set(row)
     words = ("variant", "subject", "made_from")
