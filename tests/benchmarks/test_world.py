@@ -209,3 +209,13 @@ def test_half_a_subject_or_one_without_its_core_is_no_success(name):
     coreless = render(dataclasses.replace(scenes, has_core=torch.zeros(100, dtype=torch.bool)))
     assert not detectors.find(coreless, subject).success.any()
     assert not detectors.find(render(named_scenes(300, random(9))[0]), subject).success.any()
+
+
+@pytest.mark.parametrize("name", list(SUBJECTS))
+def test_a_flood_of_the_subjects_colours_is_no_subject(name):
+    subject = SUBJECTS[name]
+    scenes, _, _ = subject_scenes(subject, 20, random(), alone=True)
+    flooded = dataclasses.replace(scenes, ground=torch.tensor(subject.colour).expand(20, 2, 3))
+    found = detectors.find(render(flooded), subject)
+    assert not found.success.any()
+    assert (found.area > 400).all()
