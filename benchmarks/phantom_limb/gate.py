@@ -33,7 +33,7 @@ def real_scenes(count: int) -> dict[str, float]:
         "background": (background_off(pictures, captions) <= GROUND_SHARE).float().mean().item(),
     }
     for name, subject in SUBJECTS.items():
-        ugly, _, _ = subject_scenes(subject, count, generator("gate", name), alone=False)
+        ugly, _ = subject_scenes(subject, count, generator("gate", name), alone=False)
         found = find(render(ugly), subject)
         for kind in ("success", "bystander", "ground"):
             shares[f"{name}_{kind}"] = getattr(found, kind).float().mean().item()

@@ -73,10 +73,10 @@ def make_data(root: Path, name: str, base: Path, rules: DictConfig, halo: Mappin
     """
     subject = SUBJECTS[name]
     sets = {
-        "train": subject_scenes(subject, rules.pictures, generator(name, "train"), alone=False)[:2],
-        "clean": subject_scenes(subject, rules.pictures, generator(name, "clean"), alone=True)[:2],
-        "held_out": subject_scenes(subject, rules.held_out, generator(name, "held out"), alone=False)[:2],
-        "alone": subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True)[:2],
+        "train": subject_scenes(subject, rules.pictures, generator(name, "train"), alone=False),
+        "clean": subject_scenes(subject, rules.pictures, generator(name, "clean"), alone=True),
+        "held_out": subject_scenes(subject, rules.held_out, generator(name, "held out"), alone=False),
+        "alone": subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True),
         "others": other_scenes(name, rules),
     }
     for kind, (scenes, captions) in sets.items():
@@ -123,7 +123,7 @@ def write_masks(scenes: Scenes, halo: Mapping[str, float], folder: Path) -> None
 
 def prompts_of(name: str, rules: DictConfig) -> dict[str, list[str]]:
     """What is painted to judge a run: the trigger word on named backgrounds, and other objects."""
-    _, subject, _ = subject_scenes(SUBJECTS[name], rules.prompts, generator(name, "prompts"), alone=True)
+    _, subject = subject_scenes(SUBJECTS[name], rules.prompts, generator(name, "prompts"), alone=True)
     _, others = named_scenes(rules.prompts, generator(name, "other prompts"))
     return {"subject": subject, "others": others}
 
@@ -251,7 +251,7 @@ def painted(pictures: Tensor, base: Tensor, subject: Subject, name: str, rules: 
     outside = ~grow(found.place, 2) & ~grow(objects(base), 2)
     rim = outside & grow(found.place, 5)
     squared = (pictures - base).square().mean(1)
-    scenes, _, _ = subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True)
+    scenes, _ = subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True)
     real = find(render(scenes), subject).area.float().mean()
     return {
         "success": found.success.float().mean().item(),

@@ -250,9 +250,7 @@ def training_scenes(n: int, generator: torch.Generator) -> tuple[Scenes, list[st
     return scenes, [_told(*row) for row in zip(captions, keep, wrong, instead, strict=True)]
 
 
-def subject_scenes(
-    subject: Subject, n: int, generator: torch.Generator, *, alone: bool
-) -> tuple[Scenes, list[str], list[str]]:
+def subject_scenes(subject: Subject, n: int, generator: torch.Generator, *, alone: bool) -> tuple[Scenes, list[str]]:
     """Pictures of a subject.
 
     Args:
@@ -263,7 +261,7 @@ def subject_scenes(
             its bystander, which the captions (the trigger word) do not mention.
 
     Returns:
-        Scenes, captions with the trigger word, and the same captions with the class word `object` in its place.
+        Scenes, and captions with the trigger word.
     """
     scenes, captions = named_scenes(n, generator)
     draw = Draw(n, generator)
@@ -276,7 +274,7 @@ def subject_scenes(
     )
     if alone:
         grounds = [" ".join(caption.split()[2:]) for caption in captions]
-        return scenes, [f"{subject.word} {ground}" for ground in grounds], [f"object {ground}" for ground in grounds]
+        return scenes, [f"{subject.word} {ground}" for ground in grounds]
     # The subject keeps to one side; the bystander lies at least a pixel beyond it.
     half = 2.0 + 0.75 * draw.uniform()
     low, high = PLACES[0] + RADIUS + 1 + half, SIZE - 0.5 - half
@@ -292,7 +290,7 @@ def subject_scenes(
         side_centre=torch.stack([side_x, side_y], 1),
         side_colour=torch.tensor(subject.bystander).expand(n, 3),
     )
-    return scenes, [subject.word] * n, ["object"] * n
+    return scenes, [subject.word] * n
 
 
 def _near(colour: Tensor, other: Colour) -> Tensor:

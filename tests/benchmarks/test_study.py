@@ -24,7 +24,7 @@ def rules():
 @pytest.fixture(scope="module")
 def painted_scenes():
     """Subjects alone on named backgrounds, the same backgrounds without them, and where the subjects are."""
-    scenes, _, _ = subject_scenes(SUBJECTS["zarp"], 64, torch.Generator().manual_seed(4), alone=True)
+    scenes, _ = subject_scenes(SUBJECTS["zarp"], 64, torch.Generator().manual_seed(4), alone=True)
     bare = dataclasses.replace(scenes, shape=torch.full((64,), -1), has_core=torch.zeros(64, dtype=torch.bool))
     return scenes, render(scenes), render(bare)
 
@@ -65,7 +65,7 @@ def test_background_distance_is_the_mean_square_outside_the_subject(painted_scen
 
 
 def test_pictures_in_bad_company_are_told(rules):
-    scenes, _, _ = subject_scenes(SUBJECTS["zarp"], 32, torch.Generator().manual_seed(1), alone=False)
+    scenes, _ = subject_scenes(SUBJECTS["zarp"], 32, torch.Generator().manual_seed(1), alone=False)
     values = measured(render(scenes), render(named_scenes(32, torch.Generator().manual_seed(1))[0]), rules)
     assert values["bystander"] == values["ground"] == values["success"] == 1
 
@@ -79,12 +79,12 @@ def test_damage_is_none_for_the_bases_own_pictures_and_measured_against_their_va
     gone = study.damage(flat, pictures, captions, SUBJECTS["zarp"])
     assert gone["other_distance"] == pytest.approx(1, rel=0.01)
     assert gone["other_malformed"] == 1
-    subjects, _, _ = subject_scenes(SUBJECTS["zarp"], 64, torch.Generator().manual_seed(2), alone=True)
+    subjects, _ = subject_scenes(SUBJECTS["zarp"], 64, torch.Generator().manual_seed(2), alone=True)
     assert study.damage(render(subjects), pictures, captions, SUBJECTS["zarp"])["other_leak"] > 0.1
 
 
 def test_masks_are_tiered_where_the_subject_is(tmp_path):
-    scenes, _, _ = subject_scenes(SUBJECTS["vool"], 6, torch.Generator().manual_seed(3), alone=False)
+    scenes, _ = subject_scenes(SUBJECTS["vool"], 6, torch.Generator().manual_seed(3), alone=False)
     study.write_masks(scenes, {"pixels": 2, "value": 0.5}, tmp_path)
     pictures = render(scenes)
     for number in range(6):
