@@ -64,7 +64,7 @@ def test_captions_are_bags_of_words_padded_with_zeros(toy):
 def test_captions_that_are_too_long_are_refused(toy):
     with pytest.raises(ValueError, match="has 9 words, model=toy takes 8"):
         toy.load_encoders("cpu").encode_text(["a b c d e f g h i"])
-    with pytest.raises(ValueError, match="a cached caption has 9 words, model.text_length is 8"):
+    with pytest.raises(ValueError, match="a cached caption has 9 tokens, model.text_length is 8"):
         toy.collate([ToyConditioning(torch.zeros(9, 48))])
 
 

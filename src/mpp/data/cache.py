@@ -28,6 +28,7 @@ from mpp.files import write_atomically, write_json
 from mpp.models.base import Conditioning, Identity, LatentSpec
 
 FORMAT = 1
+_CHECKED = 10_000
 _AGAIN = "run `python -m mpp.prepare` again"
 
 
@@ -197,6 +198,15 @@ class Cache:
             return record(**tensors)
         except TypeError as error:
             raise ValueError(f"{path} holds {sorted(tensors)}, not this model's text ({error}); {_AGAIN}") from error
+
+    def check_some(self, entries: Sequence[Entry]) -> None:
+        """`check_files` of at most 10,000 samples, evenly spread; more would delay the start of a run.
+
+        Raises:
+            ValueError: As `check_files` raises.
+        """
+        for entry in entries[:: max(1, -(-len(entries) // _CHECKED))]:
+            self.check_files(entry)
 
     def check_files(self, entry: Entry) -> None:
         """Refuse a sample whose files are missing, cut short or disagree, from their headers alone.

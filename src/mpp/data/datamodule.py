@@ -1,6 +1,5 @@
 """The DataModule that streams cached latents, masks and text."""
 
-import random
 from collections.abc import Sequence
 
 from lightning import LightningDataModule
@@ -12,8 +11,6 @@ from mpp.data.cache import Cache, Entry
 from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
 from mpp.data.preservation import MixedSamples, Preservation
 from mpp.models.base import Architecture
-
-_CHECKED = 10_000  # samples whose file headers are read before training; more would delay the start
 
 
 class CachedSamples(Dataset[Sample]):
@@ -105,8 +102,7 @@ class LatentDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is larger than the training set of {len(train)} samples; lower it "
                 f"(trainer.accumulate_grad_batches repeats smaller batches)"
             )
-        for entry in _some(entries, self.seed):
-            self.cache.check_files(entry)
+        self.cache.check_some(entries)
         bare = [entry.key for entry in train if entry.mask is None]
         if self.require_mask and bare:
             raise ValueError(
@@ -163,7 +159,3 @@ def split_entries(entries: Sequence[Entry], fraction: float, seed: int) -> tuple
     held = {entry.key for entry in ranked[: max(1, round(fraction * len(originals)))]}
     kept = [entry for entry in train if entry.key.removesuffix("@flip") not in held]
     return kept, [entry for entry in originals if entry.key in held]
-
-
-def _some(entries: Sequence[Entry], seed: int) -> Sequence[Entry]:
-    return entries if len(entries) <= _CHECKED else random.Random(seed).sample(entries, _CHECKED)

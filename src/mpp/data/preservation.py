@@ -15,8 +15,6 @@ from mpp.data.batch import Sample
 from mpp.data.cache import Cache, Entry, text_name
 from mpp.models.base import Architecture, Identity
 
-_CHECKED = 10_000  # samples whose file headers are read before training; more would delay the start
-
 
 @dataclass(frozen=True)
 class OtherCaptions:
@@ -144,8 +142,7 @@ class Preservation(OtherCaptions):
         entries = [replace(entry, mask=None) for entry in cache.entries() if entry.split == "train"]
         if not entries:
             raise ValueError(f"data.preservation.cache_dir={self.cache_dir} has no training samples")
-        for entry in entries[:: -(-len(entries) // _CHECKED)]:
-            cache.check_files(entry)
+        cache.check_some(entries)
         return [(cache, entry) for entry in entries]
 
 

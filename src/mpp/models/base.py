@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mpp.core.flow import SigmaLaw
 from mpp.files import weights_fingerprint
@@ -142,6 +143,21 @@ class Architecture(Protocol):
     ) -> Float[Tensor, "b c f h w"]:
         """The transformer's prediction of `noise - latents` at sigma in [0, 1]."""
         ...
+
+
+def pad_text(texts: Sequence[Tensor], length: int) -> Float[Tensor, "b tokens dim"]:
+    """Cached texts `(tokens, dim)` as one batch, zero-padded to `length` tokens.
+
+    Raises:
+        ValueError: A text is longer.
+    """
+    longest = max(text.shape[0] for text in texts)
+    if longest > length:
+        raise ValueError(
+            f"a cached caption has {longest} tokens, model.text_length is {length}; "
+            "run `python -m mpp.prepare` again with this setting"
+        )
+    return torch.stack([functional.pad(text, (0, 0, 0, length - text.shape[0])) for text in texts])
 
 
 def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = True) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpp.core.flow import SigmaLaw
-from mpp.models.base import Conditioning, Identity, LatentSpec, fingerprint_if_present, resolve_folder
+from mpp.models.base import Conditioning, Identity, LatentSpec, fingerprint_if_present, pad_text, resolve_folder
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Toy:
         text_length: Words that every caption is padded to; longer captions are refused.
 
     Raises:
-        ValueError: Channels that do not fit the stride, a temporal stride, or a text dimension off 8.
+        ValueError: Channels that do not fit the stride, a temporal stride, or a text dimension that is
+            no multiple of 8.
     """
 
     family = "toy"
@@ -105,18 +106,8 @@ class Toy:
         return ToyEncoders(self)
 
     def collate(self, items: Sequence[ToyConditioning]) -> ToyConditioning:
-        """Zero-pad every caption to `text_length` words.
-
-        Raises:
-            ValueError: A cached caption is longer.
-        """
-        longest = max(item.text.shape[0] for item in items)
-        if longest > self.text_length:
-            raise ValueError(
-                f"a cached caption has {longest} words, model.text_length is {self.text_length}; prepare again"
-            )
-        padded = [functional.pad(item.text, (0, 0, 0, self.text_length - item.text.shape[0])) for item in items]
-        return ToyConditioning(torch.stack(padded))
+        """Zero-pad every caption to `text_length` words."""
+        return ToyConditioning(pad_text([item.text for item in items], self.text_length))
 
     def velocity(
         self,

@@ -18,12 +18,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from mpp.core.flow import SigmaLaw
 from mpp.files import weights_fingerprint
-from mpp.models.base import Conditioning, Identity, LatentSpec, fingerprint_if_present, resolve_folder
+from mpp.models.base import Conditioning, Identity, LatentSpec, fingerprint_if_present, pad_text, resolve_folder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -140,14 +139,7 @@ class Wan:
 
     def collate(self, items: Sequence[WanConditioning]) -> WanConditioning:
         """Zero-pad every text to `text_length`: WAN is trained to attend to exactly this padding."""
-        for item in items:
-            if item.text.shape[0] > self.text_length:
-                raise ValueError(
-                    f"a cached caption has {item.text.shape[0]} tokens, model.text_length is {self.text_length}; "
-                    "run `python -m mpp.prepare` again with this setting"
-                )
-        padded = [functional.pad(item.text, (0, 0, 0, self.text_length - item.text.shape[0])) for item in items]
-        return WanConditioning(torch.stack(padded))
+        return WanConditioning(pad_text([item.text for item in items], self.text_length))
 
     def velocity(
         self,
