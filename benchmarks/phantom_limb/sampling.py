@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from benchmarks.phantom_limb.world import SIZE
 from mpp.config import CONFIG_DIR, build
+from mpp.models.base import Prompt
 from mpp.models.toy import Toy
 
 STEPS = 16
@@ -38,7 +39,7 @@ def sample(architecture: Toy, transformer: nn.Module, captions: Sequence[str], n
     encoders = architecture.load_encoders("cpu")
     pictures = []
     for start in range(0, len(captions), BATCH):
-        conditioning = architecture.collate(encoders.encode_text(captions[start : start + BATCH]))
+        conditioning = architecture.collate(encoders.encode_text([Prompt(c) for c in captions[start : start + BATCH]]))
         x = noise[start : start + BATCH]
         for now, then in pairwise(sigmas):
             x = x + (then - now) * architecture.velocity(transformer, x, now.expand(len(x)), conditioning)

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from benchmarks.phantom_limb.sampling import toy
 from benchmarks.phantom_limb.world import render, training_scenes
-from mpp.models.base import Architecture
+from mpp.models.base import Architecture, Prompt
 from mpp.models.toy import Toy
 
 UNIFORM = 0.1  # share of sigmas drawn uniformly, so that both ends are learned
@@ -115,7 +115,7 @@ class Batches:
         noise = torch.randn(latents.shape, generator=self.generator)
         u = torch.rand(self.size, 2, generator=self.generator).clamp(1e-6, 1 - 1e-6)
         sigma = torch.where(u[:, 0] < UNIFORM, u[:, 1], self.architecture.sigma.quantile(u[:, 1], 36).float())
-        conditioning = self.architecture.collate(self.encoders.encode_text(captions))
+        conditioning = self.architecture.collate(self.encoders.encode_text([Prompt(caption) for caption in captions]))
         return latents.to(self.device), noise.to(self.device), sigma.to(self.device), conditioning.to(self.device)
 
 

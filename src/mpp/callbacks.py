@@ -15,8 +15,10 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.core.masks import MaskWeights
 from mpp.data.cache import Cache, Entry
 from mpp.data.datamodule import LatentDataModule
+from mpp.data.prompts import Painted, Prompts
 from mpp.models.adapters import save_lora
 from mpp.module import MaskedPriorModule
+from mpp.painting import paint, save, strip
 
 log = logging.getLogger("mpp")
 
@@ -74,6 +76,63 @@ class Checkpoints(Checkpoint):
                 save_lora(path, module.transformer, state, module.record())
 
 
+class Samples(Callback):
+    """Paints prompts by base and LoRA from the same noise: at the start, every so many steps, and at the end.
+
+    Nothing happens without prompts. Their embeddings come from the cache, so no text encoder is loaded.
+
+    Args:
+        folder: The run's output folder; `samples/step-000500/` holds PNG and MP4 files.
+        every_n_steps: Optimizer steps between two samples, >= 1.
+        prompts: What is painted, as it was prepared.
+
+    Raises:
+        ValueError: `every_n_steps` is below 1.
+    """
+
+    def __init__(self, folder: str, prompts: Prompts, every_n_steps: int = 500) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.samples.every_n_steps must be at least 1, got {every_n_steps}")
+        self.folder, self.prompts, self.every_n_steps = Path(folder) / "samples", prompts, every_n_steps
+        self._painted: list[Painted] = []
+        self._bases: dict[str, torch.Tensor] = {}
+        self._done_at = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse prompts that were not prepared, before the transformer is loaded."""
+        del stage
+        self.prompts.check(pl_module.architecture)
+        self._painted = self.prompts.read(pl_module.architecture, trainer.datamodule.cache)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The untrained adapter, which paints what the base does; what was resumed from is painted already."""
+        if trainer.global_step == 0:
+            self._paint(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Every so many steps."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._paint(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The finished adapter."""
+        self._paint(trainer, pl_module)
+
+    def _paint(self, trainer: Trainer, module: MaskedPriorModule) -> None:
+        step = trainer.global_step
+        if not self._painted or not trainer.is_global_zero or step == self._done_at:
+            return
+        self._done_at = step
+        encoders = module.architecture.load_encoders(module.device)
+        with module.evaluated_adapter(), trainer.precision_plugin.forward_context():
+            pairs = paint(module.architecture, module.transformer, encoders, self._painted, self._bases)
+        encoders.release()
+        for pair in pairs:
+            save(pair, self.folder / f"step-{step:06d}")
+            for logger in trainer.loggers:
+                _log_picture(logger, f"samples/{pair.name}", strip(pair), step)
+
+
 class LossBar(TQDMProgressBar):
     """Progress with the losses by their short names."""
 
@@ -94,13 +153,20 @@ class Coverage:
     lowest: float
 
 
-def measure_coverage(cache: Cache, entries: list[Entry], loss: MaskedPriorLoss) -> Coverage:
-    """Mean weights of both regions and the share of samples the teacher runs for, over evenly spread samples."""
+def measure_coverage(cache: Cache, entries: list[Entry], loss: MaskedPriorLoss, given: int = 0) -> Coverage:
+    """Mean weights of both regions and the share of samples the teacher runs for, over evenly spread samples.
+
+    Args:
+        cache: The cache.
+        entries: Its samples.
+        loss: Whose regions are measured.
+        given: Leading frames that the model is given, which belong to neither region.
+    """
     chosen = entries[:: max(1, -(-len(entries) // _SCANNED))]
     learn = preserve = taught = 0.0
     lowest = 1.0
     for entry in chosen:
-        mask = cache.mask(entry)[None]
+        mask = cache.mask(entry)[None, :, given:]
         weights = effective_weights(loss, mask)
         learn += float(weights.target.mean())
         preserve += float(weights.prior.mean())
@@ -133,7 +199,7 @@ class RunReport(Callback):
             return
         data: LatentDataModule = trainer.datamodule
         loss = pl_module.loss
-        coverage = measure_coverage(data.cache, data.train_entries, loss)
+        coverage = measure_coverage(data.cache, data.train_entries, loss, pl_module.architecture.given_frames)
         for line in banner(pl_module, data, coverage):
             log.info(line)
         for line in loss.advice() + _data_advice(loss, data, coverage):
@@ -142,7 +208,10 @@ class RunReport(Callback):
 
     def _show_regions(self, trainer: Trainer, data: LatentDataModule, loss: MaskedPriorLoss) -> None:
         chosen = [entry for entry in data.train_entries if not entry.flip][: self.pictures]
-        rows = [region_strip(data.cache, entry, loss) for entry in chosen]
+        model = data.architecture
+        rows = [
+            region_strip(data.cache, entry, loss, model.given_frames, layered=model.latents.layered) for entry in chosen
+        ]
         if not rows:
             return
         sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
@@ -209,21 +278,42 @@ def _data_advice(loss: MaskedPriorLoss, data: LatentDataModule, coverage: Covera
     return []
 
 
-def region_strip(cache: Cache, entry: Entry, loss: MaskedPriorLoss) -> Image.Image:
-    """Picture, mask, target weights and prior weights of one sample side by side."""
-    picture = Image.open(cache.preview_path(entry.key)).convert("RGB")
-    weights = effective_weights(loss, cache.mask(entry)[None])
-    parts = [("picture", picture)]
-    for name, field in (("mask", weights.raw), ("learns", weights.target), ("keeps the base", weights.prior)):
-        grey = Image.fromarray((field[0, 0, 0].numpy() * 255).round().astype(np.uint8))
-        parts.append((name, grey.resize(picture.size, Image.Resampling.NEAREST).convert("RGB")))
-    header = 16
-    strip = Image.new("RGB", (picture.width * len(parts), picture.height + header), "white")
+def region_strip(
+    cache: Cache, entry: Entry, loss: MaskedPriorLoss, given: int = 0, *, layered: bool = False
+) -> Image.Image:
+    """Picture, mask, target weights and prior weights of one sample side by side; layers under each other.
+
+    Args:
+        cache: The cache.
+        entry: The sample.
+        loss: Whose regions are shown.
+        given: Leading frames that the model is given, which are not shown.
+        layered: Frames are layers, the whole picture first; of a clip the first frame is shown.
+    """
+    weights = effective_weights(loss, cache.mask(entry)[None, :, given:])
+    rows = []
+    for frame in range(weights.raw.shape[2] if layered else 1):
+        layer = frame + given - 1 if layered and frame + given > 0 else None
+        picture = Image.open(cache.preview_path(entry.key, layer)).convert("RGB")
+        parts = [(entry.key if layer is None else f"{entry.key} layer {layer}", picture)]
+        for name, field in (("mask", weights.raw), ("learns", weights.target), ("keeps the base", weights.prior)):
+            grey = Image.fromarray((field[0, 0, frame].numpy() * 255).round().astype(np.uint8))
+            parts.append((name, grey.resize(picture.size, Image.Resampling.NEAREST).convert("RGB")))
+        rows.append(_row(parts))
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for number, row in enumerate(rows):
+        sheet.paste(row, (0, number * row.height))
+    return sheet
+
+
+def _row(parts: list[tuple[str, Image.Image]]) -> Image.Image:
+    header, (width, height) = 16, parts[0][1].size
+    strip = Image.new("RGB", (width * len(parts), height + header), "white")
     draw = ImageDraw.Draw(strip)
     for column, (name, image) in enumerate(parts):
-        strip.paste(image, (column * picture.width, header))
-        label = f"{entry.key}: {name}" if column == 0 else f"{name} ({np.asarray(image).mean() / 255:.0%})"
-        draw.text((column * picture.width + 4, 2), label, fill="black")
+        strip.paste(image, (column * width, header))
+        label = f"{name}: picture" if column == 0 else f"{name} ({np.asarray(image).mean() / 255:.0%})"
+        draw.text((column * width + 4, 2), label, fill="black")
     return strip
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -96,6 +97,13 @@ def _has_target(value: Any) -> bool:  # noqa: ANN401
 def _locate(target: str) -> Any:  # noqa: ANN401
     module, _, name = target.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def device_of(name: str) -> str:
+    """A device's name; `auto` is the GPU where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(node: DictConfig | None, **extra: Any) -> Any:  # noqa: ANN401

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lightning import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from mpp import __version__, metrics
@@ -87,7 +88,8 @@ class MaskedPriorModule(LightningModule):
         """Load the frozen transformer and add the adapter, once.
 
         Raises:
-            ValueError: A precision that would round the adapter, or targets that match nothing.
+            ValueError: A precision that would round the adapter, targets that match nothing, or a strategy that
+            cannot train experts.
         """
         if self.transformer is not None:
             return
@@ -96,6 +98,7 @@ class MaskedPriorModule(LightningModule):
                 f"trainer.precision={self.trainer.precision} would round the float32 adapter; use bf16-mixed with "
                 "model.dtype=bfloat16"
             )
+        self._check_strategy()
         transformer = self.architecture.load_transformer()
         inject(transformer, self.adapter, self.architecture.lora_targets, seed=self.seed)
         if self.gradient_checkpointing:
@@ -104,6 +107,17 @@ class MaskedPriorModule(LightningModule):
             transformer.compile_repeated_blocks(fullgraph=True)
         self._base = self.architecture.identity().transformer
         self.transformer = transformer.train()
+
+    def _check_strategy(self) -> None:
+        """Experts: a step may use one expert alone, and DDP waits for gradients of all parameters unless told."""
+        if not self.architecture.boundaries or self._trainer is None:
+            return
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):  # noqa: SLF001
+            raise ValueError(
+                "this model trains two experts, of which a step may use one; set "
+                "trainer.strategy=ddp_find_unused_parameters_true"
+            )
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own type)
         """Optimizer over the adapter, and its schedule stepped per optimizer step."""
@@ -139,8 +153,8 @@ class MaskedPriorModule(LightningModule):
         shape = tuple(batch.latents.shape[1:])
         noise = torch.stack([draws.noise(shape, self.seed, position, key) for key in batch.keys])
         if sigma is None:
-            uniform = torch.stack([draws.uniform(self.seed, position, key) for key in batch.keys])
-            levels = self.architecture.sigma.quantile(uniform, self.architecture.latents.tokens(shape)).float()
+            tokens = self.architecture.latents.tokens(shape)
+            levels = self.architecture.sigma.draw(batch.keys, self.seed, position, tokens)
         else:
             levels = torch.full((len(batch),), sigma)
         noise, levels = noise.to(batch.latents, non_blocking=True), levels.to(batch.latents.device, non_blocking=True)

@@ -1,10 +1,9 @@
 """`python -m mpp.prepare`: turn a folder of pictures, masks and captions into a cache."""
 
 import hydra
-import torch
 from omegaconf import DictConfig
 
-from mpp.config import CONFIG_DIR, build, check_config, entry
+from mpp.config import CONFIG_DIR, build, check_config, device_of, entry
 from mpp.data.preparation import Preparation, Summary
 
 
@@ -16,10 +15,8 @@ def run(cfg: DictConfig) -> Summary:
         OSError: The cache cannot be written.
     """
     check_config(cfg)
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    summary = Preparation(build(cfg.data), build(cfg.model), device).run()
+    model, device = build(cfg.model), device_of(cfg.device)
+    summary = Preparation(build(cfg.data), model, device, build(cfg.sampling)).run()
     for line in summary.lines():
         print(line)
     return summary

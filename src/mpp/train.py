@@ -79,7 +79,8 @@ def fit(
         trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
-        log.info("LoRA: %s", Path(trainer.default_root_dir, "lora.safetensors"))
+        for file in sorted(Path(trainer.default_root_dir).glob("lora*.safetensors")):  # with experts one each
+            log.info("LoRA: %s", file)
 
 
 def check_preservation(loss: MaskedPriorLoss, data: LatentDataModule) -> None:

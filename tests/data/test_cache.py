@@ -28,7 +28,7 @@ def test_a_missing_cache_is_said(tmp_path):
 def test_another_format_version_is_refused(cache):
     path = cache.folder / "cache.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(ValueError, match="format version 99, this mpp reads 1"):
+    with pytest.raises(ValueError, match="format version 99, this mpp reads 2"):
         cache.manifest()
 
 
@@ -106,8 +106,8 @@ def test_a_damaged_index_is_named(cache, line):
 def test_text_of_another_family_is_refused(cache):
     entry = first(cache)
     write_tensors(cache.text_path(entry.text), {"pooled": torch.ones(3)}, {})
-    with pytest.raises(ValueError, match="holds \\['pooled'\\], not this model's text"):
-        cache.text(entry, WanConditioning)
+    with pytest.raises(ValueError, match="not this model's conditioning .holds \\['pooled'\\], wanted are"):
+        cache.conditioning(entry, WanConditioning)
 
 
 def test_tensors_survive_writing_exactly(tmp_path):

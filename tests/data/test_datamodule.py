@@ -100,7 +100,7 @@ def test_batches_carry_what_the_cache_holds(prepared, architecture, workers):
         for row, key in enumerate(batch.keys):
             assert torch.equal(batch.latents[row], cache.latents(entries[key]))
             assert torch.equal(batch.mask[row], cache.mask(entries[key]))
-            text = cache.text(entries[key], architecture.conditioning).text
+            text = cache.conditioning(entries[key], architecture.conditioning).text
             assert torch.equal(batch.conditioning.text[row, : len(text)], text)
             count += 1
         assert torch.equal(batch.host_mask, batch.mask)

@@ -43,8 +43,8 @@ def test_prepare_makes_latents_masks_text_and_index(root, pipeline):
 
 def test_a_second_run_encodes_nothing_and_does_not_load_the_encoders(root, pipeline, monkeypatch):
     prepare(pipeline, root)
-    monkeypatch.setattr(WanEncoders, "_load_vae", lambda self: pytest.fail("VAE loaded"))
-    monkeypatch.setattr(WanEncoders, "_load_text", lambda self: pytest.fail("text encoder loaded"))
+    monkeypatch.setattr(WanEncoders, "vae", lambda self: pytest.fail("VAE loaded"))
+    monkeypatch.setattr(WanEncoders, "encoder", lambda *_: pytest.fail("text encoder loaded"))
     summary = prepare(pipeline, root)
     assert (summary.encoded, summary.current, summary.masks_written, summary.texts_encoded) == (0, 4, 0, 0)
 
@@ -317,6 +317,6 @@ print(before == sorted(p for p in (root / "cache").rglob("*")))
 def test_cache_says_what_it_was_made_with(root, pipeline):
     prepare(pipeline, root)
     content = json.loads((root / "cache" / "cache.json").read_text())
-    assert content["format"] == 1
+    assert content["format"] == 2
     assert content["family"] == "wan"
     assert content["vae"]

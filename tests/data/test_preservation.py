@@ -11,6 +11,7 @@ from mpp.data.cache import Cache, text_name
 from mpp.data.datamodule import LatentDataModule
 from mpp.data.loader import BatchOrder
 from mpp.data.preservation import OtherCaptions, Preservation
+from mpp.models.base import Prompt
 from tests import helpers
 
 TRAIN = [(16, 1, 8, 8)] * 7 + [(16, 1, 4, 8)] * 4
@@ -99,8 +100,8 @@ def test_preservation_samples_keep_the_base_everywhere_under_their_own_caption(a
     captions = {entry.key: entry.caption for entry in cache.entries()}
     encoders = architecture.load_encoders("cpu")
     for _, entry in data.pool:
-        (expected,) = encoders.encode_text([captions[entry.key].replace("box", "thing")])
-        assert torch.equal(cache.text(entry, architecture.conditioning).text, expected.text)
+        (expected,) = encoders.encode_text([Prompt(captions[entry.key].replace("box", "thing"))])
+        assert torch.equal(cache.conditioning(entry, architecture.conditioning).text, expected.text)
     assert {e.caption for _, e in data.pool} == {c.replace("box", "thing") for c in captions.values()}
     count = 0
     for batch in data.train_dataloader():

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from mpp.core import flow
 from mpp.models.adapters import Adapter, adapters_off, inject
-from mpp.models.base import Architecture
+from mpp.models.base import Architecture, Prompt
 from mpp.models.toy import Toy, ToyConditioning, word_vector
 from mpp.teacher import Teacher
 from tests import helpers
@@ -23,7 +23,7 @@ def toy():
 
 
 def inputs(toy, captions=("zarp on dotted mint background", "red circle"), size=24):
-    conditioning = toy.collate(toy.load_encoders("cpu").encode_text(captions))
+    conditioning = toy.collate(toy.load_encoders("cpu").encode_text([Prompt(c) for c in captions]))
     latents = torch.randn(len(captions), *toy.latents.shape(1, size, size))
     return latents, torch.rand(len(captions)), conditioning
 
@@ -53,7 +53,7 @@ def test_a_word_is_the_bits_of_its_hash():
 
 
 def test_captions_are_bags_of_words_padded_with_zeros(toy):
-    short, empty = toy.load_encoders("cpu").encode_text(["red circle", ""])
+    short, empty = toy.load_encoders("cpu").encode_text([Prompt("red circle"), Prompt("")])
     batch = toy.collate([short, empty]).text
     assert batch.shape == (2, toy.text_length, toy.text_dim)
     assert torch.equal(batch[0, :2], torch.stack([word_vector("red", 48), word_vector("circle", 48)]))
@@ -63,7 +63,7 @@ def test_captions_are_bags_of_words_padded_with_zeros(toy):
 
 def test_captions_that_are_too_long_are_refused(toy):
     with pytest.raises(ValueError, match="has 9 words, model=toy takes 8"):
-        toy.load_encoders("cpu").encode_text(["a b c d e f g h i"])
+        toy.load_encoders("cpu").encode_text([Prompt("a b c d e f g h i")])
     with pytest.raises(ValueError, match="a cached caption has 9 tokens, model.text_length is 8"):
         toy.collate([ToyConditioning(torch.zeros(9, 48))])
 
@@ -87,7 +87,7 @@ def test_the_base_predicts_the_velocity_of_its_own_world_far_better_than_nothing
     latents = encoders.encode_pixels(render(scenes)[:, :, None] * 2 - 1)
     noise = torch.randn_like(latents)
     sigma = torch.linspace(0.2, 0.9, 32)
-    conditioning = toy.collate(encoders.encode_text(captions))
+    conditioning = toy.collate(encoders.encode_text([Prompt(c) for c in captions]))
     pred = toy.velocity(toy.load_transformer(), flow.interpolate(latents, noise, sigma), sigma, conditioning)
     target = flow.velocity(latents, noise)
     assert (pred - target).square().mean() < 0.1 * target.square().mean()

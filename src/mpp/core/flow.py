@@ -6,13 +6,15 @@ Convention everywhere in mpp: sigma in [0, 1], 0 = clean, 1 = noise;
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from mpp.core import draws
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,18 @@ class SigmaLaw:
             level = torch.sigmoid(self.mean + self.std * torch.special.ndtri(level))
         factor = self._factor(tokens)
         return (factor * level / (1 + (factor - 1) * level)).clamp(self.min_sigma, self.max_sigma)
+
+    def draw(self, keys: Sequence[str], seed: int, epoch: int | str, tokens: int) -> Float[Tensor, " n"]:
+        """Sigma of each sample for one visit, float32: a function of (seed, epoch, key) alone.
+
+        Args:
+            keys: Names of the samples.
+            seed: Of the run.
+            epoch: Position of the visit.
+            tokens: Tokens of each of the samples.
+        """
+        uniform = torch.stack([draws.uniform(seed, epoch, key) for key in keys])
+        return self.quantile(uniform, tokens).float()
 
     def cdf(self, sigma: Float[Tensor, " n"], tokens: int) -> Float[Tensor, " n"]:
         """Share of the unrestricted law (without min and max sigma) at or below each sigma, float64."""

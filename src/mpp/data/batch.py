@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpp.models.base import Conditioning
+from mpp.data.cache import Cache, Entry
+from mpp.models.base import Architecture, Conditioning
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,17 @@ class Sample:
     mask: Tensor
     conditioning: Conditioning
     preserved: bool = False
+
+
+def read_sample(cache: Cache, entry: Entry, architecture: Architecture) -> Sample:
+    """One sample from a cache, without the leading frames that the model is given clean.
+
+    Raises:
+        ValueError: As `Cache.latents`, `mask` and `conditioning` raise.
+    """
+    given = architecture.given_frames
+    latents, mask = cache.latents(entry)[:, given:], cache.mask(entry)[:, given:]
+    return Sample(entry.key, latents, mask, cache.conditioning(entry, architecture.conditioning))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ index.jsonl                     one line per sample; written last, so it only na
 latents/KEY.safetensors         "latents" (c, f, h, w) float32, normalised
 masks/KEY.safetensors           "mask" (1, f, h, w) float32 in [0, 1]; only samples that have one
 text/HASH.safetensors           the family's conditioning tensors of one caption, shared by equal captions
-previews/KEY.jpg                the picture in its bucket, for logs and reports
+pictures/KEY.safetensors        the family's conditioning tensors of a sample's pictures; only where it has any
+samples/HASH.safetensors        the whole conditioning of a prompt that is painted during training
+previews/KEY.jpg                the picture in its bucket, for logs and reports; layers as KEY.layer0.jpg, ...
 ```
 
 Every tensor file carries its format version and what it was made from in its header. All writing is atomic.
@@ -15,8 +17,9 @@ Every tensor file carries its format version and what it was made from in its he
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +30,7 @@ from mpp import __version__
 from mpp.files import write_atomically, write_json
 from mpp.models.base import Conditioning, Identity, LatentSpec
 
-FORMAT = 1
+FORMAT = 2
 _CHECKED = 10_000
 _AGAIN = "run `python -m mpp.prepare` again"
 
@@ -76,6 +79,8 @@ class Entry:
         caption: The caption itself.
         mask: Where the mask came from (`folder`, `masklabel`, `alpha`), or None without one.
         flip: Whether it is the mirrored copy of another sample.
+        pictures: Shapes of its picture conditioning, by field name; samples of one batch have equal ones.
+        seen: What the text encoder saw besides the caption: identities of the pictures.
     """
 
     key: str
@@ -85,11 +90,20 @@ class Entry:
     caption: str
     mask: str | None
     flip: bool = False
+    pictures: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    seen: tuple[str, ...] = ()
+
+    def signature(self, given_frames: int = 0) -> tuple[object, ...]:
+        """What samples of one batch share: latent shape without the frames that are given, and picture shapes."""
+        channels, frames, *cells = self.shape
+        pictures = [(name, *shape) for name, shape in sorted(self.pictures.items())]
+        return (channels, frames - given_frames, *cells, *pictures)
 
 
-def text_name(caption: str) -> str:
-    """File name of a caption's embeddings."""
-    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+def text_name(caption: str, seen: Sequence[str] = ()) -> str:
+    """File name of a caption's embeddings, together with the pictures that the text encoder saw."""
+    text = "\0".join((caption, *seen))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class Cache:
@@ -110,9 +124,18 @@ class Cache:
         """Where a caption's embeddings lie."""
         return self.folder / "text" / f"{name}.safetensors"
 
-    def preview_path(self, key: str) -> Path:
-        """Where a sample's preview picture lies."""
-        return self.folder / "previews" / f"{key}.jpg"
+    def pictures_path(self, key: str) -> Path:
+        """Where a sample's picture conditioning lies."""
+        return self.folder / "pictures" / f"{key}.safetensors"
+
+    def sample_path(self, name: str) -> Path:
+        """Where a painted prompt's conditioning lies."""
+        return self.folder / "samples" / f"{name}.safetensors"
+
+    def preview_path(self, key: str, layer: int | None = None) -> Path:
+        """Where a sample's preview picture lies, or that of one of its layers."""
+        suffix = "" if layer is None else f".layer{layer}"
+        return self.folder / "previews" / f"{key}{suffix}.jpg"
 
     def manifest(self) -> Manifest:
         """What the cache was made with.
@@ -152,8 +175,8 @@ class Cache:
         for line in path.read_text().splitlines():
             row = _json(line, path)
             try:
-                found.append(Entry(**{**row, "shape": tuple(row["shape"])}))
-            except (KeyError, TypeError) as error:
+                found.append(_entry(row))
+            except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from error
         return found
 
@@ -185,19 +208,16 @@ class Cache:
             return torch.ones(shape)
         return _tensor(self.mask_path(entry.key), "mask", shape)
 
-    def text(self, entry: Entry, record: type[Conditioning]) -> Conditioning:
-        """A sample's text embeddings as the family's record.
+    def conditioning(self, entry: Entry, record: type[Conditioning]) -> Conditioning:
+        """A sample's text embeddings and picture conditioning as the family's record.
 
         Raises:
-            ValueError: The file is missing, damaged, or of another family.
+            ValueError: A file is missing, damaged, or of another family.
         """
-        path = self.text_path(entry.text)
-        with _open(path) as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        try:
-            return record(**tensors)
-        except TypeError as error:
-            raise ValueError(f"{path} holds {sorted(tensors)}, not this model's text ({error}); {_AGAIN}") from error
+        tensors = read_tensors(self.text_path(entry.text))
+        if entry.pictures:
+            tensors |= read_tensors(self.pictures_path(entry.key))
+        return as_record(tensors, record, self.text_path(entry.text))
 
     def check_some(self, entries: Sequence[Entry]) -> None:
         """`check_files` of at most 10,000 samples, evenly spread; more would delay the start of a run.
@@ -219,6 +239,30 @@ class Cache:
             _check_shape(self.mask_path(entry.key), "mask", (1, *entry.shape[1:]))
         with _open(self.text_path(entry.text)):
             pass
+        for name, shape in entry.pictures.items():
+            _check_shape(self.pictures_path(entry.key), name, shape)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a cache file.
+
+    Raises:
+        ValueError: It is missing or damaged.
+    """
+    with _open(path) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+
+
+def as_record(tensors: Mapping[str, Tensor], record: type[Conditioning], path: Path) -> Conditioning:
+    """Tensors as the family's record.
+
+    Raises:
+        ValueError: They are another family's.
+    """
+    try:
+        return record.from_tensors(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} is not this model's conditioning ({error}); {_AGAIN}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], made_from: Mapping[str, object]) -> None:
@@ -261,6 +305,11 @@ def _tensor(path: Path, name: str, shape: Sequence[int]) -> Tensor:
     _check_shape(path, name, shape)
     with _open(path) as handle:
         return handle.get_tensor(name)
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    pictures = {name: tuple(shape) for name, shape in row["pictures"].items()}
+    return Entry(**{**row, "shape": tuple(row["shape"]), "pictures": pictures, "seen": tuple(row["seen"])})
 
 
 def _json(text: str, path: Path) -> dict[str, object]:

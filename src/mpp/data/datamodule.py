@@ -1,15 +1,16 @@
 """The DataModule that streams cached latents, masks and text."""
 
+import bisect
 from collections.abc import Sequence
 
 from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
 from mpp.core import draws
-from mpp.data.batch import Batch, Sample, collate_samples
+from mpp.data.batch import Batch, Sample, collate_samples, read_sample
 from mpp.data.cache import Cache, Entry
 from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
-from mpp.data.preservation import MixedSamples, Preservation
+from mpp.data.preservation import MixedSamples, Preservation, preserved_key
 from mpp.models.base import Architecture
 
 
@@ -17,7 +18,7 @@ class CachedSamples(Dataset[Sample]):
     """Samples of a cache by number."""
 
     def __init__(self, cache: Cache, entries: Sequence[Entry], architecture: Architecture) -> None:
-        self.cache, self.entries, self.record = cache, entries, architecture.conditioning
+        self.cache, self.entries, self.architecture = cache, entries, architecture
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -25,8 +26,7 @@ class CachedSamples(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """Read one sample."""
-        entry = self.entries[index]
-        return Sample(entry.key, self.cache.latents(entry), self.cache.mask(entry), self.cache.text(entry, self.record))
+        return read_sample(self.cache, self.entries[index], self.architecture)
 
 
 class LatentDataModule(LightningDataModule):
@@ -102,6 +102,7 @@ class LatentDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is larger than the training set of {len(train)} samples; lower it "
                 f"(trainer.accumulate_grad_batches repeats smaller batches)"
             )
+        _check_frames(entries, model.given_frames)
         self.cache.check_some(entries)
         bare = [entry.key for entry in train if entry.mask is None]
         if self.require_mask and bare:
@@ -114,14 +115,17 @@ class LatentDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """This rank's training batches, by shape."""
         rank, world = self._place()
+        given = self.architecture.given_frames
         order = BatchOrder(
-            [entry.shape for entry in self.train_entries],
+            [entry.signature(given) for entry in self.train_entries],
             self.batch_size,
             self.seed,
             rank,
             world,
-            pool=[entry.shape for _, entry in self.pool],
+            pool=[entry.signature(given) for _, entry in self.pool],
             pool_count=self.preservation.count(len(self.train_entries)),
+            routes=len(self.architecture.boundaries) + 1,
+            route=self.route,
         )
         window = self.trainer.accumulate_grad_batches if self.trainer else 1
         train = CachedSamples(self.cache, self.train_entries, self.architecture)
@@ -131,9 +135,23 @@ class LatentDataModule(LightningDataModule):
     def val_dataloader(self) -> ValidationLoader:
         """This rank's validation batches."""
         rank, world = self._place()
-        shapes = [entry.shape for entry in self.val_entries]
+        shapes = [entry.signature(self.architecture.given_frames) for entry in self.val_entries]
         samples = CachedSamples(self.cache, self.val_entries, self.architecture)
         return ValidationLoader(samples, shapes, self.batch_size, self.collate, rank=rank, world_size=world)
+
+    def route(self, index: int, epoch: int) -> int:
+        """Number of the expert that a training sample's sigma falls to in an epoch: the same draw as in the step."""
+        model, count = self.architecture, len(self.train_entries)
+        if index < count:
+            entry = self.train_entries[index]
+            key = entry.key
+        else:
+            visit, number = divmod(index - count, len(self.pool))
+            entry = self.pool[number][1]
+            key = preserved_key(entry, number, visit)
+        tokens = model.latents.tokens(entry.signature(model.given_frames)[:4])
+        (sigma,) = model.sigma.draw([key], self.seed, epoch, tokens).tolist()
+        return bisect.bisect_right(model.boundaries, sigma)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """One batch from samples of one shape."""
@@ -141,6 +159,15 @@ class LatentDataModule(LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def _check_frames(entries: Sequence[Entry], given: int) -> None:
+    short = [entry for entry in entries if entry.shape[1] <= given]
+    if short:
+        raise ValueError(
+            f"{short[0].key} has {short[0].shape[1]} latent frames, and this model is given the first {given}: nothing "
+            f"is left to learn ({len(short)} such samples); use longer clips, or the variant that is not given a frame"
+        )
 
 
 def split_entries(entries: Sequence[Entry], fraction: float, seed: int) -> tuple[list[Entry], list[Entry]]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from mpp.core import draws
 from mpp.data.batch import Batch, Sample
 
-Shape = tuple[int, ...]
+Shape = tuple[object, ...]  # sizes, and tuples of sizes
 T = TypeVar("T")
 
 
@@ -33,14 +33,20 @@ class BatchOrder:
     least one of each, so that none is never seen. Number `i` of the pool on its visit `v` within the epoch is sample
     `len(shapes) + v * len(pool) + i`.
 
+    Where a model consists of experts that share the range of sigma, each batch is one expert's: batches are cut
+    within shape and expert, and those of one expert follow each other, so that weights are swapped once an epoch.
+    An epoch has the same number of batches whatever the draws: a batch is divided where they would be fewer.
+
     Args:
-        shapes: Latent shape of each sample.
+        shapes: What samples of one batch share: the latent shape, and shapes of pictures where there are any.
         batch_size: Samples per batch at most.
         seed: Seed of the order.
         rank: This process.
         world_size: Number of processes.
         pool: Latent shape of each sample of the pool.
         pool_count: How many of them an epoch holds; 0 is none.
+        routes: Number of experts.
+        route: Which of them a sample (by number) falls to in an epoch; asked only with several.
     """
 
     def __init__(
@@ -53,11 +59,14 @@ class BatchOrder:
         *,
         pool: Sequence[Shape] = (),
         pool_count: int = 0,
+        routes: int = 1,
+        route: Callable[[int, int], int] | None = None,
     ) -> None:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.first_of_pool, self.pool_size = len(shapes), len(pool)
         self.groups, self.pool = _by_shape(shapes), _by_shape(pool)
         self.quota = _apportion({shape: len(members) for shape, members in self.pool.items()}, pool_count)
+        self.routes, self.route = routes, route
         self.epoch = 0
         self.position = 0
 
@@ -72,8 +81,10 @@ class BatchOrder:
         for shape in sorted({*self.groups, *self.pool}):
             members = self.groups.get(shape, []) + self._picks(shape)
             order = draws.order(len(members), self.seed, self.epoch, f"samples {shape}")
-            found += [[members[i] for i in part] for part in chunks(order, self.batch_size)]
+            found += self._cut([members[i] for i in order])
         order = draws.order(len(found), self.seed, self.epoch, "batches")
+        if self.routes > 1:
+            order = self._by_route(found, order)
         padded = order + [order[i % len(order)] for i in range(-len(order) % self.world_size)]
         return [found[i] for i in padded[self.rank :: self.world_size]]
 
@@ -84,8 +95,32 @@ class BatchOrder:
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""
         sizes = [len(self.groups.get(s, ())) + self.quota.get(s, 0) for s in {*self.groups, *self.pool}]
-        total = sum(-(-size // self.batch_size) for size in sizes)
+        total = sum(self._batches(size) for size in sizes)
         return -(-total // self.world_size)  # noqa: PLE0303 (rounds up)
+
+    def _batches(self, size: int) -> int:
+        """Batches that `size` samples of one shape make."""
+        return min(size, -(-size // self.batch_size) + self.routes - 1)
+
+    def _cut(self, members: list[int]) -> list[list[int]]:
+        """Batches of one shape's samples."""
+        if self.routes == 1:
+            return list(chunks(members, self.batch_size))
+        lists: dict[int, list[int]] = {}
+        for index in members:
+            lists.setdefault(self.route(index, self.epoch), []).append(index)
+        found = [part for _, group in sorted(lists.items()) for part in chunks(group, self.batch_size)]
+        while len(found) < self._batches(len(members)):
+            largest = max(found, key=len)
+            found.remove(largest)
+            half = len(largest) // 2
+            found += [largest[:half], largest[half:]]
+        return found
+
+    def _by_route(self, found: list[list[int]], order: list[int]) -> list[int]:
+        """The same order, but one expert's batches after the other's; every second epoch the other way round."""
+        direction = -1 if self.epoch % 2 else 1
+        return sorted(order, key=lambda i: direction * self.route(found[i][0], self.epoch))
 
     @property
     def pool_picks(self) -> int:

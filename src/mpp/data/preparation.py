@@ -2,30 +2,31 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from mpp.data.cache import Cache, Entry, Manifest, made_from, text_name, write_tensors
-from mpp.data.media import (
-    Buckets,
-    Geometry,
-    Picture,
-    check_aspect,
-    crop_picture,
-    latent_mask,
-    picture_size,
-    picture_tensor,
-    read_mask,
-    read_picture,
+from mpp.data.frames import (
+    check_controls,
+    check_masks,
+    frame_files,
+    mask_files,
+    read_controls,
+    read_frames,
+    read_mask_frames,
+    transparent,
 )
+from mpp.data.media import Buckets, Geometry, crop_picture, picture_size, read_picture
+from mpp.data.prompts import Prompts
 from mpp.data.source import FolderSource, Item
 from mpp.files import content_hash, is_out_of_space, write_atomically
-from mpp.models.base import Architecture, Encoders, Identity
+from mpp.models.base import Architecture, Encoders, Identity, Prompt, flat_tensors
 
 _PREVIEW_SIDE = 512
 _TEXT_BATCH = 16
@@ -46,6 +47,7 @@ class Summary:
     no_caption: int = 0
     enlarged: int = 0
     validation: int = 0
+    prompts: int = 0
     skipped: list[str] = field(default_factory=list)
     unused_masks: list[str] = field(default_factory=list)
     buckets: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -66,6 +68,8 @@ class Summary:
             "buckets: " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(self.buckets.items())),
             f"time: {self.seconds:.1f} s",
         ]
+        if self.prompts:
+            found.insert(3, f"prompts for samples: {self.prompts}")
         if self.enlarged:
             found.insert(1, f"enlarged: {self.enlarged} pictures are smaller than their bucket")
         found += [f"skipped: {reason}" for reason in self.skipped]
@@ -86,6 +90,8 @@ class _Job:
     latents_current: bool
     mask_current: bool
     has_alpha: bool
+    pictures: dict[str, tuple[int, ...]]
+    seen: tuple[str, ...]
 
 
 class Preparation:
@@ -95,12 +101,20 @@ class Preparation:
         source: Pictures, masks, captions.
         architecture: Whose latents and text are cached.
         device: Where the encoders run.
+        prompts: What will be painted during training, encoded as well; None: nothing.
     """
 
-    def __init__(self, source: FolderSource, architecture: Architecture, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        source: FolderSource,
+        architecture: Architecture,
+        device: torch.device | str,
+        prompts: Prompts | None = None,
+    ) -> None:
         self.source = source
         self.architecture = architecture
         self.device = device
+        self.prompts = prompts or Prompts()
         self.cache = Cache(source.cache_dir)
         self.summary = Summary()
 
@@ -112,6 +126,7 @@ class Preparation:
             OSError: The cache cannot be written.
         """
         start = time.monotonic()
+        self.prompts.check(self.architecture)
         items = self.source.items()
         identity = self.architecture.identity(fetch=True)
         self._claim(identity)
@@ -121,6 +136,7 @@ class Preparation:
         encoders = self.architecture.load_encoders(self.device)
         self._encode_text(jobs, encoders)
         jobs = self._encode_latents(jobs, encoders, identity)
+        self.summary.prompts = self.prompts.encode(self.architecture, encoders, self.cache, identity)
         encoders.release()
         self._write_masks(jobs)
         self.cache.write_index([_entry(job) for job in jobs])
@@ -154,42 +170,71 @@ class Preparation:
         return jobs
 
     def _jobs(self, item: Item, buckets: Buckets, identity: Identity) -> list[_Job]:
+        spec, inputs = self.architecture.latents, self.architecture.pictures
+        check_controls(item, inputs)
+        files = frame_files(item, spec)
         size = picture_size(item.picture)
         flips = [False, True] if self.source.flip and item.split == "train" else [False]
         geometries = {flip: Geometry(size, buckets.choose(*size), flip) for flip in flips}
-        current = {flip: self._latents_current(item, g, identity) for flip, g in geometries.items()}
+        current = {flip: self._latents_current(item, files, g, identity) for flip, g in geometries.items()}
         known = next((record for record in current.values() if record), None)
         if all(current.values()) and known:
             has_alpha = bool(known["alpha"])
         else:
-            has_alpha = _transparent(read_picture(item.picture))
-        kind = item.mask_kind or ("alpha" if has_alpha and "alpha" in self.source.mask_sources else None)
-        if kind is None and self.source.require_mask:
-            raise ValueError(f"{item.picture}: no mask, and data.require_mask=true; add one or drop the picture")
-        spec, jobs = self.architecture.latents, []
+            has_alpha = transparent(read_picture(item.picture))
+            for path in (*files[1:], *item.controls):
+                read_picture(path)
+        kind = self._mask_kind(item, has_alpha=has_alpha)
+        jobs = []
         for flip, geometry in geometries.items():
             key = f"{item.key}@flip" if flip else item.key
             mask_current = kind is not None and self._mask_current(key, item, geometry, kind)
-            if item.mask is not None and not mask_current:
-                mask = read_mask(item.mask)
-                check_aspect((mask.shape[1], mask.shape[0]), size, f"{item.picture} and {item.mask}")
-            shape = spec.shape(1, geometry.size[1], geometry.size[0])
-            jobs.append(_Job(key, item, geometry, shape, kind, bool(current[flip]), mask_current, has_alpha))
+            if not mask_current:
+                check_masks(item, spec)
+            shape = spec.shape(len(files), geometry.size[1], geometry.size[0])
+            record = current[flip]
+            pictures = {n: tuple(s) for n, s in record["pictures"].items()} if record else {}
+            seen = self._seen(item, geometry)
+            jobs.append(_Job(key, item, geometry, shape, kind, bool(record), mask_current, has_alpha, pictures, seen))
         return jobs
 
-    def _latents_current(self, item: Item, geometry: Geometry, identity: Identity) -> dict[str, object] | None:
+    def _mask_kind(self, item: Item, *, has_alpha: bool) -> str | None:
+        kind = item.mask_kind
+        if kind is None and has_alpha and "alpha" in self.source.mask_sources and not self.architecture.latents.layered:
+            kind = "alpha"
+        if kind is None and self.source.require_mask:
+            raise ValueError(f"{item.picture}: no mask, and data.require_mask=true; add one or drop the picture")
+        return kind
+
+    def _seen(self, item: Item, geometry: Geometry) -> tuple[str, ...]:
+        """Identities of the pictures that the text encoder sees, () where it sees none."""
+        inputs = self.architecture.pictures
+        if not inputs.in_text:
+            return ()
+        if inputs.first_frame:
+            return (f"{content_hash(item.picture)} {_geometry(geometry)}",)
+        return tuple(f"{content_hash(path)} {geometry.flip}" for path in item.controls)
+
+    def _latents_current(
+        self, item: Item, files: Sequence[Path], geometry: Geometry, identity: Identity
+    ) -> dict[str, Any] | None:
         key = f"{item.key}@flip" if geometry.flip else item.key
         record = made_from(self.cache.latents_path(key))
         if record is None or not self.cache.preview_path(key).is_file():
             return None
+        if record["pictures"] and made_from(self.cache.pictures_path(key)) is None:
+            return None
         same = record["geometry"] == _geometry(geometry) and record["vae"] == identity.vae
-        return record if same and _unchanged(item.picture, record) else None
+        return record if same and _unchanged((*files, *item.controls), record) else None
 
     def _mask_current(self, key: str, item: Item, geometry: Geometry, kind: str) -> bool:
         record = made_from(self.cache.mask_path(key))
         if record is None or record["geometry"] != _geometry(geometry) or record["kind"] != kind:
             return False
-        return _unchanged(item.mask or item.picture, record)
+        return _unchanged(self._mask_files(item), record)
+
+    def _mask_files(self, item: Item) -> tuple[Path, ...]:
+        return mask_files(item, self.architecture.latents) or (item.picture,)
 
     def _count(self, items: Sequence[Item], jobs: Sequence[_Job]) -> None:
         summary = self.summary
@@ -203,104 +248,122 @@ class Preparation:
             summary.validation += job.item.split == "val"
 
     def _encode_text(self, jobs: Sequence[_Job], encoders: Encoders) -> None:
-        own = {job.item.caption for job in jobs}
-        trained = {job.item.caption for job in jobs if job.item.split == "train"}
-        captions = sorted(own.union(*(self.source.preservation.of(caption) for caption in trained)))
-        missing = [c for c in captions if made_from(self.cache.text_path(text_name(c))) is None]
-        self.summary.texts_encoded, self.summary.texts_current = len(missing), len(captions) - len(missing)
+        wanted: dict[str, tuple[str, _Job]] = {}
+        for job in jobs:
+            others = self.source.preservation.of(job.item.caption) if job.item.split == "train" else []
+            for caption in (job.item.caption, *others):
+                wanted.setdefault(text_name(caption, job.seen), (caption, job))
+        missing = [
+            (name, caption, job)
+            for name, (caption, job) in sorted(wanted.items(), key=lambda row: row[1][0])
+            if made_from(self.cache.text_path(name)) is None
+        ]
+        self.summary.texts_encoded, self.summary.texts_current = len(missing), len(wanted) - len(missing)
         with tqdm(total=len(missing), desc="captions", unit="caption", disable=None) as bar:
             for start in range(0, len(missing), _TEXT_BATCH):
                 batch = missing[start : start + _TEXT_BATCH]
-                for caption, record in zip(batch, encoders.encode_text(batch), strict=True):
-                    write_tensors(self.cache.text_path(text_name(caption)), record.tensors(), {"caption": caption})
+                prompts = [Prompt(caption, self._text_pictures(job)) for _, caption, job in batch]
+                for (name, caption, job), record in zip(batch, encoders.encode_text(prompts), strict=True):
+                    made = {"caption": caption, "seen": job.seen}
+                    write_tensors(self.cache.text_path(name), record.tensors(), made)
                 bar.update(len(batch))
         encoders.release()
+
+    def _text_pictures(self, job: _Job) -> tuple[Image.Image, ...]:
+        if not job.seen:
+            return ()
+        if self.architecture.pictures.first_frame:
+            return (crop_picture(read_picture(job.item.picture).rgb, job.geometry),)
+        return tuple(read_controls(job.item, flip=job.geometry.flip))
 
     def _encode_latents(self, jobs: Sequence[_Job], encoders: Encoders, identity: Identity) -> list[_Job]:
         """Encode stale pictures; returns the jobs that have latents now."""
         stale = [job for job in jobs if not job.latents_current]
-        failed = set()
+        done: dict[str, _Job | None] = {}
         for job in tqdm(stale, desc="pictures", unit="picture", disable=None):
             try:
-                self._encode(job, encoders, identity)
+                done[job.key] = self._encode(job, encoders, identity)
             except (ValueError, OSError) as error:
                 if self.source.on_error == "stop" or is_out_of_space(error):
                     raise
-                failed.add(job.key)
+                done[job.key] = None
                 self.summary.skipped.append(str(error))
-        kept = [job for job in jobs if job.key not in failed]
-        self.summary.encoded = len(stale) - len(failed)
+        kept = [found for job in jobs if (found := done.get(job.key, job)) is not None]
+        self.summary.encoded = sum(found is not None for found in done.values())
         self.summary.current = len(kept) - self.summary.encoded
         return kept
 
-    def _encode(self, job: _Job, encoders: Encoders, identity: Identity) -> None:
-        before = _stamp(job.item.picture)
-        image = crop_picture(read_picture(job.item.picture).rgb, job.geometry)
-        latents = encoders.encode_pixels(picture_tensor(image)[None])[0]
+    def _encode(self, job: _Job, encoders: Encoders, identity: Identity) -> _Job:
+        """Write previews, picture conditioning, and last the latents, whose record vouches for the others."""
+        spec = self.architecture.latents
+        files = frame_files(job.item, spec)
+        before = [_stamp(path) for path in (*files, *job.item.controls)]
+        pixels, images = read_frames(files, job.geometry, layered=spec.layered)
+        latents = encoders.encode_pixels(pixels[None])[0]
         if not torch.isfinite(latents).all():
             raise ValueError(f"{job.item.picture}: the VAE gave NaN or infinite latents; use model.vae_dtype=float32")
         if tuple(latents.shape) != job.shape:
             raise ValueError(f"{job.item.picture}: latents are {tuple(latents.shape)}, expected {job.shape}")
-        image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
-        preview = self.cache.preview_path(job.key)
-        write_atomically(preview, lambda temporary: image.save(temporary, "JPEG", quality=90))
+        controls = read_controls(job.item, flip=job.geometry.flip)
+        try:
+            fields = flat_tensors(encoders.encode_pictures(pixels[None], controls))
+        except ValueError as error:
+            raise ValueError(f"{job.item.picture}: its conditioning pictures: {error}") from error
+        for number, image in enumerate(images):
+            self._write_preview(self.cache.preview_path(job.key, number - 1 if number else None), image)
+        shapes = {name: tuple(tensor.shape) for name, tensor in fields.items()}
         record = {
-            **before,
-            "content": content_hash(job.item.picture),
-            "source": str(job.item.picture),
+            "sources": [stamp | {"content": content_hash(Path(stamp["source"]))} for stamp in before],
             "geometry": _geometry(job.geometry),
             "vae": identity.vae,
             "alpha": job.has_alpha,
+            "pictures": shapes,
         }
+        if fields:
+            write_tensors(self.cache.pictures_path(job.key), fields, record)
         write_tensors(self.cache.latents_path(job.key), {"latents": latents}, record)
+        return replace(job, pictures=shapes)
+
+    @staticmethod
+    def _write_preview(path: Path, image: Image.Image) -> None:
+        image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+        write_atomically(path, lambda temporary: image.save(temporary, "JPEG", quality=90))
 
     def _write_masks(self, jobs: Sequence[_Job]) -> None:
         masked = [job for job in jobs if job.mask_kind is not None]
         stale = [job for job in masked if not job.mask_current]
         self.summary.masks_written, self.summary.masks_current = len(stale), len(masked) - len(stale)
-        for job, mask in _masks(tqdm(stale, desc="masks", unit="mask", disable=None)):
-            file = job.item.mask or job.item.picture
+        for job in tqdm(stale, desc="masks", unit="mask", disable=None):
+            files = self._mask_files(job.item)
             record = {
-                **_stamp(file),
-                "content": content_hash(file),
-                "source": str(file),
+                "sources": [_stamp(path) | {"content": content_hash(path)} for path in files],
                 "geometry": _geometry(job.geometry),
                 "kind": job.mask_kind,
             }
-            cells = latent_mask(mask, job.geometry, (job.shape[2], job.shape[3]))
-            write_tensors(self.cache.mask_path(job.key), {"mask": cells}, record)
-
-
-def _masks(jobs: Iterator[_Job]) -> Iterator[tuple[_Job, np.ndarray]]:
-    for job in jobs:
-        if job.item.mask is not None:
-            yield job, read_mask(job.item.mask)
-        else:
-            alpha = read_picture(job.item.picture).alpha
-            if alpha is None:
-                raise ValueError(f"{job.item.picture} changed while it was prepared; run `python -m mpp.prepare` again")
-            yield job, alpha
-
-
-def _transparent(picture: Picture) -> bool:
-    return picture.alpha is not None and bool(picture.alpha.min() < 1)
+            mask = read_mask_frames(job.item, job.geometry, job.shape, self.architecture.latents)
+            write_tensors(self.cache.mask_path(job.key), {"mask": mask}, record)
 
 
 def _geometry(geometry: Geometry) -> list[object]:
     return [*geometry.source, *geometry.size, geometry.flip]
 
 
-def _stamp(path: Path) -> dict[str, object]:
+def _stamp(path: Path) -> dict[str, Any]:
     status = path.stat()
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {"source": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _unchanged(path: Path, record: dict[str, object]) -> bool:
-    """Whether a file is what a cache file was made from: by size and time, or else by content."""
+def _unchanged(paths: Sequence[Path], record: dict[str, Any]) -> bool:
+    """Whether files are what a cache file was made from: by size and time, or else by content."""
+    known = record["sources"]
+    return len(known) == len(paths) and all(_same(path, was) for path, was in zip(paths, known, strict=True))
+
+
+def _same(path: Path, was: dict[str, Any]) -> bool:
     stamp = _stamp(path)
-    if stamp["bytes"] != record["bytes"]:
+    if stamp["bytes"] != was["bytes"]:
         return False
-    return stamp["mtime_ns"] == record["mtime_ns"] or content_hash(path) == record["content"]
+    return stamp["mtime_ns"] == was["mtime_ns"] or content_hash(path) == was["content"]
 
 
 def _entry(job: _Job) -> Entry:
@@ -308,8 +371,10 @@ def _entry(job: _Job) -> Entry:
         key=job.key,
         split=job.item.split,
         shape=job.shape,
-        text=text_name(job.item.caption),
+        text=text_name(job.item.caption, job.seen),
         caption=job.item.caption,
         mask=job.mask_kind,
         flip=job.geometry.flip,
+        pictures=job.pictures,
+        seen=job.seen,
     )

@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch.utils.data import Dataset
 
-from mpp.data.batch import Sample
+from mpp.data.batch import Sample, read_sample
 from mpp.data.cache import Cache, Entry, text_name
 from mpp.models.base import Architecture, Identity
 
@@ -115,7 +116,7 @@ class Preservation(OtherCaptions):
             return []
         self.check([entry.caption for entry in entries])
         found = [
-            (cache, replace(entry, caption=caption, text=text_name(caption), mask=None))
+            (cache, replace(entry, caption=caption, text=text_name(caption, entry.seen), mask=None))
             for entry in entries
             for caption in self.of(entry.caption)
         ]
@@ -159,7 +160,7 @@ class MixedSamples(Dataset[Sample]):
     def __init__(
         self, train: Dataset[Sample], count: int, pool: Sequence[tuple[Cache, Entry]], architecture: Architecture
     ) -> None:
-        self.train, self.count, self.pool, self.record = train, count, pool, architecture.conditioning
+        self.train, self.count, self.pool, self.architecture = train, count, pool, architecture
 
     def __len__(self) -> int:
         """Samples, each preservation sample counted once."""
@@ -171,7 +172,11 @@ class MixedSamples(Dataset[Sample]):
             return self.train[index]
         visit, number = divmod(index - self.count, len(self.pool))
         cache, entry = self.pool[number]
-        latents = cache.latents(entry)
-        mask = latents.new_zeros(1, *latents.shape[1:])
-        key = f"{entry.key}#preserve{number}.{visit}"
-        return Sample(key, latents, mask, cache.text(entry, self.record), preserved=True)
+        sample = read_sample(cache, entry, self.architecture)
+        key = preserved_key(entry, number, visit)
+        return replace(sample, key=key, mask=torch.zeros_like(sample.mask), preserved=True)
+
+
+def preserved_key(entry: Entry, number: int, visit: int) -> str:
+    """Name of a preservation sample's visit, which its draws depend on."""
+    return f"{entry.key}#preserve{number}.{visit}"

@@ -1,5 +1,6 @@
 """A folder of pictures with masks and captions, as the list of samples to prepare."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from mpp.data.preservation import OtherCaptions
 
 MaskKind = Literal["folder", "masklabel", "alpha"]
 _LABEL = "-masklabel"
+_LAYER = re.compile(r"(.+)\.layer(\d+)")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class Item:
         mask_kind: Where `mask` was found.
         caption: Text of the caption file; empty without one.
         captioned: Whether there is a caption file.
+        layers: Its layers, bottom to top; only read for layered models.
+        layer_masks: A mask for each layer, or () where the picture's own mask holds for all of them.
+        controls: Its control pictures.
     """
 
     key: str
@@ -34,6 +39,9 @@ class Item:
     mask_kind: MaskKind | None
     caption: str
     captioned: bool
+    layers: tuple[Path, ...] = ()
+    layer_masks: tuple[Path, ...] = ()
+    controls: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,16 @@ class FolderSource:
     """Where pictures, masks and captions lie, and how they are brought into shape.
 
     Args:
-        image_dir: Folder of pictures, searched with its subfolders. `NAME.txt` beside a picture is its caption.
+        image_dir: Folder of pictures, searched with its subfolders. `NAME.txt` beside a picture is its caption,
+            `NAME.layer0.png`, `NAME.layer1.png`, ... are its layers from bottom to top, for layered models.
         cache_dir: Where the cache goes.
-        mask_dir: Folder of masks, matched by path below it and stem, any picture format.
+        mask_dir: Folder of masks, matched by path below it and stem, any picture format. Layers have masks of their
+            own as `NAME.layer0.png`, ...; without any, the picture's mask holds for all layers.
+        control_dir: Folder of control pictures (edited pictures, references) for models that see them: `NAME.png`, or
+            several as `NAME_0.png`, `NAME_1.png`, ...
         val_image_dir: Folder of pictures for validation only.
         val_mask_dir: Masks for these.
+        val_control_dir: Control pictures for these.
         mask_sources: Which kinds of mask are taken, the first found wins: `folder` (`mask_dir`), `masklabel`
             (`NAME-masklabel.png` beside the picture), `alpha` (the picture's alpha channel, where it is not opaque).
         require_mask: Refuse pictures without a mask instead of training on all of them.
@@ -62,8 +75,10 @@ class FolderSource:
     image_dir: str
     cache_dir: str
     mask_dir: str | None = None
+    control_dir: str | None = None
     val_image_dir: str | None = None
     val_mask_dir: str | None = None
+    val_control_dir: str | None = None
     mask_sources: Sequence[MaskKind] = ("folder", "masklabel", "alpha")
     require_mask: bool = False
     on_error: Literal["stop", "skip"] = "stop"
@@ -84,43 +99,111 @@ class FolderSource:
         """All pictures, sorted by key.
 
         Raises:
-            ValueError: A folder is not there or holds no pictures, or two pictures (or masks) share a stem.
+            ValueError: A folder is not there or holds no pictures, two pictures (or masks) share a stem, or layers
+                lack a number, a mask or their picture.
         """
-        found = self._scan("train", self.image_dir, self.mask_dir, "data.image_dir")
+        found = self._scan("train", self.image_dir, self.mask_dir, self.control_dir)
         if self.val_image_dir is not None:
-            found += self._scan("val", self.val_image_dir, self.val_mask_dir, "data.val_image_dir")
+            found += self._scan("val", self.val_image_dir, self.val_mask_dir, self.val_control_dir)
         return found
 
     def unused_masks(self, items: Sequence[Item]) -> list[str]:
         """Masks in the mask folders that belong to no picture: most often a misspelt name."""
-        used = {item.mask for item in items}
+        used = {item.mask for item in items} | {mask for item in items for mask in item.layer_masks}
         folders = [folder for folder in (self.mask_dir, self.val_mask_dir) if folder is not None]
         masks = [path for folder in folders for path in _by_stem(_folder(folder, "data.mask_dir"), "masks").values()]
         return [path.name for path in masks if path not in used]
 
-    def _scan(self, split: str, image_dir: str, mask_dir: str | None, option: str) -> list[Item]:
-        root = _folder(image_dir, option)
-        masks = _by_stem(_folder(mask_dir, "data.mask_dir"), "masks") if mask_dir is not None else {}
-        pictures = _by_stem(root, "pictures", within=mask_dir)
+    def _scan(self, split: str, image_dir: str, mask_dir: str | None, control_dir: str | None) -> list[Item]:
+        val = "val_" if split == "val" else ""
+        root = _folder(image_dir, f"data.{val}image_dir")
+        masks = _by_stem(_folder(mask_dir, f"data.{val}mask_dir"), "masks") if mask_dir is not None else {}
+        controls = {}
+        if control_dir is not None:
+            controls = _by_stem(_folder(control_dir, f"data.{val}control_dir"), "control pictures")
+        files = _by_stem(root, "pictures", without=(mask_dir, control_dir))
+        layers = _layers(files)
+        pictures = {key: path for key, path in files.items() if not _LAYER.fullmatch(key)}
         if not pictures:
-            raise ValueError(f"{option}={image_dir} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-        prefix = "@val/" if split == "val" else ""
-        return [self._item(prefix + key, split, path, masks.get(key)) for key, path in sorted(pictures.items())]
+            raise ValueError(f"data.{val}image_dir={image_dir} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+        orphans = sorted(layers.keys() - pictures.keys())
+        if orphans:
+            raise ValueError(
+                f"{layers[orphans[0]][0]} is a layer of {orphans[0]}, which is not there; add the whole picture as "
+                f"{orphans[0]}.png"
+            )
+        return [
+            self._item(split, key, path, masks=masks, layers=layers.get(key, ()), controls=_numbered(controls, key))
+            for key, path in sorted(pictures.items())
+        ]
 
-    def _item(self, key: str, split: str, picture: Path, folder_mask: Path | None) -> Item:
+    def _item(
+        self,
+        split: str,
+        stem: str,
+        picture: Path,
+        *,
+        masks: dict[str, Path],
+        layers: tuple[Path, ...],
+        controls: tuple[Path, ...],
+    ) -> Item:
+        mask, kind = self._mask(picture, masks.get(stem))
+        caption = picture.with_suffix(".txt")
+        own = [self._mask(layer, masks.get(f"{stem}.layer{n}"))[0] for n, layer in enumerate(layers)]
+        if any(own) and not all(own):
+            lacking = own.index(None)
+            raise ValueError(
+                f"{picture}: {sum(m is not None for m in own)} of its {len(own)} layers have a mask, layer {lacking} "
+                f"has none; add {picture.stem}.layer{lacking}.png to the masks (white: learn all of it)"
+            )
+        return Item(
+            key=f"@val/{stem}" if split == "val" else stem,
+            split=split,
+            picture=picture,
+            mask=mask,
+            mask_kind=kind or ("folder" if any(own) else None),
+            caption=_read_caption(caption) if caption.is_file() else "",
+            captioned=caption.is_file(),
+            layers=layers,
+            layer_masks=tuple(m for m in own if m is not None),
+            controls=controls,
+        )
+
+    def _mask(self, picture: Path, folder_mask: Path | None) -> tuple[Path | None, MaskKind | None]:
         label = picture.with_name(f"{picture.stem}{_LABEL}.png")
         candidates = {"folder": folder_mask, "masklabel": label if label.is_file() else None}
         kind = next((k for k in self.mask_sources if candidates.get(k) is not None), None)
-        caption = picture.with_suffix(".txt")
-        return Item(
-            key=key,
-            split=split,
-            picture=picture,
-            mask=candidates[kind] if kind else None,
-            mask_kind=kind,
-            caption=_read_caption(caption) if caption.is_file() else "",
-            captioned=caption.is_file(),
-        )
+        return (candidates[kind], kind) if kind else (None, None)
+
+
+def _layers(files: dict[str, Path]) -> dict[str, tuple[Path, ...]]:
+    """Layers by their picture's key, in order.
+
+    Raises:
+        ValueError: A number is missing.
+    """
+    found: dict[str, dict[int, Path]] = defaultdict(dict)
+    for key, path in files.items():
+        if match := _LAYER.fullmatch(key):
+            number = int(match[2])
+            if number in found[match[1]]:
+                raise ValueError(f"{path} and {found[match[1]][number]} are both layer {number}; rename one of them")
+            found[match[1]][number] = path
+    for key, layers in found.items():
+        missing = [n for n in range(max(layers) + 1) if n not in layers]
+        if missing:
+            raise ValueError(f"{key} has layers {sorted(layers)} but no {key}.layer{missing[0]}; number them from 0")
+    return {key: tuple(layers[n] for n in sorted(layers)) for key, layers in found.items()}
+
+
+def _numbered(controls: dict[str, Path], key: str) -> tuple[Path, ...]:
+    """Control pictures of a sample: `NAME`, or `NAME_0`, `NAME_1`, ..."""
+    if key in controls:
+        return (controls[key],)
+    found = []
+    while f"{key}_{len(found)}" in controls:
+        found.append(controls[f"{key}_{len(found)}"])
+    return tuple(found)
 
 
 def _folder(path: str, option: str) -> Path:
@@ -130,15 +213,16 @@ def _folder(path: str, option: str) -> Path:
     return folder
 
 
-def _by_stem(root: Path, what: str, within: str | None = None) -> dict[str, Path]:
-    """Picture files below a folder by their relative path without suffix; a mask folder inside it is left out."""
-    inner = Path(within).expanduser().resolve() if within else None
+def _by_stem(root: Path, what: str, without: Sequence[str | None] = ()) -> dict[str, Path]:
+    """Picture files below a folder by their relative path without suffix; folders of masks inside it are left out."""
+    inner = [Path(folder).expanduser().resolve() for folder in without if folder]
+    inner = [folder for folder in inner if folder != root.resolve()]
     found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
         if path.suffix.lower() not in SUFFIXES or hidden or path.stem.endswith(_LABEL) or not path.is_file():
             continue
-        if inner is not None and inner != root.resolve() and path.resolve().is_relative_to(inner):
+        if any(path.resolve().is_relative_to(folder) for folder in inner):
             continue
         found[path.relative_to(root).with_suffix("").as_posix()].append(path)
     twins = [paths for paths in found.values() if len(paths) > 1]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +12,12 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpp.files import write_atomically
+from mpp.models.experts import parts_of
 
 ADAPTER = "default"  # PEFT's and diffusers' name for a model's only adapter
 
@@ -73,20 +76,25 @@ def inject(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequ
         ValueError: `lora.targets` match no module, or modules that adapters cannot attach to.
     """
     transformer.requires_grad_(False)
-    config = adapter.config(default_targets)
     # On the CPU whatever device the base is on: the same seed gives the same adapter everywhere.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            transformer.add_adapter(config, adapter_name=ADAPTER)
-        except ValueError as error:
-            linear = sorted({name.rsplit(".", 1)[-1] for name, m in transformer.named_modules() if _is_linear(m)})
-            raise ValueError(
-                f"lora.targets={config.target_modules} fit no trainable module of {type(transformer).__name__}: "
-                f"{str(error).splitlines()[0][:200]}; its linear layers end in {', '.join(linear)}"
-            ) from error
-        for layer in _layers(transformer):
-            _to_float32(layer, adapter.kind)
+        for _, part in parts_of(transformer):
+            _add_adapter(part, adapter, default_targets)
+
+
+def _add_adapter(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequence[str]) -> None:
+    config = adapter.config(default_targets)
+    try:
+        transformer.add_adapter(config, adapter_name=ADAPTER)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in transformer.named_modules() if _is_linear(m)})
+        raise ValueError(
+            f"lora.targets={config.target_modules} fit no trainable module of {type(transformer).__name__}: "
+            f"{str(error).splitlines()[0][:200]}; its linear layers end in {', '.join(linear)}"
+        ) from error
+    for layer in _layers(transformer):
+        _to_float32(layer, adapter.kind)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -134,8 +142,15 @@ def adapters_off(transformer: nn.Module) -> Iterator[None]:
 
 
 def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors by their PEFT names, e.g. `blocks.0.attn1.to_q.lora_A.weight`; references, not copies."""
-    return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    """The adapter's tensors by their PEFT names, e.g. `blocks.0.attn1.to_q.lora_A.weight`; references, not copies.
+
+    With experts each name begins with the expert's, e.g. `high.blocks...`.
+    """
+    return {
+        f"{part}.{name}" if part else name: tensor
+        for part, model in parts_of(transformer)
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=ADAPTER).items()
+    }
 
 
 def load_adapter_state(transformer: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -153,7 +168,15 @@ def load_adapter_state(transformer: nn.Module, state: Mapping[str, Tensor], sour
             f"{_first(missing)}, {len(extra)} unknown{_first(extra)}, {len(shapes)} of another shape{_first(shapes)}; "
             "resume with the lora settings it was made with"
         )
-    set_peft_model_state_dict(transformer, dict(state), adapter_name=ADAPTER)
+    for part, model in parts_of(transformer):
+        set_peft_model_state_dict(model, part_state(state, part), adapter_name=ADAPTER)
+
+
+def part_state(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """One expert's share of what `adapter_state` gave, without its prefix; all of it for a lone transformer."""
+    if not part:
+        return dict(state)
+    return {name.removeprefix(f"{part}."): v for name, v in state.items() if name.startswith(f"{part}.")}
 
 
 def _first(names: Sequence[str]) -> str:
@@ -162,18 +185,66 @@ def _first(names: Sequence[str]) -> str:
 
 def save_lora(
     path: Path, transformer: nn.Module, state: Mapping[str, Tensor], provenance: Mapping[str, object]
-) -> None:
-    """Write a LoRA file in diffusers' format, atomically.
+) -> list[Path]:
+    """Write a LoRA file in diffusers' format, atomically; with experts one file each, `NAME_EXPERT.safetensors`.
 
     Keys are `transformer.<module>.lora_A.weight` and so on; rank, alpha and kind stand in the metadata where
     diffusers' loader looks for them, and how the file was made under `mpp`.
+
+    Returns:
+        The files written.
     """
-    config = transformer.peft_config[ADAPTER].to_dict()
-    described = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    metadata = {
-        "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True, default=str),
-        "mpp": json.dumps(dict(provenance), sort_keys=True, default=str),
-    }
-    tensors = {f"transformer.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    written = []
+    for part, model in parts_of(transformer):
+        config = model.peft_config[ADAPTER].to_dict()
+        described = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+        record = {**provenance, "expert": part} if part else dict(provenance)
+        metadata = {
+            "format": "pt",
+            LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True, default=str),
+            "mpp": json.dumps(record, sort_keys=True, default=str),
+        }
+        tensors = {f"transformer.{name}": v.detach().cpu().contiguous() for name, v in part_state(state, part).items()}
+        target = path.with_stem(f"{path.stem}_{part}") if part else path
+        write_atomically(target, partial(save_file, tensors, metadata=metadata))
+        written.append(target)
+    return written
+
+
+def load_lora(transformer: nn.Module, source: str) -> None:
+    """Add a trained adapter to a frozen transformer through diffusers' own loader.
+
+    Args:
+        transformer: Without adapters; experts get a file each.
+        source: A LoRA file in diffusers' format, or a run's folder.
+
+    Raises:
+        ValueError: Not there, or not of this transformer.
+    """
+    for part, model in parts_of(transformer):
+        path = lora_file(source, part)
+        try:
+            model.load_lora_adapter(path.parent, weight_name=path.name, prefix="transformer", adapter_name=ADAPTER)
+        except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise ValueError(
+                f"lora_path={path} does not fit {type(model).__name__}: {str(error).splitlines()[0][:200]}"
+            ) from error
+        if not has_adapter(model):
+            raise ValueError(f"lora_path={path} has no tensors named `transformer.`; give a file in diffusers' format")
+        model.requires_grad_(False)
+
+
+def lora_file(source: str, part: str = "") -> Path:
+    """The LoRA file of a run's folder or of a path, for one expert where there are several.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / "lora.safetensors"
+    if part and not path.stem.endswith(f"_{part}"):
+        path = path.with_stem(f"{path.stem}_{part}")
+    if not path.is_file():
+        raise ValueError(f"lora_path={source}: {path} is not there; give a LoRA file or the folder of a run")
+    return path

@@ -12,13 +12,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
+from accelerate import init_empty_weights
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mpp.core.flow import SigmaLaw
-from mpp.models.base import Conditioning, Identity, LatentSpec, fingerprint_if_present, pad_text, resolve_folder
+from mpp.models.base import (
+    Conditioning,
+    Identity,
+    LatentSpec,
+    NativeRule,
+    PictureInputs,
+    Prompt,
+    Shot,
+    Tensors,
+    fingerprint_if_present,
+    pad_text,
+    resolve_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,12 @@ class Toy:
 
     family = "toy"
     conditioning = ToyConditioning
+    pictures = PictureInputs()
+    given_frames = 0
+    boundaries: tuple[float, ...] = ()
+    native: tuple[NativeRule, ...] = ()
+    guidance_scale = 1.0
+    steps = 20
 
     def __init__(
         self,
@@ -100,6 +120,12 @@ class Toy:
         folder = resolve_folder(self.pretrained, "transformer", "model.pretrained")
         return WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
 
+    def skeleton(self) -> WanTransformer3DModel:
+        """The transformer without weights, on the meta device."""
+        folder = resolve_folder(self.pretrained, "transformer", "model.pretrained")
+        with init_empty_weights():
+            return WanTransformer3DModel.from_config(json.loads((folder / "config.json").read_text()))
+
     def load_encoders(self, device: torch.device | str) -> "ToyEncoders":
         """Codec and words; nothing to load."""
         del device
@@ -125,6 +151,27 @@ class Toy:
         )
         return prediction
 
+    @torch.no_grad()
+    def sample(
+        self,
+        transformer: nn.Module,
+        encoders: "ToyEncoders",
+        positive: ToyConditioning,
+        negative: ToyConditioning | None,
+        shot: Shot,
+    ) -> Float[Tensor, "frames channels height width"]:
+        """Paint with diffusers' Euler scheduler; pixels in [0, 1]. No guidance: `negative` is not used."""
+        del negative
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler.set_timesteps(shot.steps)
+        shape = self.latents.shape(shot.frames, shot.height, shot.width)
+        device = next(transformer.parameters()).device
+        latents = torch.randn((1, *shape), generator=torch.Generator().manual_seed(shot.seed)).to(device)
+        for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
+            velocity = self.velocity(transformer, latents, sigma.to(device).expand(1), positive)
+            (latents,) = scheduler.step(velocity, timestep, latents, return_dict=False)
+        return (encoders.decode_pixels(latents.cpu())[0].transpose(0, 1) / 2 + 0.5).clamp(0, 1)
+
 
 class ToyEncoders:
     """`pixel_unshuffle` as VAE, fixed word vectors as text encoder."""
@@ -132,13 +179,14 @@ class ToyEncoders:
     def __init__(self, architecture: Toy) -> None:
         self.architecture = architecture
 
-    def encode_text(self, captions: Sequence[str]) -> list[ToyConditioning]:
+    def encode_text(self, prompts: Sequence[Prompt]) -> list[ToyConditioning]:
         """One vector per word, split at white space.
 
         Raises:
             ValueError: A caption of more than `text_length` words.
         """
         limit, dim = self.architecture.text_length, self.architecture.text_dim
+        captions = [prompt.text for prompt in prompts]
         for caption in captions:
             if len(caption.split()) > limit:
                 raise ValueError(f"caption {caption!r} has {len(caption.split())} words, model=toy takes {limit}")
@@ -153,6 +201,13 @@ class ToyEncoders:
         flat = pixels.float().transpose(1, 2).flatten(0, 1)
         latents = functional.pixel_unshuffle(flat, self.architecture.latents.spatial_stride)
         return latents.unflatten(0, (-1, frames)).transpose(1, 2).contiguous()
+
+    def encode_pictures(
+        self, pixels: Float[Tensor, "1 channels frames height width"], controls: Sequence[Image.Image]
+    ) -> dict[str, Tensors]:
+        """Nothing: the toy sees no pictures."""
+        del pixels, controls
+        return {}
 
     def decode_pixels(self, latents: Float[Tensor, "b c f h w"]) -> Float[Tensor, "b 3 frames height width"]:
         """Inverse of `encode_pixels`."""

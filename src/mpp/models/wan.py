@@ -1,65 +1,71 @@
-"""WAN 2.1 and 2.2, text to video, on diffusers' `WanTransformer3DModel`; one frame is an image."""
+"""WAN 2.1 and 2.2 on diffusers' `WanTransformer3DModel`: text to video (one frame is an image) and image to video."""
 
-import gc
-import html
-import json
-import re
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Literal
 
-import ftfy
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from mpp.core.flow import SigmaLaw
-from mpp.files import weights_fingerprint
-from mpp.models.base import Conditioning, Identity, LatentSpec, fingerprint_if_present, pad_text, resolve_folder
+from mpp.models.base import Identity, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_text
+from mpp.models.experts import Experts
+from mpp.models.family import Family, FamilyEncoders, SingleFile, captions_of
+from mpp.models.wan_parts import NATIVE, PreparedImageToVideo, WanConditioning, read_config, stack
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_HEAD_DIM = 128  # of every published WAN; single files do not state it
-
-
-@dataclass(frozen=True)
-class WanConditioning(Conditioning):
-    """Text embeddings: `(tokens, dim)` for one caption, `(b, text_length, dim)` batched and zero-padded."""
-
-    text: Tensor
+_CLIP_TEXT = 512  # diffusers' attention takes all tokens before the last 512 for the picture's
+_BOUNDARY = {False: 0.875, True: 0.9}  # text and image to video: wan_t2v_A14B.py, wan_i2v_A14B.py of Wan2.2
+_GUIDANCE = {"high": 4.0, "low": 3.0, "both": 3.5}  # wan_t2v_A14B.py; both get one number, so between the two
 
 
-class Wan:
-    """WAN text to video (and text to image: one frame).
+class Wan(Family):
+    """WAN 2.1 and 2.2.
 
     Args:
         pretrained: Diffusers folder, hub id, or a single `.safetensors` file of the transformer with original or
             diffusers keys.
-        vae: Folder or hub id of the VAE; None: `pretrained`.
-        text_encoder: Folder or hub id of UMT5 and its tokenizer; None: `pretrained`.
-        expert: WAN 2.2 A14B is two transformers; `high` serves sigmas above its boundary (diffusers folder
-            `transformer`), `low` those below (`transformer_2`). None: models with one transformer.
         latents: Shape of the latents: 16 channels at stride 8, or 48 at 16 for TI2V-5B.
-        sigma: Training law of sigma.
+        sigma: Training law of sigma. With `expert` high or low its range should be that expert's.
         lora_targets: Modules that adapters attach to.
+        vae: Folder or hub id of the VAE; None: `pretrained`.
+        text_encoder: Folder or hub id of UMT5 and its tokenizer, and of CLIP and its processor; None: `pretrained`.
+        image_to_video: The clip's first frame is given: as further input channels, or (`expand_timesteps`) in place of
+            the first latent frame.
+        clip_dim: Width of the CLIP features of the first frame that WAN 2.1 image to video sees; None: it sees none.
+        expand_timesteps: TI2V-5B, whose tokens each have a timestep; as in diffusers' `model_index.json`.
+        expert: WAN 2.2 A14B is two transformers; `high` serves sigmas from the boundary up (diffusers folder
+            `transformer`), `low` those below (`transformer_2`), `both` trains an adapter on each. None: models with
+            one transformer. Samples of `high` or `low` are painted by that expert alone, from start to end.
+        boundary: Sigma from which on the high noise expert serves, for `both`; None: 0.875, for image to video 0.9.
+        pretrained_low: Source of the low noise expert, for `both`; None: `pretrained` is a folder or hub id with both.
+        offload: For `both`, keep the expert that is not in use on the CPU.
         dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`. What diffusers keeps in float32 stays.
-        vae_dtype: Of the VAE while preparing.
-        text_dtype: Of the text encoder while preparing, and of the cached embeddings.
+        vae_dtype: Of the VAE.
+        text_dtype: Of text and picture encoder, and of the cached embeddings.
         text_length: Tokens that every caption is padded to. WAN attends to padding, so it is part of the model.
 
     Raises:
-        ValueError: An unknown dtype or expert.
+        ValueError: An unknown dtype or expert, or settings that exclude one another.
     """
 
-    family = "wan"
     conditioning = WanConditioning
+    transformer_class = WanTransformer3DModel
+    single_file = SingleFile("head.head.weight", read_config, convert_wan_transformer_to_diffusers)
+    native = NATIVE
 
     def __init__(
         self,
@@ -70,76 +76,135 @@ class Wan:
         lora_targets: str | Sequence[str],
         vae: str | None = None,
         text_encoder: str | None = None,
-        expert: Literal["high", "low"] | None = None,
+        image_to_video: bool = False,
+        clip_dim: int | None = None,
+        expand_timesteps: bool = False,
+        expert: Literal["high", "low", "both"] | None = None,
+        boundary: float | None = None,
+        pretrained_low: str | None = None,
+        offload: bool = True,
         dtype: str = "bfloat16",
         vae_dtype: str = "float32",
         text_dtype: str = "bfloat16",
         text_length: int = 512,
     ) -> None:
-        for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype), ("text_dtype", text_dtype)):
-            if value not in _DTYPES:
-                raise ValueError(f"model.{name} must be one of {', '.join(_DTYPES)}, got {value!r}")
-        if expert not in (None, "high", "low"):
-            raise ValueError(f"model.expert must be high, low or null, got {expert!r}")
-        self.pretrained = pretrained
-        self.vae = vae or pretrained
-        self.text_encoder = text_encoder or pretrained
+        super().__init__(
+            pretrained=pretrained,
+            latents=latents,
+            sigma=sigma,
+            lora_targets=lora_targets,
+            vae=vae,
+            text_encoder=text_encoder,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            text_dtype=text_dtype,
+        )
+        self.image_to_video, self.clip_dim, self.expand_timesteps = image_to_video, clip_dim, expand_timesteps
+        self.expert, self.pretrained_low, self.offload, self.text_length = expert, pretrained_low, offload, text_length
+        self._check_settings(boundary)
         self.subfolder = "transformer_2" if expert == "low" else "transformer"
-        self.latents = latents
-        self.sigma = sigma
-        self.lora_targets = lora_targets if isinstance(lora_targets, str) else tuple(lora_targets)
-        self.dtype, self.vae_dtype, self.text_dtype = _DTYPES[dtype], _DTYPES[vae_dtype], _DTYPES[text_dtype]
-        self.text_length = text_length
+        if expert == "both":
+            self.boundaries = (_BOUNDARY[image_to_video] if boundary is None else boundary,)
+        if image_to_video:
+            self.pictures = PictureInputs(first_frame=True)
+            self.given_frames = int(expand_timesteps)
+        if clip_dim is not None:
+            self.text_components = ("text_encoder", "image_encoder")
+        kinds = ("wan_i2v_clip" if clip_dim else "wan_i2v") if image_to_video else "wan"
+        self.family = kinds.replace("wan", "wan_ti2v") if expand_timesteps else kinds
+        # Wan2.1 generate.py, Wan2.2 wan_{t2v,i2v}_A14B.py and wan_ti2v_5B.py
+        self.guidance_scale = 5.0 if expert is None else 3.5 if image_to_video else _GUIDANCE[expert]
+        self.steps = 40 if expert or (image_to_video and not expand_timesteps) else 50
+
+    def _check_settings(self, boundary: float | None) -> None:
+        if self.expert not in (None, "high", "low", "both"):
+            raise ValueError(f"model.expert must be high, low, both or null, got {self.expert!r}")
+        if self.expert != "both" and (boundary is not None or self.pretrained_low):
+            raise ValueError("model.boundary and model.pretrained_low are for model.expert=both; leave them null")
+        if boundary is not None and not 0 < boundary < 1:
+            raise ValueError(f"model.boundary must lie between 0 and 1, got {boundary}")
+        if self.expand_timesteps and (self.expert or self.clip_dim):
+            raise ValueError("model.expand_timesteps is TI2V-5B, which has neither experts nor CLIP; leave those null")
+        if self.clip_dim and (self.expert or not self.image_to_video):
+            raise ValueError("model.clip_dim is for WAN 2.1 image to video; leave it null for all others")
+        if self.clip_dim and self.text_length != _CLIP_TEXT:
+            raise ValueError(
+                f"model.text_length must be {_CLIP_TEXT} where the model sees CLIP features, got {self.text_length}: "
+                "its attention tells text from picture by this number"
+            )
+
+    # ---------------------------------------------------------------- weights
+
+    def _experts(self) -> dict[str, "Wan"]:
+        """The two experts as families of their own, in ascending order of sigma."""
+        if self.pretrained_low is None and self.pretrained.endswith(".safetensors"):
+            raise ValueError(
+                f"model.pretrained={self.pretrained}: diffusers cannot load a pair of experts from a single file; give "
+                "a diffusers folder or a hub id, or set model.pretrained_low to the file of the low noise expert"
+            )
+        low, high = copy.copy(self), copy.copy(self)
+        low.expert, low.boundaries, low.subfolder = "low", (), "transformer_2"
+        low.pretrained = self.pretrained_low or self.pretrained
+        high.expert, high.boundaries = "high", ()
+        return {"low": low, "high": high}
+
+    def expected_config(self) -> dict[str, object]:
+        """Channels, and what of the pictures it sees."""
+        channels = self.latents.channels
+        seen = channels + self.latents.temporal_stride  # a mask of the pixel frames, and latents
+        concatenated = self.image_to_video and not self.expand_timesteps
+        return {
+            "in_channels": channels + (seen if concatenated else 0),
+            "image_dim": self.clip_dim,
+            "pos_embed_seq_len": None,  # else it sees the last frame too
+        }
 
     def check(self) -> None:
-        """Refuse a transformer that is not there, not loadable here, or of another latent shape; loads no weights."""
-        file = self._single_file()
-        if file is None:
-            folder = resolve_folder(self.pretrained, self.subfolder, "model.pretrained")
-            config = json.loads((folder / "config.json").read_text())
-        else:
-            config = _config_of(file)
-        kind = config.get("_class_name", "WanTransformer3DModel")
-        if kind != "WanTransformer3DModel":
-            raise ValueError(f"model.pretrained={self.pretrained} holds a {kind}, model=wan needs a WAN transformer")
-        got, wanted = config["in_channels"], self.latents.channels
-        if got != wanted:
-            hint = "image-to-video models are not supported yet" if got == 36 else "choose the model config that fits"
+        """Refuse transformers that are not there, not loadable here, or of another shape; loads no weights."""
+        if self.expert != "both":
+            super().check()
+            return
+        experts = self._experts().values()
+        for expert in experts:
+            expert.check()
+        low, high = (expert.identity().transformer for expert in experts)
+        if low is not None and low == high:
             raise ValueError(
-                f"model.pretrained={self.pretrained} takes {got} latent channels, this model config {wanted}; {hint}"
+                f"model.pretrained={self.pretrained} gives both experts the same weights; set model.pretrained_low to "
+                "the low noise expert's"
             )
 
     def identity(self, *, fetch: bool = False) -> Identity:
-        """Fingerprints of transformer, VAE and text encoder."""
-        file = self._single_file()
-        transformer = (
-            fingerprint_if_present(self.pretrained, self.subfolder, "model.pretrained", fetch=False)
-            if file is None
-            else weights_fingerprint(file)
-        )
-        return Identity(
-            transformer,
-            _present(self.vae, "vae", "model.vae", fetch=fetch),
-            _present(self.text_encoder, "text_encoder", "model.text_encoder", fetch=fetch),
-        )
+        """Fingerprints; that of both experts is `low+high`."""
+        if self.expert != "both":
+            return super().identity(fetch=fetch)
+        parts = {name: expert.identity(fetch=fetch) for name, expert in self._experts().items()}
+        found = [part.transformer for part in parts.values()]
+        return replace(parts["high"], transformer=None if None in found else "+".join(found))
 
-    def load_transformer(self) -> WanTransformer3DModel:
-        """The frozen transformer in `dtype`."""
-        file = self._single_file()
-        if file is None:
-            folder = resolve_folder(self.pretrained, self.subfolder, "model.pretrained")
-            transformer = WanTransformer3DModel.from_pretrained(folder, torch_dtype=self.dtype)
-        else:
-            transformer = _load_single_file(file, self.dtype)
-        return transformer.requires_grad_(False)
+    def load_transformer(self) -> nn.Module:
+        """The frozen transformer, or both."""
+        if self.expert != "both":
+            return super().load_transformer()
+        parts = {name: expert.load_transformer() for name, expert in self._experts().items()}
+        return Experts(parts, offload=self.offload)
+
+    def skeleton(self) -> nn.Module:
+        """The same without weights, on the meta device."""
+        if self.expert != "both":
+            return super().skeleton()
+        return Experts({name: part.skeleton() for name, part in self._experts().items()}, offload=self.offload)
+
+    # ---------------------------------------------------------------- training
 
     def load_encoders(self, device: torch.device | str) -> "WanEncoders":
-        """VAE and text encoder on `device`, each loaded when first used."""
+        """VAE, text and picture encoder on `device`, each loaded when first used."""
         return WanEncoders(self, device)
 
     def collate(self, items: Sequence[WanConditioning]) -> WanConditioning:
         """Zero-pad every text to `text_length`: WAN is trained to attend to exactly this padding."""
-        return WanConditioning(pad_text([item.text for item in items], self.text_length))
+        text = pad_text([item.text for item in items], self.text_length)
+        return WanConditioning(text, stack([i.image for i in items]), stack([i.condition for i in items]))
 
     def velocity(
         self,
@@ -148,174 +213,145 @@ class Wan:
         sigma: Float[Tensor, " b"],
         conditioning: WanConditioning,
     ) -> Float[Tensor, "b c f h w"]:
-        """Predicted `noise - latents`; WAN takes timesteps 1000 * sigma, in float32 whatever the weights are."""
+        """Predicted `noise - latents`, of each sample by the expert that serves its sigma."""
+        if not isinstance(transformer, Experts):
+            return self._predict(transformer, noisy, sigma, conditioning)
+        return transformer.predict(
+            sigma,
+            self.boundaries,
+            lambda expert, rows: self._predict(expert, noisy[rows], sigma[rows], conditioning.select(rows)),
+        )
+
+    def _predict(
+        self, transformer: nn.Module, noisy: Tensor, sigma: Tensor, conditioning: WanConditioning
+    ) -> Float[Tensor, "b c f h w"]:
+        """WAN takes timesteps 1000 * sigma, in float32 whatever the weights are, and 0 where latents are given."""
         dtype = transformer.patch_embedding.weight.dtype
+        inputs, timestep = noisy, sigma.float() * 1000
+        if self.given_frames:
+            inputs = torch.cat([conditioning.condition.to(noisy), noisy], dim=2)
+            _, rows, columns = self.latents.patch
+            cells = (inputs.shape[3] // rows) * (inputs.shape[4] // columns)
+            timestep = timestep[:, None].repeat(1, inputs.shape[2] * cells)
+            timestep[:, :cells] = 0
+        elif self.image_to_video:
+            inputs = torch.cat([noisy, conditioning.condition.to(noisy)], dim=1)
+        image = conditioning.image
         (prediction,) = transformer(
-            hidden_states=noisy.to(dtype),
-            timestep=sigma.float() * 1000,
+            hidden_states=inputs.to(dtype),
+            timestep=timestep,
             encoder_hidden_states=conditioning.text.to(dtype),
+            encoder_hidden_states_image=None if image is None else image.to(dtype),
             return_dict=False,
         )
-        return prediction
+        return prediction[:, :, self.given_frames :]
 
-    def _single_file(self) -> Path | None:
-        path = Path(self.pretrained).expanduser()
-        if path.suffix != ".safetensors":
-            return None
-        if not path.is_file():
-            raise ValueError(f"model.pretrained={self.pretrained} is not there")
-        return path
+    # ---------------------------------------------------------------- samples
+
+    def pipeline(self, transformer: nn.Module, encoders: "WanEncoders") -> DiffusionPipeline:
+        """Diffusers' pipeline around the transformer, or both, and the VAE."""
+        parts = {"transformer": transformer}
+        if isinstance(transformer, Experts):
+            parts = {"transformer": transformer["high"], "transformer_2": transformer["low"]}
+            parts["boundary_ratio"] = self.boundaries[0]
+        kind = PreparedImageToVideo if self.image_to_video else WanPipeline
+        shift = self.sigma.shift if isinstance(self.sigma.shift, int | float) else 3.0
+        return kind(
+            tokenizer=None,
+            text_encoder=None,
+            vae=encoders.vae(),
+            scheduler=self.scheduler(FlowMatchEulerDiscreteScheduler(shift=float(shift))),
+            expand_timesteps=self.expand_timesteps,
+            **parts,
+        )
+
+    def arguments(self, positive: WanConditioning, negative: WanConditioning | None, shot: Shot) -> dict[str, Any]:
+        """Embeddings, guidance, frames, and the first frame for image to video."""
+        arguments = {
+            "prompt_embeds": positive.text,
+            "negative_prompt_embeds": None if negative is None else negative.text,
+            "guidance_scale": shot.guidance_scale,
+            "num_frames": shot.frames,
+        }
+        if self.image_to_video:
+            if len(shot.controls) != 1:
+                raise ValueError(f"image to video starts from one picture, the sample has {len(shot.controls)}")
+            arguments |= {"image": shot.controls[0], "prepared": positive.image}
+        return arguments
+
+    def sample(
+        self,
+        transformer: nn.Module,
+        encoders: "WanEncoders",
+        positive: WanConditioning,
+        negative: WanConditioning | None,
+        shot: Shot,
+    ) -> Float[Tensor, "frames channels height width"]:
+        """Paint with diffusers' own pipeline, each expert brought into use when the pipeline comes to it."""
+        with transformer.on_demand() if isinstance(transformer, Experts) else nullcontext():
+            return super().sample(transformer, encoders, positive, negative, shot)
 
 
-class WanEncoders:
-    """AutoencoderKLWan and UMT5, each loaded on first use and freed by `release`."""
+class WanEncoders(FamilyEncoders):
+    """AutoencoderKLWan, UMT5 and CLIP, each loaded on first use and freed by `release`."""
 
-    def __init__(self, architecture: Wan, device: torch.device | str) -> None:
-        self.architecture = architecture
-        self.device = torch.device(device)
-        self._vae: AutoencoderKLWan | None = None
-        self._text: tuple[PreTrainedTokenizerBase, UMT5EncoderModel] | None = None
+    vae_class = AutoencoderKLWan
+    model: Wan
 
     @torch.no_grad()
-    def encode_text(self, captions: Sequence[str]) -> list[WanConditioning]:
-        """UMT5's last hidden states, trimmed to each caption's true length."""
-        tokenizer, model = self._load_text()
-        tokens = tokenizer(
-            [clean_caption(caption) for caption in captions],
-            padding="max_length",
-            max_length=self.architecture.text_length,
-            truncation=True,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(self.device)
-        states = model(tokens.input_ids, tokens.attention_mask).last_hidden_state.cpu()
-        lengths = tokens.attention_mask.sum(1).tolist()
-        return [WanConditioning(state[:length].clone()) for state, length in zip(states, lengths, strict=True)]
+    def encode_text(self, prompts: Sequence[Prompt]) -> list[WanConditioning]:
+        """UMT5's last hidden states, trimmed to each caption's true length (what follows is zero)."""
+        pipe = WanPipeline(self.tokenizer(), self.encoder(UMT5EncoderModel), vae=None, scheduler=None)
+        states, _ = pipe.encode_prompt(
+            captions_of(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.model.text_length,
+            device=self.device,
+        )
+        lengths = states.any(-1).sum(1).tolist()
+        return [WanConditioning(state[:n].cpu().clone()) for state, n in zip(states, lengths, strict=True)]
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Float[Tensor, "b 3 frames height width"]) -> Float[Tensor, "b c f h w"]:
         """Mode of the VAE's posterior, `(z - mean) / std` per channel in float32."""
-        vae = self._load_vae()
+        vae = self.vae()
         latents = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode().float().cpu()
         mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
         return (latents - mean) / std
 
-    def release(self) -> None:
-        """Free VAE and text encoder."""
-        self._vae = self._text = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _load_vae(self) -> AutoencoderKLWan:
-        if self._vae is None:
-            folder = resolve_folder(self.architecture.vae, "vae", "model.vae")
-            vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=self.architecture.vae_dtype)
-            spec = self.architecture.latents
-            if vae.config.z_dim != spec.channels or vae.config.scale_factor_spatial != spec.spatial_stride:
-                raise ValueError(
-                    f"model.vae={self.architecture.vae} makes {vae.config.z_dim} channels at stride "
-                    f"{vae.config.scale_factor_spatial}, the model needs {spec.channels} at {spec.spatial_stride}"
-                )
-            self._vae = vae.to(self.device).eval()
-        return self._vae
-
-    def _load_text(self) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
-        if self._text is None:
-            source = self.architecture.text_encoder
-            tokenizer_folder = resolve_folder(source, "tokenizer", "model.text_encoder")
-            folder = resolve_folder(source, "text_encoder", "model.text_encoder")
-            model = UMT5EncoderModel.from_pretrained(folder, dtype=self.architecture.text_dtype)
-            self._text = AutoTokenizer.from_pretrained(tokenizer_folder), model.to(self.device).eval()
-        return self._text
-
-
-def clean_caption(caption: str) -> str:
-    """Caption as WAN's pipeline cleans prompts: mojibake fixed, entities resolved, white space folded."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(caption))).strip()).strip()
-
-
-def _present(source: str, subfolder: str, option: str, *, fetch: bool) -> str | None:
-    if source.endswith(".safetensors"):
-        if not fetch:
-            return None
-        raise ValueError(
-            f"{option} is not set and model.pretrained is a single file; set {option} to the folder or hub id of a "
-            f"WAN pipeline that holds {subfolder}"
+    @torch.no_grad()
+    def encode_pictures(
+        self, pixels: Float[Tensor, "1 3 frames height width"], controls: Sequence[Image.Image]
+    ) -> dict[str, Tensors]:
+        """For image to video: the first frame as the transformer takes it, and CLIP's features of it."""
+        del controls
+        if not self.model.image_to_video:
+            return {}
+        frames, height, width = pixels.shape[2:]
+        clip = self.model.clip_dim is not None
+        pipe = WanImageToVideoPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=self.vae(),
+            scheduler=None,
+            image_processor=self.tokenizer("image_processor", CLIPImageProcessor) if clip else None,
+            image_encoder=self.encoder(CLIPVisionModel, "image_encoder") if clip else None,
+            expand_timesteps=self.model.expand_timesteps,
         )
-    return fingerprint_if_present(source, subfolder, option, fetch=fetch)
+        first = pixels[:, :, 0].to(self.device, torch.float32)
+        sizes = {"height": height, "width": width, "num_frames": frames, "dtype": torch.float32, "device": self.device}
+        condition = pipe.prepare_latents(first, 1, latents=first.new_empty(0), **sizes)[1]  # latents: so none are drawn
+        fields = {"condition": condition[0].cpu()}
+        if clip:
+            picture = ((first[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+            fields["image"] = pipe.encode_image(Image.fromarray(picture), self.device)[0].cpu()
+        return fields
 
-
-def _shapes(file: Path) -> dict[str, list[int]]:
-    """Tensor shapes of a single file by their names without ComfyUI's prefixes; reads the header only."""
-    try:
-        with safe_open(file, "pt") as handle:
-            shapes = {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"model.pretrained={file} is not a complete .safetensors file ({error})") from error
-    if any("scale_weight" in key or "weight_scale" in key or "scaled_fp8" in key for key in shapes):
-        raise ValueError(
-            f"model.pretrained={file} is a ComfyUI fp8_scaled file: its weights mean nothing without their scales, "
-            "which no loader here applies; use the bf16 or fp16 file"
-        )
-    return {_strip(key): shape for key, shape in shapes.items()}
-
-
-def _strip(key: str) -> str:
-    for prefix in _PREFIXES:
-        key = key.removeprefix(prefix)
-    return key
-
-
-def _config_of(file: Path) -> dict[str, object]:
-    """Configuration of a WAN transformer, read off its tensors' shapes."""
-    shapes = _shapes(file)
-    original = "head.head.weight" in shapes
-    names = {
-        "ffn": "blocks.0.ffn.0.weight" if original else "blocks.0.ffn.net.0.proj.weight",
-        "text": "text_embedding.0.weight" if original else "condition_embedder.text_embedder.linear_1.weight",
-        "time": "time_embedding.0.weight" if original else "condition_embedder.time_embedder.linear_1.weight",
-        "patch": "patch_embedding.weight",
-        "out": "head.head.weight" if original else "proj_out.weight",
-    }
-    missing = [name for name in names.values() if name not in shapes]
-    if missing:
-        raise ValueError(f"model.pretrained={file} is no WAN transformer: it has no {missing[0]}")
-    dim, in_channels, *patch = shapes[names["patch"]]
-    if dim % _HEAD_DIM:
-        raise ValueError(f"model.pretrained={file}: width {dim} is no multiple of WAN's head size {_HEAD_DIM}")
-    if any("k_img" in key or "add_k_proj" in key for key in shapes):
-        raise ValueError(f"model.pretrained={file} is an image-to-video model, which is not supported yet")
-    blocks = {int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")}
-    return {
-        "_class_name": "WanTransformer3DModel",
-        "patch_size": patch,
-        "num_attention_heads": dim // _HEAD_DIM,
-        "attention_head_dim": _HEAD_DIM,
-        "in_channels": in_channels,
-        "out_channels": shapes[names["out"]][0] // (patch[0] * patch[1] * patch[2]),
-        "text_dim": shapes[names["text"]][1],
-        "freq_dim": shapes[names["time"]][1],
-        "ffn_dim": shapes[names["ffn"]][0],
-        "num_layers": max(blocks) + 1,
-    }
-
-
-def _load_single_file(file: Path, dtype: torch.dtype) -> WanTransformer3DModel:
-    config = _config_of(file)
-    state = {_strip(key): tensor for key, tensor in load_file(file).items()}
-    if "head.head.weight" in state:
-        state = convert_wan_transformer_to_diffusers(state)
-    with init_empty_weights():
-        transformer = WanTransformer3DModel.from_config(config)
-    missing, extra = transformer.load_state_dict(state, strict=False, assign=True)
-    if missing or extra:
-        raise ValueError(
-            f"model.pretrained={file} lacks {len(missing)} tensors of a WAN transformer and has {len(extra)} others, "
-            f"such as {(missing + extra)[0]}"
-        )
-    kept = WanTransformer3DModel._keep_in_fp32_modules  # noqa: SLF001 (from_pretrained honours it, for the same reason)
-    for name, parameter in transformer.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if any(part in name for part in kept) else dtype)
-    return transformer.eval()
+    def check_vae(self, vae: AutoencoderKLWan) -> None:
+        """Refuse a VAE of another latent shape."""
+        spec = self.model.latents
+        if vae.config.z_dim != spec.channels or vae.config.scale_factor_spatial != spec.spatial_stride:
+            raise ValueError(
+                f"model.vae={self.model.vae} makes {vae.config.z_dim} channels at stride "
+                f"{vae.config.scale_factor_spatial}, the model needs {spec.channels} at {spec.spatial_stride}"
+            )

@@ -1,0 +1,139 @@
+"""A sample's frames and masks as tensors: one frame for a picture, one per layer for a layered one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mpp.data.media import (
+    Geometry,
+    Picture,
+    check_aspect,
+    crop_picture,
+    latent_mask,
+    picture_size,
+    picture_tensor,
+    read_mask,
+    read_picture,
+)
+from mpp.data.source import Item
+from mpp.models.base import LatentSpec, PictureInputs
+
+
+def frame_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
+    """The files that make up a sample: the picture, and its layers for layered models.
+
+    Raises:
+        ValueError: A layered model and no layers, or layers of another size than the picture.
+    """
+    if not spec.layered:
+        return (item.picture,)
+    if not item.layers:
+        stem = item.picture.stem
+        raise ValueError(f"{item.picture} has no layers, and this model learns layers; add {stem}.layer0.png, ...")
+    size = picture_size(item.picture)
+    for layer in item.layers:
+        if picture_size(layer) != size:
+            got = "x".join(map(str, picture_size(layer)))
+            raise ValueError(f"{layer} is {got}, its picture {item.picture} is {size[0]}x{size[1]}; export them alike")
+    return (item.picture, *item.layers)
+
+
+def mask_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
+    """The mask files that apply to a sample; () where only alpha can be the mask, or there is none."""
+    own = (item.mask,) if item.mask is not None else ()
+    return own + item.layer_masks if spec.layered else own
+
+
+def check_controls(item: Item, inputs: PictureInputs) -> None:
+    """Refuse a sample with too few or too many control pictures.
+
+    Raises:
+        ValueError: Says how many there are and how many the model takes.
+    """
+    count = len(item.controls)
+    if not inputs.least <= count <= inputs.most:
+        wanted = str(inputs.least) if inputs.least == inputs.most else f"{inputs.least} to {inputs.most}"
+        raise ValueError(
+            f"{item.picture} has {count} control pictures, this model takes {wanted}; put {item.picture.stem}.png or "
+            f"{item.picture.stem}_0.png, {item.picture.stem}_1.png, ... into data.control_dir"
+        )
+
+
+def read_controls(item: Item, *, flip: bool) -> list[Image.Image]:
+    """The control pictures, RGB at their own size, mirrored with the sample."""
+    pictures = [read_picture(path).rgb for path in item.controls]
+    return [ImageOps.mirror(picture) for picture in pictures] if flip else pictures
+
+
+def read_frames(files: Sequence[Path], geometry: Geometry, *, layered: bool) -> tuple[Tensor, list[Image.Image]]:
+    """Frames in their bucket.
+
+    Returns:
+        Pixels in [-1, 1], `(3, f, height, width)`, with alpha as a fourth channel for layers; and the pictures.
+    """
+    pictures = [read_picture(path) for path in files]
+    images = [crop_picture(picture.rgb, geometry) for picture in pictures]
+    frames = torch.cat([picture_tensor(image) for image in images], dim=1)
+    if not layered:
+        return frames, images
+    alphas = [_alpha(picture, image.size, geometry) for picture, image in zip(pictures, images, strict=True)]
+    alpha = torch.cat([picture_tensor(a.convert("RGB"))[:1] for a in alphas], dim=1)
+    shown = [_over_grey(image, a) for image, a in zip(images, alphas, strict=True)]
+    return torch.cat([frames, alpha]), shown
+
+
+def read_mask_frames(item: Item, geometry: Geometry, shape: Sequence[int], spec: LatentSpec) -> Tensor:
+    """A sample's mask at latent resolution, `(1, f, h, w)`.
+
+    Layers have masks of their own, or the picture's; the whole picture of a layered sample without a mask of its own
+    learns wherever any of its layers does.
+
+    Raises:
+        ValueError: An unreadable mask, or one of another shape than its picture.
+    """
+    cells = (shape[2], shape[3])
+    if not spec.layered:
+        if item.mask is not None:
+            return latent_mask(read_mask(item.mask), geometry, cells)
+        alpha = read_picture(item.picture).alpha
+        if alpha is None:
+            raise ValueError(f"{item.picture} changed while it was prepared; run `python -m mpp.prepare` again")
+        return latent_mask(alpha, geometry, cells)
+    whole = None if item.mask is None else latent_mask(read_mask(item.mask), geometry, cells)
+    own = [latent_mask(read_mask(path), geometry, cells) for path in item.layer_masks]
+    layers = own or [whole] * len(item.layers)
+    if whole is None:
+        whole = torch.stack(own).amax(0)
+    return torch.cat([whole, *layers], dim=1)
+
+
+def check_masks(item: Item, spec: LatentSpec) -> None:
+    """Decode a sample's masks and refuse those of another shape than the picture.
+
+    Raises:
+        ValueError: As above.
+    """
+    size = picture_size(item.picture)
+    for path in mask_files(item, spec):
+        mask = read_mask(path)
+        check_aspect((mask.shape[1], mask.shape[0]), size, f"{item.picture} and {path}")
+
+
+def transparent(picture: Picture) -> bool:
+    """Whether a picture has an alpha that is not opaque."""
+    return picture.alpha is not None and bool(picture.alpha.min() < 1)
+
+
+def _alpha(picture: Picture, size: tuple[int, int], geometry: Geometry) -> Image.Image:
+    """Alpha in the bucket, apart from the colours, which keep their values under transparent pixels."""
+    if picture.alpha is None:
+        return Image.new("L", size, 255)
+    return crop_picture(Image.fromarray((picture.alpha * 255).round().astype("uint8")), geometry)
+
+
+def _over_grey(image: Image.Image, alpha: Image.Image) -> Image.Image:
+    """For eyes: a layer over grey."""
+    return Image.composite(image, Image.new("RGB", image.size, (128, 128, 128)), alpha)

@@ -1,0 +1,407 @@
+"""What all families on diffusers classes share: where weights lie, how they load, how samples are painted.
+
+Not an architecture: a family's file says what is its own, this one how diffusers is used.
+"""
+
+import gc
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+from jaxtyping import Float
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mpp.core.flow import SigmaLaw
+from mpp.files import weights_fingerprint
+from mpp.models.base import (
+    Conditioning,
+    Encoders,
+    Identity,
+    LatentSpec,
+    NativeRule,
+    PictureInputs,
+    Prompt,
+    Shot,
+    Tensors,
+    fingerprint_if_present,
+    resolve_folder,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+_SCALES = ("scale_weight", "weight_scale", "scaled_fp8")
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """How one original-format file becomes the diffusers transformer.
+
+    Attributes:
+        marker: Name of a tensor that only files with original names have.
+        config: Constructor arguments of the transformer, from the tensors' shapes by name (prefixes stripped) and
+            whether the names are the original's. Raises KeyError for a tensor that is not there.
+        convert: Original state to diffusers' state: diffusers' own function.
+    """
+
+    marker: str
+    config: Callable[[Shapes, bool], dict[str, Any]]
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class Family:
+    """Base of the families. Constructing one loads nothing.
+
+    Args:
+        pretrained: Diffusers folder, hub id, or (where `single_file` is set) one `.safetensors` of the transformer.
+        latents: Shape of the latents.
+        sigma: Training law of sigma.
+        lora_targets: Modules that adapters attach to.
+        vae: Folder or hub id of the VAE; None: `pretrained`.
+        text_encoder: Folder or hub id of text encoders, tokenizers and picture encoders; None: `pretrained`.
+        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`. What diffusers keeps in float32 stays.
+        vae_dtype: Of the VAE.
+        text_dtype: Of the text encoders, and of the cached embeddings.
+
+    Raises:
+        ValueError: An unknown dtype.
+    """
+
+    family: str
+    conditioning: type[Conditioning]
+    pictures = PictureInputs()
+    given_frames = 0
+    boundaries: tuple[float, ...] = ()
+    native: tuple[NativeRule, ...] = ()
+    guidance_scale = 1.0
+    steps = 30
+
+    transformer_class: ClassVar[type[ModelMixin]]
+    single_file: ClassVar[SingleFile | None] = None
+    text_components: tuple[str, ...] = ("text_encoder",)  # folders whose weights make the cached embeddings
+
+    def __init__(
+        self,
+        *,
+        pretrained: str,
+        latents: LatentSpec,
+        sigma: SigmaLaw,
+        lora_targets: str | Sequence[str],
+        vae: str | None,
+        text_encoder: str | None,
+        dtype: str,
+        vae_dtype: str,
+        text_dtype: str,
+    ) -> None:
+        for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype), ("text_dtype", text_dtype)):
+            if value not in DTYPES:
+                raise ValueError(f"model.{name} must be one of {', '.join(DTYPES)}, got {value!r}")
+        self.pretrained = pretrained
+        self.vae = vae or pretrained
+        self.text_encoder = text_encoder or pretrained
+        self.subfolder = "transformer"
+        self.latents = latents
+        self.sigma = sigma
+        self.lora_targets = lora_targets if isinstance(lora_targets, str) else tuple(lora_targets)
+        self.dtype, self.vae_dtype, self.text_dtype = DTYPES[dtype], DTYPES[vae_dtype], DTYPES[text_dtype]
+
+    # ---------------------------------------------------------------- for families to say
+
+    def expected_config(self) -> dict[str, object]:
+        """Entries that the transformer's configuration must have under this model config."""
+        return {}
+
+    def load_encoders(self, device: torch.device | str) -> Encoders:
+        """VAE and text encoders on `device`, each loaded when first used."""
+        raise NotImplementedError
+
+    def pipeline(self, transformer: nn.Module, encoders: "FamilyEncoders") -> DiffusionPipeline:
+        """Diffusers' pipeline around the transformer and the VAE, without text encoders."""
+        raise NotImplementedError
+
+    def arguments(self, positive: Conditioning, negative: Conditioning | None, shot: Shot) -> dict[str, Any]:
+        """The pipeline's arguments besides sizes, steps, seed and output type."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- weights
+
+    def check(self) -> None:
+        """Refuse a transformer that is not there, not loadable here, or of another shape; loads no weights.
+
+        Raises:
+            ValueError: Says which entry differs.
+        """
+        config = self.transformer_config()
+        kind, wanted_kind = config.get("_class_name", ""), self.transformer_class.__name__
+        if kind != wanted_kind:
+            raise ValueError(
+                f"model.pretrained={self.pretrained} holds a {kind}, this model config needs {wanted_kind}"
+            )
+        for name, wanted in self.expected_config().items():
+            if config.get(name) != wanted:
+                raise ValueError(
+                    f"model.pretrained={self.pretrained} has {name}={config.get(name)}, this model config needs "
+                    f"{wanted}; choose the model config that fits"
+                )
+
+    def transformer_config(self, subfolder: str | None = None) -> dict[str, Any]:
+        """Configuration of the transformer, from its folder or read off a single file's header.
+
+        Entries that the folder's file leaves out have the class's defaults.
+        """
+        file = self._file()
+        if file is None:
+            folder = resolve_folder(self.pretrained, subfolder or self.subfolder, "model.pretrained")
+            config = json.loads((folder / "config.json").read_text())
+        else:
+            config = self._config_of(file)
+        if config.get("_class_name") != self.transformer_class.__name__:
+            return config
+        known = inspect.signature(self.transformer_class.__init__).parameters.values()
+        defaults = {p.name: p.default for p in known if p.default is not inspect.Parameter.empty}
+        return json.loads(json.dumps({**defaults, **config}))  # tuples as lists, as in the file
+
+    def identity(self, *, fetch: bool = False) -> Identity:
+        """Fingerprints of transformer, VAE and text encoders."""
+        file = self._file()
+        transformer = (
+            fingerprint_if_present(self.pretrained, self.subfolder, "model.pretrained", fetch=False)
+            if file is None
+            else weights_fingerprint(file)
+        )
+        parts = [_present(self.text_encoder, name, "model.text_encoder", fetch=fetch) for name in self.text_components]
+        text = None if None in parts else "+".join(parts)
+        return Identity(transformer, _present(self.vae, "vae", "model.vae", fetch=fetch), text)
+
+    def load_transformer(self) -> nn.Module:
+        """The frozen transformer in `dtype`."""
+        return self.load_part(self.subfolder)
+
+    def load_part(self, subfolder: str) -> nn.Module:
+        """One frozen transformer in `dtype`."""
+        file = self._file()
+        if file is None:
+            folder = resolve_folder(self.pretrained, subfolder, "model.pretrained")
+            transformer = self.transformer_class.from_pretrained(folder, torch_dtype=self.dtype)
+        else:
+            transformer = self._load_file(file)
+        return transformer.requires_grad_(False)
+
+    def skeleton(self) -> nn.Module:
+        """The transformer without weights, on the meta device."""
+        with init_empty_weights():
+            return self.transformer_class.from_config(self.transformer_config())
+
+    def _file(self) -> Path | None:
+        path = Path(self.pretrained).expanduser()
+        if path.suffix != ".safetensors":
+            return None
+        if not path.is_file():
+            raise ValueError(f"model.pretrained={self.pretrained} is not there")
+        if self.single_file is None:
+            raise ValueError(
+                f"model.pretrained={self.pretrained}: diffusers cannot load a {self.transformer_class.__name__} from a "
+                "single file; give a diffusers folder or a hub id"
+            )
+        return path
+
+    def _config_of(self, file: Path) -> dict[str, Any]:
+        shapes = _shapes(file)
+        kind = self.transformer_class.__name__
+        try:
+            config = self.single_file.config(shapes, self.single_file.marker in shapes)
+        except KeyError as error:
+            raise ValueError(f"model.pretrained={file} is no {kind}: it has no {error.args[0]}") from error
+        except ValueError as error:
+            raise ValueError(f"model.pretrained={file}: {error}") from error
+        return {"_class_name": kind, **config}
+
+    def _load_file(self, file: Path) -> nn.Module:
+        config = self._config_of(file)
+        state = {_strip(key): tensor for key, tensor in load_file(file).items()}
+        if self.single_file.marker in state:
+            state = self.single_file.convert(state)
+        with init_empty_weights():
+            transformer = self.transformer_class.from_config(config)
+        missing, extra = transformer.load_state_dict(state, strict=False, assign=True)
+        if missing or extra:
+            raise ValueError(
+                f"model.pretrained={file} lacks {len(missing)} tensors of a {self.transformer_class.__name__} and has "
+                f"{len(extra)} others, such as {(missing + extra)[0]}"
+            )
+        kept = self.transformer_class._keep_in_fp32_modules or ()  # noqa: SLF001 (from_pretrained honours it too)
+        for name, parameter in transformer.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if any(part in name for part in kept) else self.dtype)
+        return transformer.eval()
+
+    # ---------------------------------------------------------------- samples
+
+    def scheduler(self, default: SchedulerMixin | None = None) -> SchedulerMixin:
+        """The pipeline's own scheduler where `pretrained` holds one on this machine, else `default`."""
+        try:
+            folder = resolve_folder(self.pretrained, "scheduler", "model.pretrained", fetch=False)
+            name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+        except (ValueError, OSError, KeyError):
+            return default or FlowMatchEulerDiscreteScheduler()
+        import diffusers  # noqa: PLC0415 (classes by name)
+
+        return getattr(diffusers, name).from_pretrained(folder)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        transformer: nn.Module,
+        encoders: "FamilyEncoders",
+        positive: Conditioning,
+        negative: Conditioning | None,
+        shot: Shot,
+    ) -> Float[Tensor, "frames channels height width"]:
+        """Paint with diffusers' own pipeline; pixels in [0, 1] on the CPU."""
+        pipe = self.pipeline(transformer, encoders)
+        pipe.set_progress_bar_config(disable=True)
+        arguments = {
+            "height": shot.height,
+            "width": shot.width,
+            "num_inference_steps": shot.steps,
+            "generator": torch.Generator().manual_seed(shot.seed),
+            "output_type": "pt",
+            **self.arguments(positive, negative, shot),
+        }
+        output = pipe(**arguments)
+        frames = output.frames if hasattr(output, "frames") else output.images
+        return as_pixels(frames)
+
+
+class FamilyEncoders:
+    """VAE, text and picture encoders, each loaded on first use and freed by `release`."""
+
+    vae_class: ClassVar[type[ModelMixin]]
+
+    def __init__(self, family: Family, device: torch.device | str) -> None:
+        self.model = family
+        self.device = torch.device(device)
+        self._loaded: dict[str, Any] = {}
+
+    def vae(self) -> ModelMixin:
+        """The VAE in `vae_dtype`.
+
+        Raises:
+            ValueError: Not there, or of another latent shape than the model's.
+        """
+        if "vae" not in self._loaded:
+            folder = resolve_folder(self.model.vae, "vae", "model.vae")
+            vae = self.vae_class.from_pretrained(folder, torch_dtype=self.model.vae_dtype)
+            self.check_vae(vae)
+            self._loaded["vae"] = vae.to(self.device).eval().requires_grad_(False)
+        return self._loaded["vae"]
+
+    def check_vae(self, vae: ModelMixin) -> None:
+        """Refuse a VAE of another latent shape: raise ValueError."""
+
+    def encoder(self, kind: type[PreTrainedModel], subfolder: str = "text_encoder") -> PreTrainedModel:
+        """A text or picture encoder in `text_dtype`."""
+        if subfolder not in self._loaded:
+            folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
+            model = kind.from_pretrained(folder, dtype=self.model.text_dtype)
+            self._loaded[subfolder] = model.to(self.device).eval().requires_grad_(False)
+        return self._loaded[subfolder]
+
+    def tokenizer(self, subfolder: str = "tokenizer", kind: Any = AutoTokenizer) -> PreTrainedTokenizerBase:  # noqa: ANN401
+        """A tokenizer (or a processor, by its class)."""
+        if subfolder not in self._loaded:
+            folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
+            self._loaded[subfolder] = kind.from_pretrained(folder)
+        return self._loaded[subfolder]
+
+    def encode_pictures(
+        self, pixels: Float[Tensor, "1 channels frames height width"], controls: Sequence[Image.Image]
+    ) -> dict[str, Tensors]:
+        """Nothing: this family sees no pictures."""
+        del pixels, controls
+        return {}
+
+    def release(self) -> None:
+        """Free everything."""
+        self._loaded.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def captions_of(prompts: Sequence[Prompt]) -> list[str]:
+    """The texts alone, for encoders that see no pictures."""
+    return [prompt.text for prompt in prompts]
+
+
+def as_pixels(frames: Any) -> Float[Tensor, "frames channels height width"]:  # noqa: ANN401
+    """The first sample of a pipeline's output as `(frames, channels, height, width)` in [0, 1] on the CPU."""
+    if isinstance(frames, Tensor) or (isinstance(frames, list) and isinstance(frames[0], Tensor)):
+        first = frames[0] if not (isinstance(frames, Tensor) and frames.ndim == 4) else frames
+    else:
+        first = torch.from_numpy(np.asarray(frames[0]))
+    first = first.float().cpu().clamp(0, 1)
+    return first[None] if first.ndim == 3 else first
+
+
+def picture_tensor(picture: Image.Image, size: tuple[int, int] | None = None) -> Float[Tensor, "1 3 height width"]:
+    """RGB in [-1, 1], resized (Lanczos) to (width, height) where given."""
+    image = picture.convert("RGB")
+    if size is not None and image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+
+
+def count_blocks(shapes: Shapes, prefix: str) -> int:
+    """How many numbered blocks `prefix0.`, `prefix1.`, ... a file has.
+
+    Raises:
+        KeyError: None.
+    """
+    found = {int(name[len(prefix) :].split(".")[0]) for name in shapes if name.startswith(prefix)}
+    if not found:
+        raise KeyError(f"{prefix}0")
+    return max(found) + 1
+
+
+def _present(source: str, subfolder: str, option: str, *, fetch: bool) -> str | None:
+    if source.endswith(".safetensors"):
+        if not fetch:
+            return None
+        raise ValueError(
+            f"{option} is not set and model.pretrained is a single file; set {option} to the folder or hub id of a "
+            f"pipeline that holds {subfolder}"
+        )
+    return fingerprint_if_present(source, subfolder, option, fetch=fetch)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Tensor shapes of a single file by their names without ComfyUI's prefixes; reads the header only."""
+    try:
+        with safe_open(file, "pt") as handle:
+            shapes = {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"model.pretrained={file} is not a complete .safetensors file ({error})") from error
+    if any(mark in key for key in shapes for mark in _SCALES):
+        raise ValueError(
+            f"model.pretrained={file} is a ComfyUI fp8_scaled file: its weights mean nothing without their scales, "
+            "which no loader here applies; use the bf16 or fp16 file"
+        )
+    return {_strip(key): shape for key, shape in shapes.items()}
+
+
+def _strip(key: str) -> str:
+    for prefix in PREFIXES:
+        key = key.removeprefix(prefix)
+    return key

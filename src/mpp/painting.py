@@ -1,0 +1,155 @@
+"""Samples: base and LoRA from the same noise, side by side, as files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from mpp.data.prompts import Painted
+from mpp.files import write_atomically
+from mpp.models.adapters import adapters_off, has_adapter
+from mpp.models.base import Architecture, Encoders
+
+_HEADER = 16
+_SHOWN_FRAMES = 6
+_FPS = 16
+
+Pixels = Float[Tensor, "frames channels height width"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt painted twice from the same noise, `(frames, channels, height, width)` in [0, 1].
+
+    Attributes:
+        name: For files, e.g. `0_a_photo_of`.
+        prompt: What was asked for.
+        base: By the base model.
+        lora: With the LoRA; None where there is none.
+        layered: Frames are layers.
+    """
+
+    name: str
+    prompt: str
+    base: Pixels
+    lora: Pixels | None
+    layered: bool
+
+
+@torch.no_grad()
+def paint(
+    architecture: Architecture,
+    transformer: nn.Module,
+    encoders: Encoders,
+    painted: Sequence[Painted],
+    bases: dict[str, Pixels] | None = None,
+) -> list[Pair]:
+    """Paint each prompt by the base and, where the transformer has an adapter, with it.
+
+    The global random state and each module's mode come back as they were.
+
+    Args:
+        architecture: The family.
+        transformer: Frozen, perhaps with an adapter.
+        encoders: Whose VAE decodes; no text encoder is loaded.
+        painted: Prompts with their conditioning.
+        bases: The base's pictures from an earlier call, by name; filled where they are not there, since the base
+            never changes.
+    """
+    bases = {} if bases is None else bases
+    device = next(transformer.parameters()).device
+    training = [module for module in transformer.modules() if module.training]
+    pairs = []
+    try:
+        transformer.eval()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for number, item in enumerate(painted):
+                name = f"{number}_{_slug(item.prompt)}"
+                negative = None if item.negative is None else item.negative.to(device)
+                arguments = (transformer, encoders, item.positive.to(device), negative, item.shot)
+                if name not in bases:
+                    with adapters_off(transformer):
+                        bases[name] = architecture.sample(*arguments)
+                lora = architecture.sample(*arguments) if has_adapter(transformer) else None
+                pairs.append(Pair(name, item.prompt, bases[name], lora, architecture.latents.layered))
+    finally:
+        for module in training:
+            module.training = True
+    return pairs
+
+
+def save(pair: Pair, folder: Path) -> list[Path]:
+    """Write a pair: `NAME.png` for a picture, a strip of layers or of a clip's frames; `NAME.mp4` for a clip.
+
+    Returns:
+        The files written.
+    """
+    sheet = strip(pair)
+    picture = folder / f"{pair.name}.png"
+    write_atomically(picture, lambda temporary: sheet.save(temporary, "PNG"))
+    if pair.layered or len(pair.base) == 1:
+        return [picture]
+    clip = folder / f"{pair.name}.mp4"
+    write_atomically(clip, lambda temporary: _write_clip(pair, temporary))
+    return [picture, clip]
+
+
+def strip(pair: Pair) -> Image.Image:
+    """Base and LoRA under each other, each a row of frames or layers; one frame: side by side."""
+    rows = [("base", pair.base)] + ([("LoRA", pair.lora)] if pair.lora is not None else [])
+    single = len(pair.base) == 1
+    images = [(label, [_image(frame) for frame in _some(pixels, layered=pair.layered)]) for label, pixels in rows]
+    width, height = images[0][1][0].size
+    columns = len(images) if single else max(len(row) for _, row in images)
+    lines = 1 if single else len(images)
+    sheet = Image.new("RGB", (columns * width, lines * (height + _HEADER)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (label, row) in enumerate(images):
+        left, top = (number * width, 0) if single else (0, number * (height + _HEADER))
+        draw.text((left + 4, top + 2), f"{label}: {pair.prompt}"[: max(8, columns * width // 7)], fill="black")
+        for column, image in enumerate(row):
+            sheet.paste(image, (left + column * width, top + _HEADER))
+    return sheet
+
+
+def _some(pixels: Pixels, *, layered: bool) -> Pixels:
+    """All layers, or evenly spread frames of a clip."""
+    if layered or len(pixels) <= _SHOWN_FRAMES:
+        return pixels
+    return pixels[torch.linspace(0, len(pixels) - 1, _SHOWN_FRAMES).round().long()]
+
+
+def _image(frame: Float[Tensor, "channels height width"]) -> Image.Image:
+    """RGB, a transparent frame over a checkerboard."""
+    array = (frame * 255).round().byte().permute(1, 2, 0).numpy()
+    if array.shape[2] == 3:
+        return Image.fromarray(array)
+    rows, columns = np.indices(array.shape[:2]) // 8
+    board = np.where((rows + columns) % 2, 200, 255).astype(np.uint8)
+    below = Image.fromarray(np.repeat(board[..., None], 3, axis=2))
+    below.paste(Image.fromarray(array[..., :3]), mask=Image.fromarray(array[..., 3]))
+    return below
+
+
+def _write_clip(pair: Pair, path: Path) -> None:
+    """Base left, LoRA right, as H.264."""
+    frames = pair.base if pair.lora is None else torch.cat([pair.base, pair.lora], dim=-1)
+    frames = frames[..., : frames.shape[-2] // 2 * 2, : frames.shape[-1] // 2 * 2]  # H.264 wants even sides
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=_FPS)
+        stream.height, stream.width = frames.shape[-2:]
+        stream.pix_fmt = "yuv420p"
+        for frame in (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _slug(text: str) -> str:
+    words = "".join(c if c.isalnum() and c.isascii() else " " for c in text).split()
+    return "_".join(words)[:40] or "empty"

@@ -1,0 +1,144 @@
+"""Layers, layer masks and control pictures from files to tensors."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mpp.data.frames import check_controls, frame_files, read_controls, read_frames, read_mask_frames
+from mpp.data.media import Geometry
+from mpp.data.source import FolderSource
+from mpp.models.base import LatentSpec, PictureInputs
+
+LAYERED = LatentSpec(16, 8, 1, (1, 2, 2), layered=True)
+PLAIN = LatentSpec(16, 8, 1, (1, 2, 2))
+SIDE = 64
+
+
+def save(path, value, size=(SIDE, SIDE), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """One picture with two layers."""
+    save(tmp_path / "photos" / "p.png", (10, 20, 30))
+    save(tmp_path / "photos" / "p.layer0.png", (40, 50, 60))
+    save(tmp_path / "photos" / "p.layer1.png", (70, 80, 90, 0), mode="RGBA")
+    (tmp_path / "masks").mkdir()
+    return tmp_path
+
+
+def items(root, **settings):
+    return FolderSource(str(root / "photos"), "cache", mask_dir=str(root / "masks"), **settings).items()
+
+
+def half(root, name, *, left):
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[:, : SIDE // 2] = 255 * left
+    mask[:, SIDE // 2 :] = 255 * (not left)
+    Image.fromarray(mask).save(root / "masks" / name)
+
+
+def test_layers_belong_to_their_picture_in_order_and_are_no_samples_of_their_own(root):
+    (item,) = items(root)
+    assert item.key == "p"
+    assert [path.name for path in item.layers] == ["p.layer0.png", "p.layer1.png"]
+    assert [path.name for path in frame_files(item, LAYERED)] == ["p.png", "p.layer0.png", "p.layer1.png"]
+    assert [path.name for path in frame_files(item, PLAIN)] == ["p.png"]
+
+
+def test_frames_are_the_picture_and_its_layers_with_alpha_and_colours_kept_under_it(root):
+    (item,) = items(root)
+    pixels, shown = read_frames(frame_files(item, LAYERED), Geometry((SIDE, SIDE), (32, 32)), layered=True)
+    assert pixels.shape == (4, 3, 32, 32)
+    as_bytes = ((pixels[:, :, 0, 0] + 1) * 127.5).round().int().T.tolist()
+    assert as_bytes == [[10, 20, 30, 255], [40, 50, 60, 255], [70, 80, 90, 0]]
+    assert [image.size for image in shown] == [(32, 32)] * 3
+
+
+def test_each_layer_has_its_own_mask_and_the_whole_learns_where_any_layer_does(root):
+    half(root, "p.layer0.png", left=True)
+    Image.new("L", (SIDE, SIDE), 0).save(root / "masks" / "p.layer1.png")
+    (item,) = items(root)
+    mask = read_mask_frames(item, Geometry((SIDE, SIDE), (32, 32)), (16, 3, 4, 4), LAYERED)
+    left = torch.tensor([1.0, 1, 0, 0]).expand(4, 4)
+    assert mask.shape == (1, 3, 4, 4)
+    assert torch.equal(mask[0, 0], left)  # the picture itself has none of its own
+    assert torch.equal(mask[0, 1], left)
+    assert torch.equal(mask[0, 2], torch.zeros(4, 4))
+    half(root, "p.png", left=False)
+    (item,) = items(root)
+    mask = read_mask_frames(item, Geometry((SIDE, SIDE), (32, 32)), (16, 3, 4, 4), LAYERED)
+    assert torch.equal(mask[0, 0], 1 - left)
+
+
+def test_a_pictures_mask_alone_holds_for_all_layers(root):
+    half(root, "p.png", left=True)
+    (item,) = items(root)
+    mask = read_mask_frames(item, Geometry((SIDE, SIDE), (32, 32), flip=True), (16, 3, 4, 4), LAYERED)
+    right = torch.tensor([0.0, 0, 1, 1]).expand(4, 4)  # mirrored
+    assert all(torch.equal(frame, right) for frame in mask[0])
+
+
+def test_a_layer_without_a_mask_beside_one_with_is_refused(root):
+    half(root, "p.layer0.png", left=True)
+    with pytest.raises(ValueError, match=r"1 of its 2 layers have a mask, layer 1 has none; add p.layer1.png"):
+        items(root)
+
+
+def test_a_layer_without_its_number_or_its_picture_is_refused(root):
+    save(root / "photos" / "p.layer3.png", (1, 2, 3))
+    with pytest.raises(ValueError, match=r"p has layers \[0, 1, 3\] but no p.layer2"):
+        items(root)
+    (root / "photos" / "p.layer3.png").unlink()
+    save(root / "photos" / "q.layer0.png", (1, 2, 3))
+    with pytest.raises(ValueError, match=r"q.layer0.png is a layer of q, which is not there"):
+        items(root)
+
+
+def test_layers_of_another_size_and_pictures_without_layers_are_refused(root):
+    save(root / "photos" / "p.layer1.png", (1, 2, 3), size=(SIDE, 32))
+    (item,) = items(root)
+    with pytest.raises(ValueError, match=r"p.layer1.png is 64x32, its picture .*p.png is 64x64"):
+        frame_files(item, LAYERED)
+    save(root / "photos" / "r.png", (1, 2, 3))
+    bare = next(item for item in items(root) if item.key == "r")
+    with pytest.raises(ValueError, match=r"r.png has no layers.*add r.layer0.png"):
+        frame_files(bare, LAYERED)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [(["p.png"], ["p.png"]), (["p_0.png", "p_1.jpg"], ["p_0.png", "p_1.jpg"]), (["q.png"], []), (["p_1.png"], [])],
+)
+def test_control_pictures_are_matched_by_name_and_number(root, files, found):
+    for name in files:
+        save(root / "controls" / name, (0, 0, 0))
+    (item,) = items(root, control_dir=str(root / "controls"))
+    assert [path.name for path in item.controls] == found
+
+
+def test_a_folder_of_controls_or_masks_inside_the_pictures_is_no_picture(root):
+    save(root / "photos" / "inner" / "p.png", (0, 0, 0))
+    (item,) = items(root, control_dir=str(root / "photos" / "inner"))
+    assert [path.name for path in item.controls] == ["p.png"]
+
+
+def test_too_few_and_too_many_controls_are_refused_and_mirrored_with_their_sample(root):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:, 0] = 255
+    (root / "controls").mkdir()
+    Image.fromarray(picture).save(root / "controls" / "p.png")
+    (item,) = items(root, control_dir=str(root / "controls"))
+    check_controls(item, PictureInputs(1, 1))
+    with pytest.raises(
+        ValueError, match=r"p.png has 1 control pictures, this model takes 2 to 3; put p.png or p_0.png"
+    ):
+        check_controls(item, PictureInputs(2, 3))
+    with pytest.raises(ValueError, match="has 1 control pictures, this model takes 0"):
+        check_controls(item, PictureInputs())
+    (kept,) = read_controls(item, flip=False)
+    (mirrored,) = read_controls(item, flip=True)
+    assert np.array_equal(np.asarray(kept)[:, ::-1], np.asarray(mirrored))

@@ -1,0 +1,182 @@
+"""Samples by base and LoRA: from the same noise, as files, without disturbing the training."""
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import mpp.sample
+import mpp.train
+from mpp.data.prompts import Painted
+from mpp.models.adapters import Adapter, adapters_off, inject
+from mpp.models.base import Prompt, Shot
+from mpp.models.wan import WanEncoders
+from mpp.painting import Pair, paint, save, strip
+from tests.helpers import config, logged, prepare, randomise_adapter, train, train_config
+
+SAMPLING = [
+    "sampling.prompts=[a red box,a cat]", "sampling.width=64", "sampling.height=48", "sampling.steps=2",
+    "sampling.guidance_scale=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, pipeline):
+    """A cache with embeddings of two prompts."""
+    from tests.helpers import draw_photos
+
+    root = tmp_path_factory.mktemp("sampled")
+    draw_photos(root / "photos", root / "masks", count=4)
+    prepare(pipeline, root, *SAMPLING)
+    return root / "cache"
+
+
+@pytest.fixture
+def painted(architecture):
+    encoders = architecture.load_encoders("cpu")
+    record = architecture.collate(encoders.encode_text([Prompt("a cat")]))
+    return encoders, [Painted("a cat", Shot(64, 48, 5, 2, 1.0, 3), record, None)]
+
+
+def test_base_is_the_pipeline_without_adapter_and_the_lora_starts_from_the_same_noise(architecture, painted):
+    encoders, todo = painted
+    transformer = architecture.load_transformer()
+    plain = architecture.sample(transformer, encoders, todo[0].positive, None, todo[0].shot)
+    (alone,) = paint(architecture, transformer, encoders, todo)
+    assert alone.lora is None
+    assert torch.equal(alone.base, plain)
+    inject(transformer, Adapter(rank=2), architecture.lora_targets, seed=0)
+    (fresh,) = paint(architecture, transformer, encoders, todo)
+    assert torch.equal(fresh.lora, plain)  # an untrained adapter paints what the base paints
+    randomise_adapter(transformer, 0.3)
+    (pair,) = paint(architecture, transformer, encoders, todo)
+    assert torch.equal(pair.base, plain)
+    assert not torch.equal(pair.lora, plain)
+
+
+def test_painting_leaves_mode_and_random_state_alone_and_paints_the_base_once(architecture, painted, monkeypatch):
+    encoders, todo = painted
+    transformer = architecture.load_transformer().train()
+    transformer.blocks[0].eval()
+    inject(transformer, Adapter(rank=2), architecture.lora_targets, seed=0)
+    modes, state = [m.training for m in transformer.modules()], torch.random.get_rng_state()
+    calls = []
+    original = type(architecture).sample
+    monkeypatch.setattr(type(architecture), "sample", lambda *a: calls.append(1) or original(*a))
+    bases = {}
+    paint(architecture, transformer, encoders, todo, bases)
+    paint(architecture, transformer, encoders, todo, bases)
+    assert len(calls) == 3  # base, LoRA; LoRA
+    assert [m.training for m in transformer.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def ramp(frames, channels=3, height=48, width=64, start=0.0):
+    """Frames of one colour each, brighter from frame to frame."""
+    values = start + torch.arange(frames) * 0.1
+    return values.view(-1, 1, 1, 1).expand(frames, channels, height, width).contiguous()
+
+
+def test_a_clip_becomes_an_mp4_of_base_beside_lora_and_a_strip(tmp_path):
+    files = save(Pair("0_a", "a", ramp(5), ramp(5, start=0.5), layered=False), tmp_path)
+    assert [file.suffix for file in files] == [".png", ".mp4"]
+    with av.open(str(files[1])) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 5
+    for number, frame in enumerate(frames):
+        assert frame.shape == (48, 128, 3)
+        assert frame[:, 8:56].mean() / 255 == pytest.approx(0.1 * number, abs=0.03)
+        assert frame[:, 72:120].mean() / 255 == pytest.approx(0.5 + 0.1 * number, abs=0.03)
+    assert np.asarray(Image.open(files[0])).shape == (2 * (48 + 16), 5 * 64, 3)
+
+
+def test_a_picture_is_side_by_side_and_layers_are_a_strip_over_a_checkerboard(tmp_path):
+    (file,) = save(Pair("0_a", "a", ramp(1), ramp(1, start=1.0), layered=False), tmp_path)
+    sheet = np.asarray(Image.open(file))
+    assert sheet.shape == (48 + 16, 128, 3)
+    assert sheet[30, 10].tolist() == [0, 0, 0]
+    assert sheet[30, 100].tolist() == [255, 255, 255]
+    layers = torch.cat([ramp(3, 3), torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 48, 64)], dim=1)
+    (file,) = save(Pair("1_b", "b", layers, None, layered=True), tmp_path)
+    sheet = np.asarray(Image.open(file))
+    assert sheet.shape == (48 + 16, 3 * 64, 3)
+    assert set(np.unique(sheet[17:, :64])) == {200, 255}  # transparent: nothing but the board
+    assert set(np.unique(sheet[17:, 64:128])) == {26}
+
+
+def test_strips_of_long_clips_show_their_first_and_last_frame():
+    sheet = np.asarray(strip(Pair("0", "a", ramp(9) / 2, None, layered=False)))
+    assert sheet.shape[1] == 6 * 64
+    assert sheet[30, 10, 0] == 0
+    assert sheet[30, -10, 0] == round(0.4 * 255)
+
+
+def test_samples_during_training_come_from_the_cache_and_change_no_number(pipeline, sampled, tmp_path, monkeypatch):
+    monkeypatch.setattr(WanEncoders, "encoder", lambda *_: pytest.fail("a text encoder was loaded"))
+    plain, painting = tmp_path / "plain", tmp_path / "painting"
+    train(pipeline, sampled, plain)
+    train(pipeline, sampled, painting, *SAMPLING, "callbacks.samples.every_n_steps=3")
+    assert sorted(p.name for p in (painting / "samples").iterdir()) == [f"step-{n:06d}" for n in (0, 3, 4)]
+    names = sorted(p.name for p in (painting / "samples" / "step-000003").iterdir())
+    assert names == ["0_a_red_box.png", "1_a_cat.png"]
+    without = [{k: v for k, v in row.items() if "perf" not in k} for row in logged(plain)]
+    assert [{k: v for k, v in row.items() if "perf" not in k} for row in logged(painting)] == without
+    ours, theirs = (load_file(out / "lora.safetensors") for out in (painting, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_samples_go_to_tensorboard(pipeline, sampled, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(pipeline, sampled, tmp_path / "out", *SAMPLING, "logger=tensorboard")
+    (events,) = (tmp_path / "out").rglob("events.out*")
+    found = EventAccumulator(str(events), size_guidance={"images": 0})
+    found.Reload()
+    assert {"samples/0_a_red_box", "samples/1_a_cat"} <= set(found.Tags()["images"])
+    assert [image.step for image in found.Images("samples/1_a_cat")] == [0, 4]
+
+
+def test_prompts_that_were_not_prepared_are_refused_before_the_transformer_loads(
+    pipeline, sampled, tmp_path, monkeypatch
+):
+    cfg = train_config(pipeline, sampled, tmp_path / "out", *SAMPLING, "sampling.prompts=[a dog]")
+    from mpp.models.wan import Wan
+
+    monkeypatch.setattr(Wan, "load_transformer", lambda self: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="no embeddings of the prompt 'a dog' for samples"):
+        mpp.train.run(cfg)
+
+
+def sample_config(pipeline, out, *overrides):
+    return config(
+        "sample",
+        ["model=tiny_wan", f"model.pretrained={pipeline}", f"output_dir={out}", "device=cpu", *SAMPLING, *overrides],
+    )
+
+
+def test_the_command_paints_base_and_lora_of_a_run(pipeline, sampled, tmp_path, architecture):
+    train(pipeline, sampled, tmp_path / "run", "optimizer.lr=0.5")
+    files = mpp.sample.run(sample_config(pipeline, tmp_path / "painted", f"lora_path={tmp_path / 'run'}"))
+    assert [file.name for file in files] == ["0_a_red_box.png", "1_a_cat.png"]
+    sheet = np.asarray(Image.open(files[1]).convert("RGB")).astype(int)[16:]
+    assert sheet.shape == (48, 128, 3)
+    base, lora = sheet[:, :64], sheet[:, 64:]
+    assert np.abs(base - lora).max() > 2
+    encoders = architecture.load_encoders("cpu")
+    record = architecture.collate(encoders.encode_text([Prompt("a cat")]))
+    transformer = architecture.load_transformer().eval()
+    with torch.no_grad(), adapters_off(transformer):
+        want = architecture.sample(transformer, encoders, record, None, Shot(64, 48, 1, 2, 1.0, 0))
+    assert np.abs(base - (want[0].permute(1, 2, 0) * 255).round().numpy()).max() <= 1
+
+
+def test_the_command_refuses_what_cannot_work(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="sampling.prompts is empty"):
+        mpp.sample.run(sample_config(pipeline, tmp_path, "sampling.prompts=[]"))
+    with pytest.raises(ValueError, match="lora_path=nowhere: nowhere is not there"):
+        mpp.sample.run(sample_config(pipeline, tmp_path, "lora_path=nowhere"))
+    (tmp_path / "lora.safetensors").write_bytes(b"no LoRA")
+    with pytest.raises(ValueError, match="lora_path=.*lora.safetensors"):
+        mpp.sample.run(sample_config(pipeline, tmp_path, f"lora_path={tmp_path}"))
