@@ -9,9 +9,7 @@ from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 (the hook looks it up by name)
 
-install_import_hook(
-    ["mpp.core", "mpp.models.base", "mpp.models.toy", "mpp.models.wan", "mpp.teacher"], "tests.typecheck.checked"
-)
+install_import_hook(["mpp.core", "mpp.models", "mpp.painting", "mpp.teacher"], "tests.typecheck.checked")
 
 import pytest
 import torch
@@ -42,3 +40,36 @@ def prepared(tmp_path_factory, pipeline):
 def architecture(pipeline):
     """The tiny WAN."""
     return helpers.architecture(pipeline)
+
+
+# ---------------------------------------------------------------- the support matrix
+
+_outcomes: dict[str, dict[str, list[str]]] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--matrix", help="write the support matrix of all variants to this file")
+
+
+@pytest.fixture(autouse=True)
+def _says_its_variant(request, record_property):
+    name = getattr(request.getfixturevalue("variant"), "name", None) if "variant" in request.fixturenames else None
+    if name is not None:
+        record_property("variant", name)
+
+
+def pytest_runtest_logreport(report):
+    name = dict(report.user_properties).get("variant")
+    if name is not None and (report.when == "call" or not report.passed):
+        test = report.nodeid.split("::")[-1].split("[")[0]
+        _outcomes.setdefault(name, {}).setdefault(test, []).append(report.outcome)
+
+
+def pytest_sessionfinish(session):
+    target = session.config.getoption("--matrix")
+    if target and not hasattr(session.config, "workerinput"):
+        from tests.families import variants
+        from tests.matrix import table
+
+        with open(target, "w") as handle:
+            handle.write(table(variants(), _outcomes))

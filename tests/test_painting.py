@@ -44,14 +44,14 @@ def test_base_is_the_pipeline_without_adapter_and_the_lora_starts_from_the_same_
     encoders, todo = painted
     transformer = architecture.load_transformer()
     plain = architecture.sample(transformer, encoders, todo[0].positive, None, todo[0].shot)
-    (alone,) = paint(architecture, transformer, encoders, todo)
+    (alone,) = paint(architecture, transformer, encoders, todo, device="cpu")
     assert alone.lora is None
     assert torch.equal(alone.base, plain)
     inject(transformer, Adapter(rank=2), architecture.lora_targets, seed=0)
-    (fresh,) = paint(architecture, transformer, encoders, todo)
+    (fresh,) = paint(architecture, transformer, encoders, todo, device="cpu")
     assert torch.equal(fresh.lora, plain)  # an untrained adapter paints what the base paints
     randomise_adapter(transformer, 0.3)
-    (pair,) = paint(architecture, transformer, encoders, todo)
+    (pair,) = paint(architecture, transformer, encoders, todo, device="cpu")
     assert torch.equal(pair.base, plain)
     assert not torch.equal(pair.lora, plain)
 
@@ -66,8 +66,8 @@ def test_painting_leaves_mode_and_random_state_alone_and_paints_the_base_once(ar
     original = type(architecture).sample
     monkeypatch.setattr(type(architecture), "sample", lambda *a: calls.append(1) or original(*a))
     bases = {}
-    paint(architecture, transformer, encoders, todo, bases)
-    paint(architecture, transformer, encoders, todo, bases)
+    paint(architecture, transformer, encoders, todo, device="cpu", bases=bases)
+    paint(architecture, transformer, encoders, todo, device="cpu", bases=bases)
     assert len(calls) == 3  # base, LoRA; LoRA
     assert [m.training for m in transformer.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -175,8 +175,8 @@ def test_the_command_paints_base_and_lora_of_a_run(pipeline, sampled, tmp_path, 
 def test_the_command_refuses_what_cannot_work(pipeline, tmp_path):
     with pytest.raises(ValueError, match="sampling.prompts is empty"):
         mpp.sample.run(sample_config(pipeline, tmp_path, "sampling.prompts=[]"))
-    with pytest.raises(ValueError, match="lora_path=nowhere: nowhere is not there"):
+    with pytest.raises(ValueError, match="lora=nowhere is not there"):
         mpp.sample.run(sample_config(pipeline, tmp_path, "lora_path=nowhere"))
-    (tmp_path / "lora.safetensors").write_bytes(b"no LoRA")
-    with pytest.raises(ValueError, match="lora_path=.*lora.safetensors"):
+    (tmp_path / "lora.safetensors").write_bytes(b"no LoRA")  # refused before anything is encoded or loaded
+    with pytest.raises(ValueError, match="lora=.*lora.safetensors is not a complete"):
         mpp.sample.run(sample_config(pipeline, tmp_path, f"lora_path={tmp_path}"))

@@ -125,7 +125,14 @@ class Samples(Callback):
         self._done_at = step
         encoders = module.architecture.load_encoders(module.device)
         with module.evaluated_adapter(), trainer.precision_plugin.forward_context():
-            pairs = paint(module.architecture, module.transformer, encoders, self._painted, self._bases)
+            pairs = paint(
+                module.architecture,
+                module.transformer,
+                encoders,
+                self._painted,
+                device=module.device,
+                bases=self._bases,
+            )
         encoders.release()
         for pair in pairs:
             save(pair, self.folder / f"step-{step:06d}")

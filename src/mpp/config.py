@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -125,6 +126,14 @@ def build(node: DictConfig | None, **extra: Any) -> Any:  # noqa: ANN401
 def build_all(node: DictConfig | None) -> list[Any]:
     """Instantiate each entry of a group of named nodes; null entries are switched off."""
     return [build(child) for child in (node or {}).values() if child is not None]
+
+
+def accept_lora() -> None:
+    """Let `lora=FILE` name a LoRA on the command line.
+
+    It is a group of the training configs, so Hydra would look for a config of that name.
+    """
+    sys.argv[1:] = [re.sub("^lora=", "lora_path=", word) for word in sys.argv[1:]]
 
 
 def entry(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:

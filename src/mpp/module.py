@@ -11,6 +11,7 @@ from jaxtyping import Float
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mpp import __version__, metrics
 from mpp.core import draws, flow
@@ -105,6 +106,11 @@ class MaskedPriorModule(LightningModule):
             transformer.enable_gradient_checkpointing()
         if self.compile_blocks:
             transformer.compile_repeated_blocks(fullgraph=True)
+        if self.architecture.boundaries:
+            # DDP wants all it looks at on one device; the frozen weights of an idle expert are elsewhere.
+            frozen = [name for name, p in transformer.named_parameters(prefix="transformer") if not p.requires_grad]
+            frozen += [name for name, _ in transformer.named_buffers(prefix="transformer")]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)  # noqa: SLF001
         self._base = self.architecture.identity().transformer
         self.transformer = transformer.train()
 

@@ -48,6 +48,8 @@ def paint(
     transformer: nn.Module,
     encoders: Encoders,
     painted: Sequence[Painted],
+    *,
+    device: torch.device | str,
     bases: dict[str, Pixels] | None = None,
 ) -> list[Pair]:
     """Paint each prompt by the base and, where the transformer has an adapter, with it.
@@ -59,11 +61,12 @@ def paint(
         transformer: Frozen, perhaps with an adapter.
         encoders: Whose VAE decodes; no text encoder is loaded.
         painted: Prompts with their conditioning.
+        device: Where the transformer runs.
         bases: The base's pictures from an earlier call, by name; filled where they are not there, since the base
             never changes.
     """
     bases = {} if bases is None else bases
-    device = next(transformer.parameters()).device
+    device = torch.device(device)
     training = [module for module in transformer.modules() if module.training]
     pairs = []
     try:

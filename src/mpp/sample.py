@@ -6,10 +6,10 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from mpp.config import CONFIG_DIR, build, check_config, device_of, entry
+from mpp.config import CONFIG_DIR, accept_lora, build, check_config, device_of, entry
 from mpp.data.cache import Cache
-from mpp.models.adapters import load_lora, lora_file
 from mpp.models.experts import parts_of
+from mpp.models.lora_files import attach, find_loras
 from mpp.painting import paint, save
 
 
@@ -28,20 +28,22 @@ def run(cfg: DictConfig) -> list[Path]:
         raise ValueError("sampling.prompts is empty; give prompts, e.g. sampling.prompts='[a photo of ohwx]'")
     architecture.check()
     prompts.check(architecture)
-    if cfg.lora_path is not None:
-        for part, _ in parts_of(architecture.skeleton()):
-            lora_file(cfg.lora_path, part)
+    skeleton = dict(parts_of(architecture.skeleton()))
+    loras = find_loras(Path(cfg.lora_path), list(skeleton)) if cfg.lora_path is not None else {}
+    for part, lora in loras.items():
+        attach(skeleton[part], lora)
     folder = Path(cfg.output_dir)
     encoders = architecture.load_encoders(device)
     cache = Cache(folder / "embeddings")
     prompts.encode(architecture, encoders, cache, architecture.identity(fetch=True))
     encoders.release()
     transformer = architecture.load_transformer()
-    if cfg.lora_path is not None:
-        load_lora(transformer, cfg.lora_path)
+    for part, model in parts_of(transformer):
+        if part in loras:
+            attach(model, loras[part])
     transformer.to(device).eval()
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=torch.device(device).type == "cuda"):
-        pairs = paint(architecture, transformer, encoders, prompts.read(architecture, cache))
+        pairs = paint(architecture, transformer, encoders, prompts.read(architecture, cache), device=device)
     written = [file for pair in pairs for file in save(pair, folder)]
     for file in written:
         print(file)
@@ -50,9 +52,14 @@ def run(cfg: DictConfig) -> list[Path]:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="sample")
 @entry
-def main(cfg: DictConfig) -> None:
-    """Command line entry."""
+def _main(cfg: DictConfig) -> None:
     run(cfg)
+
+
+def main() -> None:
+    """Command line entry."""
+    accept_lora()
+    _main()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,54 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
+from mpp.config import build
 from mpp.core.flow import interpolate
-from mpp.models.base import LatentSpec
+from mpp.models.adapters import Adapter, adapter_state, inject, load_adapter_state
+from mpp.models.base import LatentSpec, Prompt, Shot
+from mpp.models.experts import Experts
 from mpp.models.tiny import TRANSFORMER
-from mpp.models.wan import WanConditioning, clean_caption
+from mpp.models.wan import WanConditioning
+from tests.families.base import architecture, batch, conditioning, picture
+from tests.families.wan import CHANNELS, CLIP, SMALL, VARIANTS, original_keys
 from tests.helpers import architecture as make
+from tests.helpers import config, randomise_adapter, unchecked_errors
 
-SMALL = {**TRANSFORMER, "num_attention_heads": 1, "attention_head_dim": 128, "rope_max_seq_len": 1024}
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tiny pipelines of all variants by name, each made when first asked for."""
+    root, made = tmp_path_factory.mktemp("variants"), {}
+
+    def folder(variant):
+        if variant.name not in made:
+            made[variant.name] = root / variant.name.replace(" ", "_")
+            variant.build(made[variant.name])
+        return made[variant.name]
+
+    return folder
+
+
+def named(name):
+    return next(variant for variant in VARIANTS if variant.name == name)
+
+
+WITH_PICTURE = [variant for variant in VARIANTS if " I2V" in variant.name]
+every = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 
 
 @pytest.fixture(scope="module")
@@ -24,38 +59,6 @@ def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
     model.save_pretrained(folder / "transformer")
     return model, folder, {k: v.contiguous() for k, v in model.state_dict().items()}
-
-
-def original_keys(state):
-    """Diffusers keys to those of the released WAN files, written from the original model's module names."""
-    table = [
-        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-        ("condition_embedder.time_proj", "time_projection.1"),
-        ("attn1.", "self_attn."),
-        ("attn2.", "cross_attn."),
-        (".to_q.", ".q."),
-        (".to_k.", ".k."),
-        (".to_v.", ".v."),
-        (".to_out.0.", ".o."),
-        ("ffn.net.0.proj.", "ffn.0."),
-        ("ffn.net.2.", "ffn.2."),
-        ("proj_out.", "head.head."),
-    ]
-    renamed = {}
-    for name, tensor in state.items():
-        new = name
-        for theirs, ours in table:
-            new = new.replace(theirs, ours)
-        if new == "scale_shift_table":
-            new = "head.modulation"
-        new = new.replace("scale_shift_table", "modulation")
-        # norm2 and norm3 trade places between the two
-        new = new.replace(".norm2.", ".norm_x.").replace(".norm3.", ".norm2.").replace(".norm_x.", ".norm3.")
-        renamed[new] = tensor
-    return renamed
 
 
 def call(model):
@@ -116,7 +119,7 @@ def test_incomplete_and_foreign_files_are_refused(single, tmp_path):
     with pytest.raises(ValueError, match="lacks"):
         wan(tmp_path / "part.safetensors").load_transformer()
     save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="no WAN transformer"):
+    with pytest.raises(ValueError, match="is no WanTransformer3DModel: it has no patch_embedding.weight"):
         wan(tmp_path / "other.safetensors").check()
     whole = Path(tmp_path / "part.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -131,16 +134,37 @@ def test_a_model_that_is_not_there_is_refused_before_loading(source):
 
 
 def test_a_model_of_another_latent_shape_is_refused(pipeline):
-    with pytest.raises(ValueError, match="takes 16 latent channels, this model config 48"):
+    with pytest.raises(ValueError, match="has in_channels=16, this model config needs 48"):
         wan(pipeline, "model.latents.channels=48").check()
 
 
-def test_image_to_video_models_are_refused(single, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("wan", CHANNELS, "in_channels=36, this model config needs 16"),
+        ("wan", CLIP, "in_channels=36, this model config needs 16"),
+        ("wan22_i2v_low", {}, "in_channels=16, this model config needs 36"),
+        ("wan22_i2v_low", CLIP, "image_dim=24, this model config needs None"),
+        ("wan_i2v_480p", CHANNELS, "image_dim=None, this model config needs 1280"),
+        ("wan_i2v_480p", {**CLIP, "image_dim": 1280, "pos_embed_seq_len": 514}, "pos_embed_seq_len=514"),
+        ("wan22_5b", {}, "in_channels=16, this model config needs 48"),
+    ],
+)
+@pytest.mark.parametrize("single_file", [False, True])
+def test_a_model_of_another_variant_is_refused(tmp_path, model, changes, message, single_file):
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**{**SMALL, "in_channels": 36})
-    model.save_pretrained(tmp_path / "transformer")
-    with pytest.raises(ValueError, match="image-to-video"):
-        wan(tmp_path).check()
+    transformer = WanTransformer3DModel(**{**SMALL, **changes})
+    source = tmp_path / "wan.safetensors" if single_file else tmp_path
+    if single_file:
+        state = original_keys(transformer.state_dict())
+        if "pos_embed_seq_len" in changes:
+            state["img_emb.emb_pos"] = state.pop("condition_embedder.image_embedder.pos_embed")
+        save_file({k: v.contiguous() for k, v in state.items()}, source)
+    else:
+        transformer.save_pretrained(tmp_path / "transformer")
+        transformer.save_pretrained(tmp_path / "transformer_2")
+    with pytest.raises(ValueError, match=message):
+        architecture(named("WAN 2.1 T2V"), source, f"model={model}", "model.text_length=512").check()
 
 
 def test_the_low_noise_expert_is_the_second_transformer(pipeline, tmp_path):
@@ -155,16 +179,17 @@ def test_the_low_noise_expert_is_the_second_transformer(pipeline, tmp_path):
     assert low.identity().transformer != high.identity().transformer
 
 
-def test_experts_train_on_their_own_range_of_sigma():
+@pytest.mark.parametrize(("task", "boundary"), [("wan22", 0.875), ("wan22_i2v", 0.9)])
+def test_experts_train_on_their_own_range_of_sigma(task, boundary):
     uniform = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    from mpp.config import build
-    from tests.helpers import config
-
-    laws = {
-        n: build(config("train", [f"model={n}", "data.cache_dir=x"]).model).sigma for n in ("wan22_high", "wan22_low")
-    }
-    assert float(laws["wan22_high"].quantile(uniform, 1).min()) >= 0.875
-    assert float(laws["wan22_low"].quantile(uniform, 1).max()) <= 0.875
+    low, high, both = (
+        build(config("train", [f"model={task}{name}", "data.cache_dir=x"]).model) for name in ("_low", "_high", "")
+    )
+    assert float(high.sigma.quantile(uniform, 1).min()) >= boundary
+    assert float(low.sigma.quantile(uniform, 1).max()) <= boundary
+    assert both.boundaries == (boundary,)
+    assert low.boundaries == high.boundaries == ()
+    assert {arch.family for arch in (low, high, both)} == {"wan" if task == "wan22" else "wan_i2v"}  # one cache for all
 
 
 @pytest.mark.parametrize("variant", [{}, {"in_channels": 48, "out_channels": 48}])
@@ -208,20 +233,35 @@ def test_timesteps_keep_float32_precision_over_a_bf16_model():
 def test_text_is_what_the_pipeline_makes_of_it(pipeline):
     arch = make(pipeline)
     encoders = arch.load_encoders("cpu")
-    captions = ["a photo of a cat", "", "  Tom &amp; Jerry\n are   here "]
-    batch = arch.collate(encoders.encode_text(captions))
-    tokenizer, model = encoders._load_text()
-    theirs = WanPipeline(tokenizer, model, encoders._load_vae(), FlowMatchEulerDiscreteScheduler())
+    captions = [
+        "a photo of a cat",
+        "",
+        "  Tom &amp; Jerry\n are   here ",
+        "a\tcat &amp;amp; a   dog â€” ",
+        "long " * 40,
+    ]
+    items = encoders.encode_text([Prompt(caption) for caption in captions])
+    folder = Path(pipeline)
+    theirs = WanPipeline(
+        AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        vae=None,
+        scheduler=None,
+    )
     with torch.no_grad():
-        want = theirs._get_t5_prompt_embeds(captions, max_sequence_length=arch.text_length)
-    assert torch.equal(batch.text, want)
+        want, _ = theirs.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=64)
+    assert torch.equal(arch.collate(items).text, want)
+    lengths = [
+        len(theirs.tokenizer(c).input_ids) for c in ["a photo of a cat", "", "Tom & Jerry are here", "a cat & a dog —"]
+    ]
+    assert [item.text.shape[0] for item in items] == [*lengths, 64]
 
 
 def test_latents_are_the_normalised_mode_of_the_vae(pipeline):
     encoders = make(pipeline).load_encoders("cpu")
     pixels = torch.rand(1, 3, 1, 32, 48) * 2 - 1
     got = encoders.encode_pixels(pixels)
-    vae = encoders._load_vae()
+    vae = AutoencoderKLWan.from_pretrained(Path(pipeline) / "vae")
     with torch.no_grad():
         raw = vae.encode(pixels).latent_dist.mean
     config = vae.config
@@ -250,14 +290,10 @@ def test_text_is_padded_with_zeros_to_the_fixed_length_and_too_long_is_refused()
         arch.collate([WanConditioning(torch.ones(65, 8))])
 
 
-def test_captions_are_cleaned_as_the_pipeline_does():
-    assert clean_caption("  a\n\tcat &amp;amp; a   dog â€” ") == "a cat & a dog —"
-
-
 def test_constructing_loads_nothing(tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr("mpp.models.wan.resolve_folder", lambda *a, **k: opened.append(a))
-    monkeypatch.setattr("mpp.models.wan.safe_open", lambda *a, **k: opened.append(a))
+    monkeypatch.setattr("mpp.models.family.resolve_folder", lambda *a, **k: opened.append(a))
+    monkeypatch.setattr("mpp.models.family.safe_open", lambda *a, **k: opened.append(a))
     wan(tmp_path / "not there yet")
     wan(tmp_path / "not there yet.safetensors")
     assert opened == []
@@ -278,5 +314,285 @@ def test_identity_follows_the_weights_not_the_place(pipeline, tmp_path):
 def test_a_single_file_needs_a_vae_and_text_encoder_to_prepare(single, tmp_path):
     _, _, state = single
     save_file(state, tmp_path / "wan.safetensors")
-    with pytest.raises(ValueError, match="model.vae is not set"):
+    with pytest.raises(ValueError, match="model.text_encoder is not set"):
         wan(tmp_path / "wan.safetensors").identity(fetch=True)
+
+
+# ---------------------------------------------------------------- image to video
+
+
+def whole_pipeline(folder, arch):
+    """Diffusers' pipeline with all its encoders, from the folder alone."""
+    parts = {
+        "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        "text_encoder": UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        "vae": AutoencoderKLWan.from_pretrained(folder / "vae"),
+        "scheduler": arch.scheduler(FlowMatchEulerDiscreteScheduler(shift=arch.sigma.shift)),
+        "transformer": WanTransformer3DModel.from_pretrained(folder / "transformer"),
+        "expand_timesteps": "5B" in str(folder),
+    }
+    if (folder / "image_encoder").is_dir():
+        parts["image_encoder"] = CLIPVisionModel.from_pretrained(folder / "image_encoder")
+        parts["image_processor"] = CLIPImageProcessor.from_pretrained(folder / "image_processor")
+    if (folder / "transformer_2").is_dir():
+        parts["transformer_2"] = WanTransformer3DModel.from_pretrained(folder / "transformer_2")
+        parts["boundary_ratio"] = 0.9 if arch.image_to_video else 0.875
+    return (WanImageToVideoPipeline if arch.image_to_video else WanPipeline)(**parts)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "low" not in v.name], ids=lambda v: v.name)
+def test_samples_are_those_of_the_whole_pipeline(variant, folders):
+    arch = architecture(variant, folders(variant))
+    step = arch.latents.pixel_step
+    first = picture(3 * step, 2 * step, 1)
+    seen = (first,) if arch.image_to_video else ()
+    size = {"height": 2 * step, "width": 3 * step}
+    theirs = whole_pipeline(folders(variant), arch)
+    theirs.set_progress_bar_config(disable=True)
+    want = theirs(
+        prompt="a cat", negative_prompt="grey", guidance_scale=3.0, num_frames=5, num_inference_steps=4,
+        generator=torch.Generator().manual_seed(7), output_type="pt", max_sequence_length=arch.text_length,
+        **size, **({"image": first} if seen else {}),
+    ).frames[0]  # fmt: skip
+    encoders = arch.load_encoders("cpu")
+    positive, negative = encoders.encode_text([Prompt("a cat"), Prompt("grey")])
+    clip = torch.zeros(1, 3, 5, *size.values())
+    clip[0, :, 0] = theirs.video_processor.preprocess(first)[0]
+    fields = encoders.encode_pictures(clip, ())
+    record = arch.collate([WanConditioning(positive.text, **fields)])
+    shot = Shot(**size, frames=5, steps=4, guidance_scale=3.0, seed=7, controls=seen)
+    got = arch.sample(arch.load_transformer(), encoders, record, arch.collate([negative]), shot)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", WITH_PICTURE, ids=lambda v: v.name)
+def test_pictures_are_what_the_pipeline_makes_of_the_first_frame(variant, folders):
+    arch = architecture(variant, folders(variant))
+    step = arch.latents.pixel_step
+    first = picture(3 * step, 2 * step, 1)
+    theirs = whole_pipeline(folders(variant), arch)
+    image = theirs.video_processor.preprocess(first)
+    with torch.no_grad():
+        condition = theirs.prepare_latents(image, 1, 16, 2 * step, 3 * step, 5, torch.float32, torch.device("cpu"))[1]
+    clip = torch.cat([image[:, :, None], torch.rand(1, 3, 4, 2 * step, 3 * step) * 2 - 1], dim=2)
+    before = torch.random.get_rng_state()
+    fields = arch.load_encoders("cpu").encode_pictures(clip, ())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(fields["condition"], condition[0])
+    assert ("image" in fields) == ("2.1" in variant.name)
+    if "image" in fields:
+        with torch.no_grad():
+            assert torch.equal(fields["image"], theirs.encode_image(first)[0])
+
+
+@pytest.mark.parametrize("variant", WITH_PICTURE, ids=lambda v: v.name)
+def test_the_first_frame_matters(variant, folders):
+    arch = architecture(variant, folders(variant))
+    encoders, transformer = arch.load_encoders("cpu"), arch.load_transformer()
+    data = batch(arch, variant, encoders, ("a", "a"))
+    noisy, sigma = data.latents[:1], torch.tensor([0.5])
+    with torch.no_grad():
+        one, other = (arch.velocity(transformer, noisy, sigma, data.conditioning.select([n])) for n in (0, 1))
+    assert (one - other).abs().max() > 1e-3
+
+
+def test_clip_features_matter_by_themselves(folders):
+    variant = named("WAN 2.1 I2V")
+    arch = architecture(variant, folders(variant))
+    transformer = arch.load_transformer()
+    record = arch.collate([conditioning(arch, variant, arch.load_encoders("cpu"), "a")])
+    other = WanConditioning(record.text, record.image.flip(2), record.condition)
+    noisy, sigma = torch.zeros(1, 16, 2, 4, 6), torch.tensor([0.5])
+    with torch.no_grad():
+        one, two = (arch.velocity(transformer, noisy, sigma, c) for c in (record, other))
+    assert (one - two).abs().max() > 1e-4
+
+
+def test_tokens_of_the_given_frame_have_timestep_0_and_all_keep_float32(folders):
+    variant, seen = named("WAN 2.2 TI2V-5B I2V"), {}
+    arch = architecture(variant, folders(variant))
+    model = arch.load_transformer().to(torch.bfloat16)
+    model.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+    data = batch(arch, variant, arch.load_encoders("cpu"), ("a", "b"))
+    got = arch.velocity(model, data.latents, torch.tensor([0.4873, 1.0]), data.conditioning)
+    assert got.shape == data.latents.shape == (2, 48, 1, 4, 6)
+    assert seen["timestep"].dtype == torch.float32
+    want = torch.tensor([[0.0] * 6 + [487.3] * 6, [0.0] * 6 + [1000.0] * 6])
+    torch.testing.assert_close(seen["timestep"], want)
+
+
+@every
+def test_bf16_weights_with_a_float32_adapter_learn_under_autocast(variant, folders):
+    arch = architecture(variant, folders(variant), "model.dtype=bfloat16")
+    transformer = arch.load_transformer()
+    inject(transformer, Adapter(rank=2), arch.lora_targets, seed=0)
+    randomise_adapter(transformer)
+    data = batch(arch, variant, arch.load_encoders("cpu"), ("a", "b"))
+    with torch.autocast("cpu", torch.bfloat16):
+        pred = arch.velocity(transformer, data.latents, torch.tensor([0.3, 0.95]), data.conditioning)
+    pred.float().square().mean().backward()
+    gradients = [p.grad for p in transformer.parameters() if p.requires_grad]
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+    whole = architecture(variant, folders(variant))
+    exact = whole.load_transformer()
+    inject(exact, Adapter(rank=2), whole.lora_targets, seed=0)
+    load_adapter_state(exact, adapter_state(transformer), "the other")
+    with torch.no_grad():
+        want = whole.velocity(exact, data.latents, torch.tensor([0.3, 0.95]), data.conditioning)
+    assert (pred.float() - want).abs().mean() < 0.05 * want.abs().mean()  # bf16 has a precision of 0.4 percent
+
+
+def test_a_batch_of_different_first_frames_is_refused():
+    arch = wan("x")
+    text = torch.ones(3, 8)
+    shapes = [(20, 2, 4, 6), (20, 2, 6, 4)]
+    with pytest.raises(ValueError, match="first frames of different shapes"):
+        arch.collate([WanConditioning(text, condition=torch.zeros(shape)) for shape in shapes])
+    with pytest.raises(ValueError, match="first frames of different shapes"):
+        arch.collate([WanConditioning(text), WanConditioning(text, condition=torch.zeros(shapes[0]))])
+
+
+def test_image_to_video_samples_need_their_picture():
+    arch = architecture(named("WAN 2.2 A14B I2V low"), Path("x"))
+    shot = Shot(width=48, height=32, frames=5, steps=1, guidance_scale=1.0, seed=0)
+    with pytest.raises(ValueError, match="starts from one picture, the sample has 0"):
+        arch.arguments(WanConditioning(torch.ones(1, 4, 32)), None, shot)
+
+
+# ---------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("name", ["WAN 2.2 A14B T2V both", "WAN 2.2 A14B I2V both"])
+def test_each_sample_is_predicted_by_the_expert_that_serves_its_sigma(name, folders):
+    variant = named(name)
+    arch = architecture(variant, folders(variant))
+    experts = arch.load_transformer()
+    (boundary,) = arch.boundaries
+    data = batch(arch, variant, arch.load_encoders("cpu"), ("a", "b", "c", "d"))
+    sigma = torch.tensor([0.95, 0.2, boundary, boundary - 1e-3])
+    with torch.no_grad():
+        mixed = arch.velocity(experts, data.latents, sigma, data.conditioning)
+        for row, expert in enumerate(("high", "low", "high", "low")):
+            alone = architecture(variant, folders(variant), f"model.expert={expert}")
+            transformer, mine = alone.load_transformer(), data.conditioning.select([row])
+            want = alone.velocity(transformer, data.latents[[row]], sigma[[row]], mine)
+            torch.testing.assert_close(mixed[[row]], want, rtol=1e-4, atol=1e-5)
+            other = arch.velocity(experts, data.latents[[row]], 1.1 - sigma[[row]], mine)
+            assert (other - want).abs().max() > 1e-3
+
+
+def test_a_boundary_of_ones_own_moves_the_experts(folders):
+    variant = named("WAN 2.2 A14B T2V both")
+    arch = architecture(variant, folders(variant), "model.boundary=0.5")
+    assert arch.boundaries == (0.5,)
+    assert arch.pipeline(arch.load_transformer(), arch.load_encoders("cpu")).config.boundary_ratio == 0.5
+
+
+def test_a_single_expert_paints_alone(folders):
+    variant = named("WAN 2.2 A14B I2V low")
+    arch = architecture(variant, folders(variant))
+    transformer = arch.load_transformer()
+    pipe = arch.pipeline(transformer, arch.load_encoders("cpu"))
+    assert pipe.transformer is transformer
+    assert pipe.transformer_2 is None
+    assert pipe.config.boundary_ratio is None
+
+
+def test_both_experts_are_checked_and_identified(folders, tmp_path):
+    variant = named("WAN 2.2 A14B T2V both")
+    folder = folders(variant)
+    parts = [architecture(variant, folder, f"model.expert={e}").identity().transformer for e in ("low", "high")]
+    assert architecture(variant, folder).identity().transformer == "+".join(parts)
+    assert parts[0] != parts[1]
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    shutil.rmtree(broken / "transformer_2")
+    with pytest.raises(ValueError, match="neither transformer_2/config.json"):
+        architecture(variant, broken).check()
+    WanTransformer3DModel(**{**TRANSFORMER, **CHANNELS}).save_pretrained(broken / "transformer_2")
+    with pytest.raises(ValueError, match="in_channels=36, this model config needs 16"):
+        architecture(variant, broken).check()
+
+
+def test_one_transformers_folder_does_not_make_both_experts(folders):
+    variant = named("WAN 2.2 A14B T2V both")
+    high, low = folders(variant) / "transformer", folders(variant) / "transformer_2"
+    with pytest.raises(ValueError, match="gives both experts the same weights; set model.pretrained_low"):
+        architecture(variant, high).check()
+    architecture(variant, high, f"model.pretrained_low={low}").check()
+
+
+def test_a_skeleton_has_the_names_of_the_weights_and_none_of_their_memory(folders):
+    for name in ("WAN 2.2 A14B T2V both", "WAN 2.1 I2V"):
+        arch = architecture(named(name), folders(named(name)))
+        skeleton, loaded = arch.skeleton(), arch.load_transformer()
+        shapes = {n: p.shape for n, p in loaded.named_parameters()}
+        assert {n: p.shape for n, p in skeleton.named_parameters()} == shapes
+        assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+        assert isinstance(skeleton, type(loaded))
+
+
+def test_two_single_files_make_both_experts(tmp_path):
+    models = {}
+    for seed, name in enumerate(("high", "low")):
+        torch.manual_seed(seed)
+        models[name] = WanTransformer3DModel(**SMALL)
+        state = {k: v.contiguous() for k, v in original_keys(models[name].state_dict()).items()}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    variant, high = named("WAN 2.2 A14B T2V both"), tmp_path / "high.safetensors"
+    for action in ("check", "load_transformer", "identity"):
+        with pytest.raises(ValueError, match="set model.pretrained_low"):
+            getattr(architecture(variant, high), action)()
+    arch = architecture(variant, high, f"model.pretrained_low={tmp_path / 'low.safetensors'}")
+    arch.check()
+    experts = arch.load_transformer()
+    assert isinstance(experts, Experts)
+    assert list(experts) == ["low", "high"]
+    for name, model in models.items():
+        assert all(torch.equal(t, experts[name].state_dict()[n]) for n, t in model.state_dict().items())
+    assert len(arch.identity().transformer.split("+")) == 2
+
+
+def test_settings_that_exclude_one_another_are_refused():
+    setup = """
+from mpp.core.flow import SigmaLaw
+from mpp.models.base import LatentSpec
+from mpp.models.wan import Wan
+def wan(**settings):
+    return Wan(pretrained="x", latents=LatentSpec(16, 8, 4, (1, 2, 2)), sigma=SigmaLaw(), lora_targets="x", **settings)
+"""
+    calls = {
+        "expert='medium'": "model.expert must be high, low, both or null, got 'medium'",
+        "expert='high', boundary=0.5": "model.boundary and model.pretrained_low are for model.expert=both",
+        "pretrained_low='x'": "model.boundary and model.pretrained_low are for model.expert=both",
+        "expert='both', boundary=875.0": "model.boundary must lie between 0 and 1, got 875.0",
+        "expert='both', expand_timesteps=True": "model.expand_timesteps is TI2V-5B",
+        "clip_dim=1280": "model.clip_dim is for WAN 2.1 image to video",
+        "clip_dim=1280, image_to_video=True, expert='low'": "model.clip_dim is for WAN 2.1 image to video",
+        "clip_dim=1280, image_to_video=True, text_length=226": "model.text_length must be 512 where the model sees",
+    }
+    errors = unchecked_errors(setup, [f"wan({call})" for call in calls])
+    for message, start in zip(errors, calls.values(), strict=True):
+        assert message.startswith(f"ValueError: {start}")
+
+
+@every
+def test_diffusers_reads_the_original_names_of_all_targets(variant, folders):
+    arch = architecture(variant, folders(variant))
+    transformer = arch.skeleton()
+    inject(transformer, Adapter(rank=2), arch.lora_targets, seed=0)
+    modules = {n.removeprefix("low.").removeprefix("high.").split(".lora_")[0] for n in adapter_state(transformer)}
+    originals = {}
+    for module in modules:
+        (rule,) = [rule for rule in arch.native if re.fullmatch(rule.pattern, module)]
+        originals[module] = re.sub(f"^{rule.pattern}$", rule.name, module)
+    state = {
+        f"diffusion_model.{name}.{part}.weight": torch.full((1, 1), float(number))
+        for number, name in enumerate(originals.values())
+        for part in ("lora_A", "lora_B")
+    }
+    read = _convert_non_diffusers_wan_lora_to_diffusers(state)
+    assert len(read) == 2 * len(modules)
+    for number, module in enumerate(originals):
+        for part in ("lora_A", "lora_B"):
+            assert float(read[f"transformer.{module}.{part}.weight"]) == number

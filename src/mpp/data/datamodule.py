@@ -1,6 +1,5 @@
 """The DataModule that streams cached latents, masks and text."""
 
-import bisect
 from collections.abc import Sequence
 
 from lightning import LightningDataModule
@@ -150,8 +149,8 @@ class LatentDataModule(LightningDataModule):
             entry = self.pool[number][1]
             key = preserved_key(entry, number, visit)
         tokens = model.latents.tokens(entry.signature(model.given_frames)[:4])
-        (sigma,) = model.sigma.draw([key], self.seed, epoch, tokens).tolist()
-        return bisect.bisect_right(model.boundaries, sigma)
+        sigma = model.sigma.draw([key], self.seed, epoch, tokens)
+        return sum(bool(sigma >= boundary) for boundary in model.boundaries)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """One batch from samples of one shape."""

@@ -12,7 +12,6 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -209,42 +208,3 @@ def save_lora(
         write_atomically(target, partial(save_file, tensors, metadata=metadata))
         written.append(target)
     return written
-
-
-def load_lora(transformer: nn.Module, source: str) -> None:
-    """Add a trained adapter to a frozen transformer through diffusers' own loader.
-
-    Args:
-        transformer: Without adapters; experts get a file each.
-        source: A LoRA file in diffusers' format, or a run's folder.
-
-    Raises:
-        ValueError: Not there, or not of this transformer.
-    """
-    for part, model in parts_of(transformer):
-        path = lora_file(source, part)
-        try:
-            model.load_lora_adapter(path.parent, weight_name=path.name, prefix="transformer", adapter_name=ADAPTER)
-        except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise ValueError(
-                f"lora_path={path} does not fit {type(model).__name__}: {str(error).splitlines()[0][:200]}"
-            ) from error
-        if not has_adapter(model):
-            raise ValueError(f"lora_path={path} has no tensors named `transformer.`; give a file in diffusers' format")
-        model.requires_grad_(False)
-
-
-def lora_file(source: str, part: str = "") -> Path:
-    """The LoRA file of a run's folder or of a path, for one expert where there are several.
-
-    Raises:
-        ValueError: It is not there.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        path = path / "lora.safetensors"
-    if part and not path.stem.endswith(f"_{part}"):
-        path = path.with_stem(f"{path.stem}_{part}")
-    if not path.is_file():
-        raise ValueError(f"lora_path={source}: {path} is not there; give a LoRA file or the folder of a run")
-    return path

@@ -80,6 +80,8 @@ class Prompt:
     pictures: tuple[Image.Image, ...] = ()
 
 
+_CONFIGS = ("", "tokenizer_", "preprocessor_", "scheduler_")  # what a component's folder holds: `..config.json`
+
 Tensors = Tensor | tuple[Tensor, ...] | None
 
 
@@ -351,7 +353,7 @@ def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = Tr
     path = Path(source).expanduser()
     if path.is_dir():
         for folder in (path / subfolder, path):
-            if any((folder / f"{kind}config.json").is_file() for kind in ("", "tokenizer_", "preprocessor_")):
+            if any((folder / f"{kind}config.json").is_file() for kind in _CONFIGS):
                 return folder
         raise ValueError(f"{option}={source}: the folder has neither {subfolder}/config.json nor config.json")
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):

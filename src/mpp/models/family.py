@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
 from mpp.core.flow import SigmaLaw
 from mpp.files import weights_fingerprint
@@ -249,9 +249,9 @@ class Family:
     # ---------------------------------------------------------------- samples
 
     def scheduler(self, default: SchedulerMixin | None = None) -> SchedulerMixin:
-        """The pipeline's own scheduler where `pretrained` holds one on this machine, else `default`."""
+        """The pipeline's own scheduler where `pretrained` holds one that can be had, else `default`."""
         try:
-            folder = resolve_folder(self.pretrained, "scheduler", "model.pretrained", fetch=False)
+            folder = resolve_folder(self.pretrained, "scheduler", "model.pretrained")
             name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
         except (ValueError, OSError, KeyError):
             return default or FlowMatchEulerDiscreteScheduler()
@@ -318,7 +318,7 @@ class FamilyEncoders:
             self._loaded[subfolder] = model.to(self.device).eval().requires_grad_(False)
         return self._loaded[subfolder]
 
-    def tokenizer(self, subfolder: str = "tokenizer", kind: Any = AutoTokenizer) -> PreTrainedTokenizerBase:  # noqa: ANN401
+    def tokenizer(self, subfolder: str = "tokenizer", kind: Any = AutoTokenizer) -> Any:  # noqa: ANN401
         """A tokenizer (or a processor, by its class)."""
         if subfolder not in self._loaded:
             folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
