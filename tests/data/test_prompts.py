@@ -83,6 +83,12 @@ def test_sizes_off_the_models_grid_are_refused(architecture):
     Prompts([], width=7).check(architecture)  # nothing is painted
 
 
+def test_clips_of_which_every_frame_is_given_are_refused(architecture):
+    architecture.given_frames = 1
+    with pytest.raises(ValueError, match="sampling.frames=1: this model is given the first 1 .* set at least 5"):
+        Prompts(["a"], **{**SMALL, "frames": 1}).check(architecture)
+
+
 def test_conditioning_pictures_are_counted_and_read(architecture, tmp_path, monkeypatch):
     monkeypatch.setattr(type(architecture), "pictures", PictureInputs(1, 2))
     Image.new("RGB", (20, 30)).save(tmp_path / "a.png")

@@ -81,6 +81,12 @@ class Prompts:
             raise ValueError(
                 f"sampling.frames must be a multiple of {spec.temporal_stride} plus 1 for this model, got {self.frames}"
             )
+        given = architecture.given_frames
+        if not spec.layered and spec.shape(self.frames, self.height, self.width)[1] <= given:
+            raise ValueError(
+                f"sampling.frames={self.frames}: this model is given the first {given} latent frames, so nothing would "
+                f"be painted; set at least {given * spec.temporal_stride + 1}"
+            )
         least, most = (1, 1) if inputs.first_frame else (inputs.least, inputs.most)
         for number, prompt in enumerate(self.prompts):
             files = self._files(number)
