@@ -1,0 +1,205 @@
+"""Qwen-Image-Layered: one picture into RGBA layers, on diffusers' `QwenImageTransformer2DModel`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, QwenImageLayeredPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from mpp.core.flow import SigmaLaw
+from mpp.models import qwen_parts
+from mpp.models.base import Conditioning, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_with_mask
+from mpp.models.family import captions_of
+
+
+class SizedLayeredPipeline(qwen_parts.PicturePipeline, QwenImageLayeredPipeline):
+    """diffusers' pipeline at any size; its own `__call__` knows only sizes of about 640x640 or 1024x1024 pixels."""
+
+    home = pipeline_qwenimage_layered
+
+    def __call__(self, *, width: int, height: int, **arguments: Any) -> Any:  # noqa: ANN401
+        """The pipeline's call at a size."""
+        self.sizes = lambda area, ratio: (width, height)
+        return super().__call__(**arguments)
+
+
+class BaselessLayeredPipeline(SizedLayeredPipeline):
+    """Paints layers alone: with `layers=n` the n + 1 frames it denoises are all layers."""
+
+    def _unpack_latents(self, *arguments: Any) -> Float[Tensor, "b c f h w"]:  # noqa: ANN401
+        """With a frame in front, which the pipeline takes for the base frame and drops before it decodes."""
+        layers = QwenImageLayeredPipeline._unpack_latents(*arguments)  # noqa: SLF001
+        return torch.cat([layers[:, :, :1], layers], 2)
+
+
+@dataclass(frozen=True)
+class LayeredConditioning(Conditioning):
+    """Text embeddings, True for real tokens once batched, and the whole picture's clean latents."""
+
+    text: Tensor
+    mask: Tensor | None = None
+    condition: Tensor | None = None
+
+
+class QwenImageLayered(qwen_parts.QwenFamily):
+    """Qwen-Image-Layered: a whole picture and its RGBA layers, as frames; the whole picture is the condition too.
+
+    Args:
+        pretrained: Diffusers folder, hub id, or a single `.safetensors` file of the transformer.
+        latents: Shape of the latents: 16 channels at stride 8, layered.
+        sigma: Training law of sigma.
+        lora_targets: Modules that adapters attach to.
+        vae: Folder or hub id of the RGBA VAE; None: `pretrained`.
+        text_encoder: Folder or hub id of Qwen2.5-VL and its tokenizer; None: `pretrained`.
+        drop_base_frame: The whole picture is condition alone: neither painted nor learnt, which saves its tokens. The
+            published model paints it as its first frame.
+        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
+        vae_dtype: Of the VAE.
+        text_dtype: Of the text encoder, and of the cached embeddings.
+        text_length: Tokens that captions are cut at, 1 to 1024; they have their own length up to there.
+
+    Raises:
+        ValueError: An unknown dtype, latents that are not layered, or a text length out of range.
+    """
+
+    family = "qwen_image_layered"
+    conditioning = LayeredConditioning
+    pictures = PictureInputs(first_frame=True)
+
+    def __init__(
+        self,
+        *,
+        pretrained: str,
+        latents: LatentSpec,
+        sigma: SigmaLaw,
+        lora_targets: str | Sequence[str],
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        drop_base_frame: bool = False,
+        dtype: str = "bfloat16",
+        vae_dtype: str = "float32",
+        text_dtype: str = "bfloat16",
+        text_length: int = 512,
+    ) -> None:
+        super().__init__(
+            pretrained=pretrained,
+            latents=latents,
+            sigma=sigma,
+            lora_targets=lora_targets,
+            vae=vae,
+            text_encoder=text_encoder,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            text_dtype=text_dtype,
+        )
+        if not latents.layered or latents.temporal_stride != 1:
+            raise ValueError("Qwen-Image-Layered needs model.latents.layered=true and model.latents.temporal_stride=1")
+        self.given_frames = int(drop_base_frame)
+        self.text_length = qwen_parts.length_of_text(text_length)
+
+    def expected_config(self) -> dict[str, object]:
+        """The transformer's channels, and what tells it from other Qwen-Images."""
+        return {
+            "in_channels": self.latents.channels * 4,
+            "use_additional_t_cond": True,
+            "use_layer3d_rope": True,
+            "zero_cond_t": False,
+        }
+
+    def load_encoders(self, device: torch.device | str) -> "QwenImageLayeredEncoders":
+        """VAE and text encoder on `device`, each loaded when first used."""
+        return QwenImageLayeredEncoders(self, device)
+
+    def collate(self, items: Sequence[LayeredConditioning]) -> LayeredConditioning:
+        """Pad every text to the longest, with a mask; stack the whole pictures.
+
+        Raises:
+            ValueError: They differ in size.
+        """
+        condition = qwen_parts.stack_pictures([item.condition for item in items], "the latents of the whole picture")
+        return LayeredConditioning(*pad_with_mask([item.text for item in items]), condition)
+
+    def velocity(
+        self,
+        transformer: nn.Module,
+        noisy: Float[Tensor, "b c f h w"],
+        sigma: Float[Tensor, " b"],
+        conditioning: LayeredConditioning,
+    ) -> Float[Tensor, "b c f h w"]:
+        """Predicted `noise - latents` of the frames; the clean whole picture stands behind them."""
+        return qwen_parts.velocity(
+            transformer,
+            noisy,
+            sigma,
+            (conditioning.text, conditioning.mask),
+            [conditioning.condition],
+            # the pipeline's `is_rgb`: always 0
+            additional_t_cond=torch.zeros(len(noisy), dtype=torch.long, device=noisy.device),
+        )
+
+    def pipeline(self, transformer: nn.Module, encoders: "QwenImageLayeredEncoders") -> DiffusionPipeline:
+        """Diffusers' pipeline around the transformer and the VAE."""
+        kind = BaselessLayeredPipeline if self.given_frames else SizedLayeredPipeline
+        return kind(
+            tokenizer=None,
+            processor=None,
+            text_encoder=encoders.vae(),  # it is only asked for the dtype of the picture, which the VAE encodes
+            vae=encoders.vae(),
+            scheduler=self.scheduler(self.default_scheduler()),
+            transformer=transformer,
+        )
+
+    def arguments(
+        self, positive: LayeredConditioning, negative: LayeredConditioning | None, shot: Shot
+    ) -> dict[str, Any]:
+        """Text embeddings, guidance, layers and the picture to take apart.
+
+        Raises:
+            ValueError: Not exactly one picture.
+        """
+        if len(shot.controls) != 1:
+            raise ValueError(
+                f"a sample picture has {len(shot.controls)} control pictures, qwen_image_layered takes 1: the picture "
+                "to take apart"
+            )
+        return {
+            **qwen_parts.text_arguments(
+                (positive.text, positive.mask),
+                None if negative is None else (negative.text, negative.mask),
+                shot.guidance_scale,
+                self.dtype,
+            ),
+            "prompt": "given as embeddings",  # without any the pipeline would caption the picture
+            "image": shot.controls[0].convert("RGBA"),
+            "layers": shot.frames - self.given_frames,
+        }
+
+
+class QwenImageLayeredEncoders(qwen_parts.QwenEncoders):
+    """AutoencoderKLQwenImage for RGBA and Qwen2.5-VL, each loaded on first use and freed by `release`."""
+
+    colours = 4
+    model: QwenImageLayered
+
+    def encode_text(self, prompts: Sequence[Prompt]) -> list[LayeredConditioning]:
+        """Qwen2.5-VL's last hidden states without the template, as the pipeline takes them, each at its own length."""
+        pipe = self.text_pipeline(QwenImageLayeredPipeline, processor=None)
+        captions = captions_of(prompts)
+        texts = self.texts(pipe.encode_prompt, prompt=captions, max_sequence_length=self.model.text_length)
+        return [LayeredConditioning(text) for text in texts]
+
+    def encode_pixels(self, pixels: Float[Tensor, "b 4 frames height width"]) -> Float[Tensor, "b c f h w"]:
+        """Mode of the VAE's posterior of every frame as a picture of its own, `(z - mean) / std` in float32."""
+        return self.latents_of(pixels)
+
+    def encode_pictures(
+        self, pixels: Float[Tensor, "1 4 frames height width"], controls: Sequence[Image.Image]
+    ) -> dict[str, Tensors]:
+        """Clean latents of the whole picture, the first frame."""
+        del controls
+        return {"condition": self.latents_of(pixels[:, :, :1])[0]}
