@@ -1,0 +1,69 @@
+"""The support matrix of the docs, made from the outcomes of the tests by pytest's option `--matrix FILE`."""
+
+from pathlib import Path
+
+from tests.families.base import Variant, architecture
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "support_matrix.md"
+COLUMNS = {  # title: the tests that must all pass, by the beginning of their names
+    "velocity is the pipeline's": ("test_velocity_is_what", "test_one_step_of", "test_latents_have"),
+    "teacher exact": ("test_teacher_is_the_base", "test_teacher_of_a_part", "test_fresh_student"),
+    "gradients": ("test_gradients_reach", "test_base_weights_never"),
+    "text": ("test_text_padding", "test_text_matters"),
+    "two sizes": ("test_two_resolutions",),
+    "prepare and train": ("test_one_training_step", "test_a_record_survives"),
+    "original single file": ("test_an_original_single_file",),
+    "samples": ("test_samples_of_base",),
+    "LoRA for diffusers, PEFT": ("test_peft_and_diffusers_load_their",),
+    "LoRA for ComfyUI, kohya": (
+        "test_every_update_stands",
+        "test_diffusers_importer_gives",
+        "test_comfyui_on_the_original",
+    ),
+    "merge": ("test_every_variant_merges",),
+}
+HEAD = """# What works for which variant
+
+Made from the outcomes of the tests, on tiny random models of the real classes, on the CPU:
+
+```
+python -m pytest -n 2 tests/models/test_contract.py tests/models/test_lora_formats.py tests/test_export.py \\
+  --matrix docs/support_matrix.md
+```
+
+**yes** means that all tests of the column pass. *Text*: `neutral` is padded and masked without effect, `fixed` is
+brought to one length, and longer text is cut by the encoder as the pipeline does it. *Prepare and train*: `clips` needs
+clips of more than one latent frame, since the first is given. *Original single file*: `no` where diffusers has no
+loader for it; the run says so. *LoRA for ComfyUI, kohya*: `rules` is checked by ComfyUI's rules alone, the others also
+by an importer of diffusers.
+
+"""
+
+
+def cell(title: str, variant: Variant, outcomes: dict[str, list[str]]) -> str:
+    """What a cell says: the outcomes of its tests, or what kind of yes it is."""
+    found = {test: o for test, o in outcomes.items() if test.startswith(COLUMNS[title])}
+    everything = [outcome for listed in found.values() for outcome in listed]
+    if not everything:
+        return "not run"
+    if "failed" in everything:
+        return "**fails**"
+    if title == "text":
+        return "fixed" if variant.fixed_text else "neutral"
+    if title == "original single file":
+        return "yes" if variant.single_file else "no"
+    if title == "prepare and train":
+        arch = architecture(variant, Path("nowhere"))
+        return "clips" if arch.given_frames and not arch.latents.layered else "yes"
+    if title == "LoRA for ComfyUI, kohya":
+        imported = [o for test, listed in found.items() if "importer" in test for o in listed]
+        return "yes" if "passed" in imported else "rules"
+    return "yes" if "passed" in everything else "not run"
+
+
+def table(variants: list[Variant], outcomes: dict[str, dict[str, list[str]]]) -> str:
+    """The document."""
+    rows = [["variant", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
+    for variant in variants:
+        rows.append([variant.name, *(cell(title, variant, outcomes.get(variant.name, {})) for title in COLUMNS)])
+    return HEAD + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
