@@ -33,7 +33,7 @@ python -m pytest -n 2 tests/models/test_contract.py tests/models/test_lora_forma
 
 **yes** means that all tests of the column pass. *Text*: `neutral` is padded and masked without effect, `fixed` is
 brought to one length, and longer text is cut by the encoder as the pipeline does it. *Prepare and train*: `clips` needs
-clips of more than one latent frame, since the first is given. *Original single file*: `no` where diffusers has no
+clips of more than one latent frame, since the model sees the first. *Original single file*: `no` where diffusers has no
 loader for it; the run says so. *LoRA for ComfyUI, kohya*: `rules` is checked by ComfyUI's rules alone, the others also
 by an importer of diffusers.
 
@@ -54,7 +54,7 @@ def cell(title: str, variant: Variant, outcomes: dict[str, list[str]]) -> str:
         return "yes" if variant.single_file else "no"
     if title == "prepare and train":
         arch = architecture(variant, Path("nowhere"))
-        return "clips" if arch.given_frames and not arch.latents.layered else "yes"
+        return "clips" if arch.least_frames > 1 and not arch.latents.layered else "yes"
     if title == "LoRA for ComfyUI, kohya":
         imported = [o for test, listed in found.items() if "importer" in test for o in listed]
         return "yes" if "passed" in imported else "rules"

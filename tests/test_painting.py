@@ -1,5 +1,7 @@
 """Samples by base and LoRA: from the same noise, as files, without disturbing the training."""
 
+from contextlib import nullcontext
+
 import av
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import mpp.callbacks
 import mpp.sample
 import mpp.train
-from mpp.data.prompts import Painted
+from mpp.data.prompts import Painted, Prompts
 from mpp.models.adapters import Adapter, adapters_off, inject
 from mpp.models.base import Prompt, Shot
 from mpp.models.wan import WanEncoders
@@ -37,21 +40,21 @@ def sampled(tmp_path_factory, pipeline):
 def painted(architecture):
     encoders = architecture.load_encoders("cpu")
     record = architecture.collate(encoders.encode_text([Prompt("a cat")]))
-    return encoders, [Painted("a cat", Shot(64, 48, 5, 2, 1.0, 3), record, None)]
+    return encoders, Painted("a cat", Shot(64, 48, 5, 2, 1.0, 3), record, None)
 
 
 def test_base_is_the_pipeline_without_adapter_and_the_lora_starts_from_the_same_noise(architecture, painted):
     encoders, todo = painted
     transformer = architecture.load_transformer()
-    plain = architecture.sample(transformer, encoders, todo[0].positive, None, todo[0].shot)
-    (alone,) = paint(architecture, transformer, encoders, todo, device="cpu")
+    plain = architecture.sample(transformer, encoders, todo.positive, None, todo.shot)
+    alone = paint(architecture, transformer, encoders, todo, name="0_a", device="cpu")
     assert alone.lora is None
     assert torch.equal(alone.base, plain)
     inject(transformer, Adapter(rank=2), architecture.lora_targets, seed=0)
-    (fresh,) = paint(architecture, transformer, encoders, todo, device="cpu")
+    fresh = paint(architecture, transformer, encoders, todo, name="0_a", device="cpu")
     assert torch.equal(fresh.lora, plain)  # an untrained adapter paints what the base paints
     randomise_adapter(transformer, 0.3)
-    (pair,) = paint(architecture, transformer, encoders, todo, device="cpu")
+    pair = paint(architecture, transformer, encoders, todo, name="0_a", device="cpu")
     assert torch.equal(pair.base, plain)
     assert not torch.equal(pair.lora, plain)
 
@@ -66,8 +69,8 @@ def test_painting_leaves_mode_and_random_state_alone_and_paints_the_base_once(ar
     original = type(architecture).sample
     monkeypatch.setattr(type(architecture), "sample", lambda *a: calls.append(1) or original(*a))
     bases = {}
-    paint(architecture, transformer, encoders, todo, device="cpu", bases=bases)
-    paint(architecture, transformer, encoders, todo, device="cpu", bases=bases)
+    paint(architecture, transformer, encoders, todo, name="0_a", device="cpu", bases=bases)
+    paint(architecture, transformer, encoders, todo, name="0_a", device="cpu", bases=bases)
     assert len(calls) == 3  # base, LoRA; LoRA
     assert [m.training for m in transformer.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -180,3 +183,51 @@ def test_the_command_refuses_what_cannot_work(pipeline, tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(b"no LoRA")  # refused before anything is encoded or loaded
     with pytest.raises(ValueError, match="lora=.*lora.safetensors is not a complete"):
         mpp.sample.run(sample_config(pipeline, tmp_path, f"lora_path={tmp_path}"))
+
+
+def test_a_sample_that_fails_is_said_and_loses_nothing(pipeline, sampled, tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("no memory for the decoder")
+
+    monkeypatch.setattr("mpp.callbacks.paint", fail)
+    train(pipeline, sampled, tmp_path / "out", *SAMPLING, "callbacks.samples.every_n_steps=4")
+    assert (tmp_path / "out" / "lora.safetensors").is_file()
+    assert (tmp_path / "out" / "checkpoints" / "last.ckpt").is_file()
+    assert "the samples of step 4 failed, training goes on: no memory for the decoder" in caplog.text
+
+
+def test_a_step_is_saved_before_it_is_painted(pipeline, sampled, tmp_path, monkeypatch):
+    there = []
+    original = mpp.callbacks.paint
+    monkeypatch.setattr(
+        "mpp.callbacks.paint",
+        lambda *a, **k: there.append((tmp_path / "out" / "lora.safetensors").is_file()) or original(*a, **k),
+    )
+    train(pipeline, sampled, tmp_path / "out", *SAMPLING, "callbacks.samples.every_n_steps=4")
+    assert there == [False, False, True, True]  # two prompts at the start, two at the end
+
+
+def test_processes_share_the_prompts(architecture, tmp_path):
+    from types import SimpleNamespace
+
+    names = []
+    for rank in range(2):
+        callback = mpp.callbacks.Samples(str(tmp_path), Prompts(), 1)
+        callback._painted = [SimpleNamespace(prompt=p) for p in "abc"]
+        trainer = SimpleNamespace(
+            global_rank=rank, world_size=2, precision_plugin=SimpleNamespace(forward_context=nullcontext)
+        )
+        module = SimpleNamespace(
+            architecture=architecture, transformer=None, device="cpu", evaluated_adapter=nullcontext
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mpp.callbacks.paint", lambda *_, name, **__: name)
+            patch.setattr("mpp.callbacks.save", lambda name, folder, rank=rank: names.append((rank, name)))
+            callback._paint_share(trainer, module, tmp_path)
+    assert names == [(0, "0_a"), (0, "2_c"), (1, "1_b")]
+
+
+def test_the_vae_decodes_in_its_own_precision_under_autocast(architecture):
+    vae = architecture.load_encoders("cpu").vae()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert vae.decode(torch.randn(1, 16, 1, 4, 4)).sample.dtype == torch.float32

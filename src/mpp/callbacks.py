@@ -18,7 +18,7 @@ from mpp.data.datamodule import LatentDataModule
 from mpp.data.prompts import Painted, Prompts
 from mpp.models.adapters import save_lora
 from mpp.module import MaskedPriorModule
-from mpp.painting import paint, save, strip
+from mpp.painting import paint, sample_name, save
 
 log = logging.getLogger("mpp")
 
@@ -76,10 +76,12 @@ class Checkpoints(Checkpoint):
                 save_lora(path, module.transformer, state, module.record())
 
 
-class Samples(Callback):
+class Samples(Checkpoint):
     """Paints prompts by base and LoRA from the same noise: at the start, every so many steps, and at the end.
 
-    Nothing happens without prompts. Their embeddings come from the cache, so no text encoder is loaded.
+    Nothing happens without prompts. Their embeddings come from the cache, so no text encoder is loaded. Several
+    processes share the prompts. A sample that fails (out of memory, disk full) is said and does not end the run. As a
+    `Checkpoint` it comes after the callbacks listed before it, so that a step is saved before it is painted.
 
     Args:
         folder: The run's output folder; `samples/step-000500/` holds PNG and MP4 files.
@@ -102,12 +104,14 @@ class Samples(Callback):
         """Refuse prompts that were not prepared, before the transformer is loaded."""
         del stage
         self.prompts.check(pl_module.architecture)
-        self._painted = self.prompts.read(pl_module.architecture, trainer.datamodule.cache)
+        data: LatentDataModule = trainer.datamodule
+        self._painted = self.prompts.read(pl_module.architecture, data.cache)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The untrained adapter, which paints what the base does; what was resumed from is painted already."""
         if trainer.global_step == 0:
             self._paint(trainer, pl_module)
+        self._done_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Every so many steps."""
@@ -120,24 +124,39 @@ class Samples(Callback):
 
     def _paint(self, trainer: Trainer, module: MaskedPriorModule) -> None:
         step = trainer.global_step
-        if not self._painted or not trainer.is_global_zero or step == self._done_at:
+        if not self._painted or step == self._done_at:
             return
         self._done_at = step
+        folder = self.folder / f"step-{step:06d}"
+        try:
+            self._paint_share(trainer, module, folder)
+        except (RuntimeError, OSError) as error:
+            log.warning("the samples of step %d failed, training goes on: %s", step, error)
+        trainer.strategy.barrier("samples")
+        if trainer.is_global_zero:
+            for file in sorted(folder.glob("*.png")):
+                for logger in trainer.loggers:
+                    _log_picture(logger, f"samples/{file.stem}", Image.open(file).convert("RGB"), step)
+
+    def _paint_share(self, trainer: Trainer, module: MaskedPriorModule, folder: Path) -> None:
+        """This process's prompts."""
+        share = list(enumerate(self._painted))[trainer.global_rank :: trainer.world_size]
         encoders = module.architecture.load_encoders(module.device)
-        with module.evaluated_adapter(), trainer.precision_plugin.forward_context():
-            pairs = paint(
-                module.architecture,
-                module.transformer,
-                encoders,
-                self._painted,
-                device=module.device,
-                bases=self._bases,
-            )
-        encoders.release()
-        for pair in pairs:
-            save(pair, self.folder / f"step-{step:06d}")
-            for logger in trainer.loggers:
-                _log_picture(logger, f"samples/{pair.name}", strip(pair), step)
+        try:
+            with module.evaluated_adapter(), trainer.precision_plugin.forward_context():
+                for number, painted in share:
+                    pair = paint(
+                        module.architecture,
+                        module.transformer,
+                        encoders,
+                        painted,
+                        name=sample_name(number, painted.prompt),
+                        device=module.device,
+                        bases=self._bases,
+                    )
+                    save(pair, folder)
+        finally:
+            encoders.release()
 
 
 class LossBar(TQDMProgressBar):

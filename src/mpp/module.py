@@ -101,6 +101,7 @@ class MaskedPriorModule(LightningModule):
             )
         self._check_strategy()
         transformer = self.architecture.load_transformer()
+        self._check_precision(transformer)
         inject(transformer, self.adapter, self.architecture.lora_targets, seed=self.seed)
         if self.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -113,6 +114,15 @@ class MaskedPriorModule(LightningModule):
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)  # noqa: SLF001
         self._base = self.architecture.identity().transformer
         self.transformer = transformer.train()
+
+    def _check_precision(self, transformer: nn.Module) -> None:
+        if self._trainer is None or self.trainer.precision != "bf16-mixed":
+            return
+        if any(p.dtype == torch.float16 for p in transformer.parameters()):
+            raise ValueError(
+                "trainer.precision=bf16-mixed does not go with model.dtype=float16; use model.dtype=bfloat16, or "
+                "trainer.precision=16-mixed"
+            )
 
     def _check_strategy(self) -> None:
         """Experts: a step may use one expert alone, and DDP waits for gradients of all parameters unless told."""

@@ -1,6 +1,5 @@
 """Samples: base and LoRA from the same noise, side by side, as files."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +46,13 @@ def paint(
     architecture: Architecture,
     transformer: nn.Module,
     encoders: Encoders,
-    painted: Sequence[Painted],
+    painted: Painted,
     *,
+    name: str,
     device: torch.device | str,
     bases: dict[str, Pixels] | None = None,
-) -> list[Pair]:
-    """Paint each prompt by the base and, where the transformer has an adapter, with it.
+) -> Pair:
+    """Paint a prompt by the base and, where the transformer has an adapter, with it.
 
     The global random state and each module's mode come back as they were.
 
@@ -60,31 +60,34 @@ def paint(
         architecture: The family.
         transformer: Frozen, perhaps with an adapter.
         encoders: Whose VAE decodes; no text encoder is loaded.
-        painted: Prompts with their conditioning.
+        painted: Prompt with its conditioning.
+        name: Of the pair.
         device: Where the transformer runs.
-        bases: The base's pictures from an earlier call, by name; filled where they are not there, since the base
-            never changes.
+        bases: The base's pictures from earlier calls, by name; filled where they are not there, since the base never
+            changes.
     """
     bases = {} if bases is None else bases
     device = torch.device(device)
     training = [module for module in transformer.modules() if module.training]
-    pairs = []
     try:
         transformer.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for number, item in enumerate(painted):
-                name = f"{number}_{_slug(item.prompt)}"
-                negative = None if item.negative is None else item.negative.to(device)
-                arguments = (transformer, encoders, item.positive.to(device), negative, item.shot)
-                if name not in bases:
-                    with adapters_off(transformer):
-                        bases[name] = architecture.sample(*arguments)
-                lora = architecture.sample(*arguments) if has_adapter(transformer) else None
-                pairs.append(Pair(name, item.prompt, bases[name], lora, architecture.latents.layered))
+            negative = None if painted.negative is None else painted.negative.to(device)
+            arguments = (transformer, encoders, painted.positive.to(device), negative, painted.shot)
+            if name not in bases:
+                with adapters_off(transformer):
+                    bases[name] = architecture.sample(*arguments)
+            lora = architecture.sample(*arguments) if has_adapter(transformer) else None
     finally:
         for module in training:
             module.training = True
-    return pairs
+    return Pair(name, painted.prompt, bases[name], lora, architecture.latents.layered)
+
+
+def sample_name(number: int, prompt: str) -> str:
+    """Name of a prompt's files, e.g. `0_a_photo_of`."""
+    words = "".join(c if c.isalnum() and c.isascii() else " " for c in prompt).split()
+    return f"{number}_{'_'.join(words)[:40] or 'empty'}"
 
 
 def save(pair: Pair, folder: Path) -> list[Path]:
@@ -121,7 +124,7 @@ def strip(pair: Pair) -> Image.Image:
     return sheet
 
 
-def _some(pixels: Pixels, *, layered: bool) -> Pixels:
+def _some(pixels: Pixels, *, layered: bool) -> Float[Tensor, "shown channels height width"]:
     """All layers, or evenly spread frames of a clip."""
     if layered or len(pixels) <= _SHOWN_FRAMES:
         return pixels
@@ -151,8 +154,3 @@ def _write_clip(pair: Pair, path: Path) -> None:
         for frame in (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-
-
-def _slug(text: str) -> str:
-    words = "".join(c if c.isalnum() and c.isascii() else " " for c in text).split()
-    return "_".join(words)[:40] or "empty"

@@ -10,7 +10,7 @@ from mpp.config import CONFIG_DIR, accept_lora, build, check_config, device_of, 
 from mpp.data.cache import Cache
 from mpp.models.experts import parts_of
 from mpp.models.lora_files import attach, find_loras
-from mpp.painting import paint, save
+from mpp.painting import paint, sample_name, save
 
 
 def run(cfg: DictConfig) -> list[Path]:
@@ -42,9 +42,13 @@ def run(cfg: DictConfig) -> list[Path]:
         if part in loras:
             attach(model, loras[part])
     transformer.to(device).eval()
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=torch.device(device).type == "cuda"):
-        pairs = paint(architecture, transformer, encoders, prompts.read(architecture, cache), device=device)
-    written = [file for pair in pairs for file in save(pair, folder)]
+    kind = torch.device(device).type
+    low = next((p.dtype for p in transformer.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    written = []
+    with torch.autocast(kind, low, enabled=kind == "cuda" and low is not None):
+        for number, painted in enumerate(prompts.read(architecture, cache)):
+            name = sample_name(number, painted.prompt)
+            written += save(paint(architecture, transformer, encoders, painted, name=name, device=device), folder)
     for file in written:
         print(file)
     return written

@@ -1,13 +1,15 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpp.data.cache import Cache, write_tensors
+from mpp.data.cache import Cache, Manifest, write_tensors
 from mpp.models.base import Identity, LatentSpec
 from mpp.models.wan import WanConditioning
+from tests import helpers
 
 
 @pytest.fixture
@@ -44,14 +46,21 @@ def test_another_format_version_is_refused(cache):
 def test_a_cache_of_another_model_is_refused(cache, family, latents, identity, what):
     manifest = cache.manifest()
     with pytest.raises(ValueError, match=f"was made with another {what}"):
-        manifest.check(family, latents or manifest.latents, identity, cache.folder)
+        manifest.check(Manifest(family, latents or manifest.latents, identity.vae, identity.text_encoder), cache.folder)
 
 
 def test_encoders_that_are_not_at_hand_are_reported_as_not_compared(cache):
     manifest = cache.manifest()
-    assert manifest.check("wan", manifest.latents, Identity(None, None, None), cache.folder) == ["vae", "text_encoder"]
-    own = Identity(None, manifest.vae, manifest.text_encoder)
-    assert manifest.check("wan", manifest.latents, own, cache.folder) == []
+    assert manifest.check(replace(manifest, vae=None, text_encoder=None), cache.folder) == ["vae", "text_encoder"]
+    assert manifest.check(manifest, cache.folder) == []
+
+
+def test_a_cache_made_with_another_setting_is_refused(cache, pipeline):
+    manifest = cache.manifest()
+    assert manifest.settings == {"text_length": 64}
+    other = Manifest.of(helpers.architecture(pipeline, "model.text_length=32"), Identity(None, None, None))
+    with pytest.raises(ValueError, match=r"another settings .*'text_length': 64.*'text_length': 32"):
+        manifest.check(other, cache.folder)
 
 
 @pytest.mark.parametrize("kind", ["latents", "mask", "text"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mpp.data.frames import check_controls, frame_files, read_controls, read_frames, read_mask_frames
+from mpp.data.frames import check_controls, frame_files, mask_files, read_controls, read_frames, read_mask_frames
 from mpp.data.media import Geometry
 from mpp.data.source import FolderSource
 from mpp.models.base import LatentSpec, PictureInputs
@@ -30,8 +30,12 @@ def root(tmp_path):
     return tmp_path
 
 
-def items(root, **settings):
-    return FolderSource(str(root / "photos"), "cache", mask_dir=str(root / "masks"), **settings).items()
+def source(root, **settings):
+    return FolderSource(str(root / "photos"), "cache", mask_dir=str(root / "masks"), **settings)
+
+
+def items(root, *, layered=True, **settings):
+    return source(root, **settings).items(layered=layered)
 
 
 def half(root, name, *, left):
@@ -46,7 +50,9 @@ def test_layers_belong_to_their_picture_in_order_and_are_no_samples_of_their_own
     assert item.key == "p"
     assert [path.name for path in item.layers] == ["p.layer0.png", "p.layer1.png"]
     assert [path.name for path in frame_files(item, LAYERED)] == ["p.png", "p.layer0.png", "p.layer1.png"]
-    assert [path.name for path in frame_files(item, PLAIN)] == ["p.png"]
+    (plain,) = items(root, layered=False)
+    assert plain.layers == ()
+    assert [path.name for path in frame_files(plain, PLAIN)] == ["p.png"]
 
 
 def test_frames_are_the_picture_and_its_layers_with_alpha_and_colours_kept_under_it(root):
@@ -84,8 +90,10 @@ def test_a_pictures_mask_alone_holds_for_all_layers(root):
 
 def test_a_layer_without_a_mask_beside_one_with_is_refused(root):
     half(root, "p.layer0.png", left=True)
+    (item,) = items(root)
     with pytest.raises(ValueError, match=r"1 of its 2 layers have a mask, layer 1 has none; add p.layer1.png"):
-        items(root)
+        mask_files(item, LAYERED)
+    assert mask_files(item, PLAIN) == ()
 
 
 def test_a_layer_without_its_number_or_its_picture_is_refused(root):
@@ -96,6 +104,7 @@ def test_a_layer_without_its_number_or_its_picture_is_refused(root):
     save(root / "photos" / "q.layer0.png", (1, 2, 3))
     with pytest.raises(ValueError, match=r"q.layer0.png is a layer of q, which is not there"):
         items(root)
+    assert [item.key for item in items(root, layered=False)] == ["p", "q.layer0"]  # an ordinary picture there
 
 
 def test_layers_of_another_size_and_pictures_without_layers_are_refused(root):
@@ -111,7 +120,7 @@ def test_layers_of_another_size_and_pictures_without_layers_are_refused(root):
 
 @pytest.mark.parametrize(
     ("files", "found"),
-    [(["p.png"], ["p.png"]), (["p_0.png", "p_1.jpg"], ["p_0.png", "p_1.jpg"]), (["q.png"], []), (["p_1.png"], [])],
+    [(["p.png"], ["p.png"]), (["p_0.png", "p_1.jpg"], ["p_0.png", "p_1.jpg"]), (["q.png"], []), (["p_x.png"], [])],
 )
 def test_control_pictures_are_matched_by_name_and_number(root, files, found):
     for name in files:
@@ -139,6 +148,42 @@ def test_too_few_and_too_many_controls_are_refused_and_mirrored_with_their_sampl
         check_controls(item, PictureInputs(2, 3))
     with pytest.raises(ValueError, match="has 1 control pictures, this model takes 0"):
         check_controls(item, PictureInputs())
-    (kept,) = read_controls(item, flip=False)
-    (mirrored,) = read_controls(item, flip=True)
+    (kept,) = read_controls(item, Geometry((SIDE, 32), (32, 32)))
+    (mirrored,) = read_controls(item, Geometry((SIDE, 32), (32, 32), flip=True))
+    assert kept.size == (8, 8)  # another shape than the sample's: a reference, which is not cut
     assert np.array_equal(np.asarray(kept)[:, ::-1], np.asarray(mirrored))
+
+
+def test_a_control_of_the_samples_shape_is_cut_with_it(root):
+    """What lies at a place in the sample lies there in its control, also after the crop to a bucket."""
+    picture = np.zeros((40, 80, 3), np.uint8)
+    picture[:, 40:] = 255  # the edge is in the middle, before and after
+    picture[:, :10] = 128  # this is cut off
+    (root / "controls").mkdir()
+    Image.fromarray(picture).save(root / "controls" / "p.png")
+    (item,) = items(root, control_dir=str(root / "controls"))
+    (control,) = read_controls(item, Geometry((160, 80), (32, 32)))
+    assert control.size == (40, 40)
+    assert np.array_equal(np.asarray(control), picture[:, 20:60])
+
+
+def test_numbers_with_a_gap_and_two_ways_to_name_controls_are_refused_and_unused_ones_are_named(root):
+    for name in ("p_1.png", "stranger.png"):
+        save(root / "controls" / name, (0, 0, 0))
+    with pytest.raises(ValueError, match=r"control pictures of p are numbered \[1\]; number them from 0"):
+        items(root, control_dir=str(root / "controls"))
+    (root / "controls" / "p_1.png").rename(root / "controls" / "p_0.png")
+    chosen = source(root, control_dir=str(root / "controls"))
+    assert chosen.unused(chosen.items(layered=True)) == ["stranger.png"]
+    save(root / "controls" / "p.png", (0, 0, 0))
+    with pytest.raises(ValueError, match="p.png and .*p_0.png are both control pictures of p"):
+        items(root, control_dir=str(root / "controls"))
+
+
+def test_validation_folders_inside_the_pictures_are_no_training_pictures(root):
+    for folder in ("val", "valmasks", "valcontrols"):
+        save(root / "photos" / folder / "v.png", (0, 0, 0))
+    folders = {f"val_{what}_dir": str(root / "photos" / name) for what, name in
+               (("image", "val"), ("mask", "valmasks"), ("control", "valcontrols"))}  # fmt: skip
+    found = items(root, **folders)
+    assert [(item.key, item.split) for item in found] == [("p", "train"), ("@val/v", "val")]

@@ -153,7 +153,7 @@ def test_masks_match_by_stem_whatever_their_format(root, pipeline):
     Image.new("L", (9, 9)).save(root / "masks" / "stranger.png")
     summary = prepare(pipeline, root)
     assert entries(root)["p0"].mask == "folder"
-    assert summary.unused_masks == ["stranger.png"]
+    assert summary.unused == ["stranger.png"]
 
 
 def test_a_mask_folder_inside_the_picture_folder_holds_no_pictures(root, pipeline):

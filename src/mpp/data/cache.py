@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mpp import __version__
 from mpp.files import write_atomically, write_json
-from mpp.models.base import Conditioning, Identity, LatentSpec
+from mpp.models.base import Architecture, Conditioning, Identity, LatentSpec
 
 FORMAT = 2
 _CHECKED = 10_000
@@ -43,19 +43,24 @@ class Manifest:
     latents: LatentSpec
     vae: str | None
     text_encoder: str | None
+    settings: dict[str, Any] = field(default_factory=dict)
 
-    def check(self, family: str, latents: LatentSpec, identity: Identity, folder: Path) -> list[str]:
+    @classmethod
+    def of(cls, model: Architecture, identity: Identity) -> "Manifest":
+        """What a run's caches are made with."""
+        return cls(model.family, model.latents, identity.vae, identity.text_encoder, dict(model.cache_settings))
+
+    def check(self, wanted: "Manifest", folder: Path) -> list[str]:
         """Refuse a cache of another model; VAE and text encoder are compared where both are known.
 
         Returns:
             Names of what could not be compared because it is not on this machine.
 
         Raises:
-            ValueError: Family, latent shape, VAE or text encoder differ.
+            ValueError: Family, latent shape, VAE, text encoder, or a setting that shapes caches differ.
         """
         unknown = []
-        wanted = Manifest(family, latents, identity.vae, identity.text_encoder)
-        for name in ("family", "latents", "vae", "text_encoder"):
+        for name in ("family", "latents", "vae", "text_encoder", "settings"):
             cached, run = getattr(self, name), getattr(wanted, name)
             if name in ("vae", "text_encoder") and (cached is None or run is None):
                 unknown.append(name)
@@ -156,7 +161,9 @@ class Cache:
             )
         spec = content["latents"]
         latents = LatentSpec(**{**spec, "patch": tuple(spec["patch"])})
-        return Manifest(content["family"], latents, content["vae"], content["text_encoder"])
+        return Manifest(
+            content["family"], latents, content["vae"], content["text_encoder"], content.get("settings", {})
+        )
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Record what the cache is made with."""

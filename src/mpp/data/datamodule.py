@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from mpp.core import draws
 from mpp.data.batch import Batch, Sample, collate_samples, read_sample
-from mpp.data.cache import Cache, Entry
+from mpp.data.cache import Cache, Entry, Manifest
 from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
 from mpp.data.preservation import MixedSamples, Preservation, preserved_key
 from mpp.models.base import Architecture
@@ -88,7 +88,7 @@ class LatentDataModule(LightningDataModule):
             return
         model = self.architecture
         manifest = self.cache.manifest()
-        self.unchecked = manifest.check(model.family, model.latents, model.identity(), self.cache.folder)
+        self.unchecked = manifest.check(Manifest.of(model, model.identity()), self.cache.folder)
         entries = self.cache.entries()
         train, self.val_entries = split_entries(entries, self.val_fraction, self.seed)
         if not train:
@@ -101,7 +101,7 @@ class LatentDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is larger than the training set of {len(train)} samples; lower it "
                 f"(trainer.accumulate_grad_batches repeats smaller batches)"
             )
-        _check_frames(entries, model.given_frames)
+        check_frames(entries, model)
         self.cache.check_some(entries)
         bare = [entry.key for entry in train if entry.mask is None]
         if self.require_mask and bare:
@@ -109,6 +109,7 @@ class LatentDataModule(LightningDataModule):
                 f"{bare[0]} and {len(bare) - 1} other training samples have no mask; data.require_mask=true"
             )
         self.pool = self.preservation.pool(self.cache, train)
+        check_frames([entry for _, entry in self.pool], model)
         self.train_entries = train
 
     def train_dataloader(self) -> TrainLoader:
@@ -160,12 +161,18 @@ class LatentDataModule(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
-def _check_frames(entries: Sequence[Entry], given: int) -> None:
-    short = [entry for entry in entries if entry.shape[1] <= given]
+def check_frames(entries: Sequence[Entry], model: Architecture) -> None:
+    """Refuse samples that hold nothing to learn, because the model sees their only frame.
+
+    Raises:
+        ValueError: Names the first of them.
+    """
+    least = max(model.least_frames, model.given_frames + 1)
+    short = [entry for entry in entries if entry.shape[1] < least]
     if short:
         raise ValueError(
-            f"{short[0].key} has {short[0].shape[1]} latent frames, and this model is given the first {given}: nothing "
-            f"is left to learn ({len(short)} such samples); use longer clips, or the variant that is not given a frame"
+            f"{short[0].key} has {short[0].shape[1]} latent frame, and this model sees the first: nothing is left to "
+            f"learn ({len(short)} such samples); it learns from clips of at least {least} latent frames"
         )
 
 

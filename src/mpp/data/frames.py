@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mpp.data.media import (
+    ASPECT_TOLERANCE,
     Geometry,
     Picture,
     check_aspect,
@@ -42,9 +43,22 @@ def frame_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
 
 
 def mask_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
-    """The mask files that apply to a sample; () where only alpha can be the mask, or there is none."""
+    """The mask files that apply to a sample; () where only alpha can be the mask, or there is none.
+
+    Raises:
+        ValueError: Some of its layers have a mask and others none.
+    """
     own = (item.mask,) if item.mask is not None else ()
-    return own + item.layer_masks if spec.layered else own
+    layers = [path for path in item.layer_masks if path is not None]
+    if not spec.layered or not layers:
+        return own
+    if len(layers) < len(item.layer_masks):
+        lacking = item.layer_masks.index(None)
+        raise ValueError(
+            f"{item.picture}: {len(layers)} of its {len(item.layer_masks)} layers have a mask, layer {lacking} has "
+            f"none; add {item.picture.stem}.layer{lacking}.png to the masks (white: learn all of it)"
+        )
+    return (*own, *layers)
 
 
 def check_controls(item: Item, inputs: PictureInputs) -> None:
@@ -62,10 +76,21 @@ def check_controls(item: Item, inputs: PictureInputs) -> None:
         )
 
 
-def read_controls(item: Item, *, flip: bool) -> list[Image.Image]:
-    """The control pictures, RGB at their own size, mirrored with the sample."""
-    pictures = [read_picture(path).rgb for path in item.controls]
-    return [ImageOps.mirror(picture) for picture in pictures] if flip else pictures
+def read_controls(item: Item, geometry: Geometry) -> list[Image.Image]:
+    """The control pictures, RGB: mirrored with the sample, and cut as it is where they have its shape.
+
+    A control picture of the sample's shape shows the same view, and must go on showing it; others keep all they show.
+    """
+    found = []
+    for path in item.controls:
+        picture = read_picture(path).rgb
+        ratio = picture.width * geometry.source[1] / (picture.height * geometry.source[0])
+        if max(ratio, 1 / ratio) <= 1 + ASPECT_TOLERANCE:
+            box = geometry.box(*picture.size)
+            size = max(1, round(box[2] - box[0])), max(1, round(box[3] - box[1]))
+            picture = picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS, box=box)
+        found.append(ImageOps.mirror(picture) if geometry.flip else picture)
+    return found
 
 
 def read_frames(files: Sequence[Path], geometry: Geometry, *, layered: bool) -> tuple[Tensor, list[Image.Image]]:
@@ -103,7 +128,7 @@ def read_mask_frames(item: Item, geometry: Geometry, shape: Sequence[int], spec:
             raise ValueError(f"{item.picture} changed while it was prepared; run `python -m mpp.prepare` again")
         return latent_mask(alpha, geometry, cells)
     whole = None if item.mask is None else latent_mask(read_mask(item.mask), geometry, cells)
-    own = [latent_mask(read_mask(path), geometry, cells) for path in item.layer_masks]
+    own = [latent_mask(read_mask(path), geometry, cells) for path in item.layer_masks if path is not None]
     layers = own or [whole] * len(item.layers)
     if whole is None:
         whole = torch.stack(own).amax(0)

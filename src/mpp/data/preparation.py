@@ -49,7 +49,7 @@ class Summary:
     validation: int = 0
     prompts: int = 0
     skipped: list[str] = field(default_factory=list)
-    unused_masks: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
     buckets: Counter[tuple[int, int]] = field(default_factory=Counter)
     seconds: float = 0.0
 
@@ -73,8 +73,8 @@ class Summary:
         if self.enlarged:
             found.insert(1, f"enlarged: {self.enlarged} pictures are smaller than their bucket")
         found += [f"skipped: {reason}" for reason in self.skipped]
-        if self.unused_masks:
-            found.append(f"masks without a picture: {', '.join(self.unused_masks[:_SHOWN])}")
+        if self.unused:
+            found.append(f"masks or control pictures without a picture: {', '.join(self.unused[:_SHOWN])}")
         return found
 
 
@@ -127,7 +127,8 @@ class Preparation:
         """
         start = time.monotonic()
         self.prompts.check(self.architecture)
-        items = self.source.items()
+        self._check_frames()
+        items = self.source.items(layered=self.architecture.latents.layered)
         identity = self.architecture.identity(fetch=True)
         self._claim(identity)
         jobs = self._plan(items, identity)
@@ -136,20 +137,28 @@ class Preparation:
         encoders = self.architecture.load_encoders(self.device)
         self._encode_text(jobs, encoders)
         jobs = self._encode_latents(jobs, encoders, identity)
-        self.summary.prompts = self.prompts.encode(self.architecture, encoders, self.cache, identity)
-        encoders.release()
         self._write_masks(jobs)
         self.cache.write_index([_entry(job) for job in jobs])
+        self.summary.prompts = self.prompts.encode(self.architecture, encoders, self.cache, identity)
+        encoders.release()
         self.summary.seconds = time.monotonic() - start
         return self.summary
+
+    def _check_frames(self) -> None:
+        """Pictures have one latent frame, which is no task for a model that sees the first."""
+        if self.architecture.least_frames > 1 and not self.architecture.latents.layered:
+            raise ValueError(
+                f"this model sees the first frame and learns from clips of at least {self.architecture.least_frames} "
+                "latent frames; pictures hold nothing for it to learn: choose a model that starts from text"
+            )
 
     def _claim(self, identity: Identity) -> None:
         """Record the model in a new cache, or refuse one that belongs to another."""
         model = self.architecture
         if (self.cache.folder / "cache.json").exists():
-            self.cache.manifest().check(model.family, model.latents, identity, self.cache.folder)
+            self.cache.manifest().check(Manifest.of(model, identity), self.cache.folder)
         else:
-            self.cache.write_manifest(Manifest(model.family, model.latents, identity.vae, identity.text_encoder))
+            self.cache.write_manifest(Manifest.of(model, identity))
 
     def _plan(self, items: Sequence[Item], identity: Identity) -> list[_Job]:
         """Jobs for all usable pictures; decodes those that are not current, so that errors come before encoding."""
@@ -188,10 +197,10 @@ class Preparation:
         jobs = []
         for flip, geometry in geometries.items():
             key = f"{item.key}@flip" if flip else item.key
-            mask_current = kind is not None and self._mask_current(key, item, geometry, kind)
+            shape = spec.shape(len(files), geometry.size[1], geometry.size[0])
+            mask_current = kind is not None and self._mask_current(key, item, geometry, kind, shape)
             if not mask_current:
                 check_masks(item, spec)
-            shape = spec.shape(len(files), geometry.size[1], geometry.size[0])
             record = current[flip]
             pictures = {n: tuple(s) for n, s in record["pictures"].items()} if record else {}
             seen = self._seen(item, geometry)
@@ -199,8 +208,10 @@ class Preparation:
         return jobs
 
     def _mask_kind(self, item: Item, *, has_alpha: bool) -> str | None:
-        kind = item.mask_kind
-        if kind is None and has_alpha and "alpha" in self.source.mask_sources and not self.architecture.latents.layered:
+        kind, layered = item.mask_kind, self.architecture.latents.layered
+        if kind is None and layered and any(item.layer_masks):
+            kind = "folder"
+        if kind is None and has_alpha and "alpha" in self.source.mask_sources and not layered:
             kind = "alpha"
         if kind is None and self.source.require_mask:
             raise ValueError(f"{item.picture}: no mask, and data.require_mask=true; add one or drop the picture")
@@ -213,7 +224,7 @@ class Preparation:
             return ()
         if inputs.first_frame:
             return (f"{content_hash(item.picture)} {_geometry(geometry)}",)
-        return tuple(f"{content_hash(path)} {geometry.flip}" for path in item.controls)
+        return tuple(f"{content_hash(path)} {_geometry(geometry)}" for path in item.controls)
 
     def _latents_current(
         self, item: Item, files: Sequence[Path], geometry: Geometry, identity: Identity
@@ -222,14 +233,15 @@ class Preparation:
         record = made_from(self.cache.latents_path(key))
         if record is None or not self.cache.preview_path(key).is_file():
             return None
-        if record["pictures"] and made_from(self.cache.pictures_path(key)) is None:
+        if record["pictures"] and made_from(self.cache.pictures_path(key)) != record:
             return None
         same = record["geometry"] == _geometry(geometry) and record["vae"] == identity.vae
         return record if same and _unchanged((*files, *item.controls), record) else None
 
-    def _mask_current(self, key: str, item: Item, geometry: Geometry, kind: str) -> bool:
+    def _mask_current(self, key: str, item: Item, geometry: Geometry, kind: str, shape: Sequence[int]) -> bool:
         record = made_from(self.cache.mask_path(key))
-        if record is None or record["geometry"] != _geometry(geometry) or record["kind"] != kind:
+        made = {"geometry": _geometry(geometry), "kind": kind, "shape": list(shape[1:])}
+        if record is None or any(record[name] != value for name, value in made.items()):
             return False
         return _unchanged(self._mask_files(item), record)
 
@@ -240,7 +252,7 @@ class Preparation:
         summary = self.summary
         used = {job.item.key for job in jobs}
         summary.no_caption = sum(not item.captioned for item in items if item.key in used)
-        summary.unused_masks = self.source.unused_masks(items)
+        summary.unused = self.source.unused(items)
         for job in jobs:
             summary.masks[job.mask_kind or "none"] += 1
             summary.buckets[job.geometry.size] += 1
@@ -274,7 +286,7 @@ class Preparation:
             return ()
         if self.architecture.pictures.first_frame:
             return (crop_picture(read_picture(job.item.picture).rgb, job.geometry),)
-        return tuple(read_controls(job.item, flip=job.geometry.flip))
+        return tuple(read_controls(job.item, job.geometry))
 
     def _encode_latents(self, jobs: Sequence[_Job], encoders: Encoders, identity: Identity) -> list[_Job]:
         """Encode stale pictures; returns the jobs that have latents now."""
@@ -304,7 +316,7 @@ class Preparation:
             raise ValueError(f"{job.item.picture}: the VAE gave NaN or infinite latents; use model.vae_dtype=float32")
         if tuple(latents.shape) != job.shape:
             raise ValueError(f"{job.item.picture}: latents are {tuple(latents.shape)}, expected {job.shape}")
-        controls = read_controls(job.item, flip=job.geometry.flip)
+        controls = read_controls(job.item, job.geometry)
         try:
             fields = flat_tensors(encoders.encode_pictures(pixels[None], controls))
         except ValueError as error:
@@ -339,6 +351,7 @@ class Preparation:
                 "sources": [_stamp(path) | {"content": content_hash(path)} for path in files],
                 "geometry": _geometry(job.geometry),
                 "kind": job.mask_kind,
+                "shape": list(job.shape[1:]),
             }
             mask = read_mask_frames(job.item, job.geometry, job.shape, self.architecture.latents)
             write_tensors(self.cache.mask_path(job.key), {"mask": mask}, record)
@@ -350,7 +363,12 @@ def _geometry(geometry: Geometry) -> list[object]:
 
 def _stamp(path: Path) -> dict[str, Any]:
     status = path.stat()
-    return {"source": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {
+        "source": str(path),
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "inode": status.st_ino,  # files of one size and time may trade names
+    }
 
 
 def _unchanged(paths: Sequence[Path], record: dict[str, Any]) -> bool:
@@ -363,7 +381,7 @@ def _same(path: Path, was: dict[str, Any]) -> bool:
     stamp = _stamp(path)
     if stamp["bytes"] != was["bytes"]:
         return False
-    return stamp["mtime_ns"] == was["mtime_ns"] or content_hash(path) == was["content"]
+    return all(stamp[name] == was[name] for name in stamp) or content_hash(path) == was["content"]
 
 
 def _entry(job: _Job) -> Entry:

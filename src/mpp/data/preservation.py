@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from mpp.data.batch import Sample, read_sample
 from mpp.data.cache import Cache, Entry, text_name
-from mpp.models.base import Architecture, Identity
+from mpp.models.base import Architecture
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,7 @@ class Preservation(OtherCaptions):
                 f"data.preservation.cache_dir={self.cache_dir} is the training cache, whose pictures would be "
                 "preserved under their own captions; prepare other pictures into a cache of their own"
             )
-        own = training.manifest()
-        cache.manifest().check(own.family, own.latents, Identity(None, own.vae, own.text_encoder), cache.folder)
+        cache.manifest().check(training.manifest(), cache.folder)
         entries = [replace(entry, mask=None) for entry in cache.entries() if entry.split == "train"]
         if not entries:
             raise ValueError(f"data.preservation.cache_dir={self.cache_dir} has no training samples")

@@ -104,19 +104,18 @@ class Prompts:
         Returns:
             Number of prompts.
         """
-        made = {"vae": identity.vae, "text_encoder": identity.text_encoder}
-        todo = []
+        todo: dict[Path, tuple[str, Shot, bool]] = {}
+        made = _made(architecture, identity)
         for number in range(len(self.prompts)):
             shot = self._shot(architecture, number)
-            for text in self._texts(number, shot):
-                path = cache.sample_path(self._name(architecture, text, number))
+            for text, negative in self._texts(number, shot):
+                path = cache.sample_path(self._name(architecture, text, number, negative=negative))
                 known = made_from(path)
-                if known is None or {name: known[name] for name in made} != made:
-                    todo.append((text, shot, path))
-        seen = architecture.pictures.in_text
-        texts = [encoders.encode_text([Prompt(text, shot.controls if seen else ())])[0] for text, shot, _ in todo]
+                if known is None or {name: known.get(name) for name in made} != made:
+                    todo[path] = text, shot, self._sees(architecture, negative=negative)
+        texts = [encoders.encode_text([Prompt(t, shot.controls if sees else ())])[0] for t, shot, sees in todo.values()]
         encoders.release()
-        for (text, shot, path), record in zip(todo, texts, strict=True):
+        for (path, (text, shot, _)), record in zip(todo.items(), texts, strict=True):
             fields = flat_tensors(encode_shot(architecture, encoders, shot))
             write_tensors(path, {**record.tensors(), **fields}, {"caption": text, **made})
         return len(self.prompts)
@@ -131,9 +130,10 @@ class Prompts:
         for number, prompt in enumerate(self.prompts):
             shot = self._shot(architecture, number)
             records = []
-            for text in self._texts(number, shot):
-                path = cache.sample_path(self._name(architecture, text, number))
-                if not path.is_file():
+            for text, negative in self._texts(number, shot):
+                path = cache.sample_path(self._name(architecture, text, number, negative=negative))
+                known = made_from(path)
+                if known is None or any(known.get(n) != v for n, v in _made(architecture).items()):
                     raise ValueError(
                         f"the cache {cache.folder} has no embeddings of the prompt {text!r} for samples; run "
                         "`python -m mpp.prepare` again with the same sampling settings"
@@ -143,17 +143,27 @@ class Prompts:
             found.append(Painted(prompt, shot, records[0], records[1] if len(records) > 1 else None))
         return found
 
-    def _texts(self, number: int, shot: Shot) -> list[str]:
-        return [self.prompts[number]] + ([self.negative_prompt] if shot.guidance_scale > 1 else [])
+    def _texts(self, number: int, shot: Shot) -> list[tuple[str, bool]]:
+        """The prompt, and where there is guidance the negative one; and which it is."""
+        found = [(self.prompts[number], False)]
+        return found + ([(self.negative_prompt, True)] if shot.guidance_scale > 1 else [])
+
+    @staticmethod
+    def _sees(architecture: Architecture, *, negative: bool) -> bool:
+        inputs = architecture.pictures
+        return inputs.in_text and (inputs.in_negative or not negative)
 
     def _files(self, number: int) -> list[Path]:
         return [Path(file).expanduser() for file in self.controls[number]] if self.controls is not None else []
 
-    def _name(self, architecture: Architecture, text: str, number: int) -> str:
-        files = [content_hash(file) for file in self._files(number)]
+    def _name(self, architecture: Architecture, text: str, number: int, *, negative: bool) -> str:
+        parts = [content_hash(file) for file in self._files(number)]
         inputs = architecture.pictures
-        size = [f"{self.width}x{self.height}x{self.frames}"] if files or inputs.first_frame else []
-        return text_name(text, files + size)
+        if parts or inputs.first_frame:
+            parts += [architecture.family, f"{self.width}x{self.height}x{self.frames}"]
+        if inputs.in_text and not self._sees(architecture, negative=negative):
+            parts += ["unseen"]
+        return text_name(text, parts)
 
     def _shot(self, architecture: Architecture, number: int) -> Shot:
         controls = [read_picture(file).rgb for file in self._files(number)]
@@ -169,6 +179,12 @@ class Prompts:
             seed=self.seed,
             controls=tuple(controls),
         )
+
+
+def _made(architecture: Architecture, identity: Identity | None = None) -> dict[str, object]:
+    """What a prompt's embeddings are made with; without identity as far as the model's settings say it."""
+    made: dict[str, object] = {"family": architecture.family, "settings": dict(architecture.cache_settings)}
+    return made if identity is None else {**made, "vae": identity.vae, "text_encoder": identity.text_encoder}
 
 
 def encode_shot(architecture: Architecture, encoders: Encoders, shot: Shot) -> dict[str, object]:

@@ -28,7 +28,7 @@ class Item:
         caption: Text of the caption file; empty without one.
         captioned: Whether there is a caption file.
         layers: Its layers, bottom to top; only read for layered models.
-        layer_masks: A mask for each layer, or () where the picture's own mask holds for all of them.
+        layer_masks: Each layer's own mask, None where it has none.
         controls: Its control pictures.
     """
 
@@ -40,7 +40,7 @@ class Item:
     caption: str
     captioned: bool
     layers: tuple[Path, ...] = ()
-    layer_masks: tuple[Path, ...] = ()
+    layer_masks: tuple[Path | None, ...] = ()
     controls: tuple[Path, ...] = ()
 
 
@@ -95,35 +95,48 @@ class FolderSource:
         if self.on_error not in ("stop", "skip"):
             raise ValueError(f"data.on_error must be stop or skip, got {self.on_error!r}")
 
-    def items(self) -> list[Item]:
+    def items(self, *, layered: bool = False) -> list[Item]:
         """All pictures, sorted by key.
 
+        Args:
+            layered: Whether layers are read; else those of a picture that is there are left out.
+
         Raises:
-            ValueError: A folder is not there or holds no pictures, two pictures (or masks) share a stem, or layers
-                lack a number, a mask or their picture.
+            ValueError: A folder is not there or holds no pictures, two pictures (or masks) share a stem, layers lack a
+                number or their picture, or control pictures are numbered with a gap.
         """
-        found = self._scan("train", self.image_dir, self.mask_dir, self.control_dir)
+        found = self._scan("train", self.image_dir, self.mask_dir, self.control_dir, layered=layered)
         if self.val_image_dir is not None:
-            found += self._scan("val", self.val_image_dir, self.val_mask_dir, self.val_control_dir)
+            found += self._scan("val", self.val_image_dir, self.val_mask_dir, self.val_control_dir, layered=layered)
         return found
 
-    def unused_masks(self, items: Sequence[Item]) -> list[str]:
-        """Masks in the mask folders that belong to no picture: most often a misspelt name."""
-        used = {item.mask for item in items} | {mask for item in items for mask in item.layer_masks}
-        folders = [folder for folder in (self.mask_dir, self.val_mask_dir) if folder is not None]
-        masks = [path for folder in folders for path in _by_stem(_folder(folder, "data.mask_dir"), "masks").values()]
-        return [path.name for path in masks if path not in used]
+    def unused(self, items: Sequence[Item]) -> list[str]:
+        """Masks and control pictures in their folders that belong to no picture: most often a misspelt name."""
+        used = {item.mask for item in items} | {path for item in items for path in (*item.layer_masks, *item.controls)}
+        folders = {
+            "mask_dir": (self.mask_dir, self.val_mask_dir),
+            "control_dir": (self.control_dir, self.val_control_dir),
+        }
+        found = []
+        for option, pair in folders.items():
+            for folder in filter(None, pair):
+                files = _by_stem(_folder(folder, f"data.{option}"), option).values()
+                found += [path.name for path in files if path not in used]
+        return found
 
-    def _scan(self, split: str, image_dir: str, mask_dir: str | None, control_dir: str | None) -> list[Item]:
+    def _scan(
+        self, split: str, image_dir: str, mask_dir: str | None, control_dir: str | None, *, layered: bool
+    ) -> list[Item]:
         val = "val_" if split == "val" else ""
         root = _folder(image_dir, f"data.{val}image_dir")
         masks = _by_stem(_folder(mask_dir, f"data.{val}mask_dir"), "masks") if mask_dir is not None else {}
         controls = {}
         if control_dir is not None:
             controls = _by_stem(_folder(control_dir, f"data.{val}control_dir"), "control pictures")
-        files = _by_stem(root, "pictures", without=(mask_dir, control_dir))
-        layers = _layers(files)
-        pictures = {key: path for key, path in files.items() if not _LAYER.fullmatch(key)}
+        others = (self.mask_dir, self.control_dir, self.val_image_dir, self.val_mask_dir, self.val_control_dir)
+        files = _by_stem(root, "pictures", without=others)
+        layers = _layers(files) if layered else {}
+        pictures = {key: path for key, path in files.items() if not _is_layer(key, files, layered=layered)}
         if not pictures:
             raise ValueError(f"data.{val}image_dir={image_dir} holds no pictures ({', '.join(sorted(SUFFIXES))})")
         orphans = sorted(layers.keys() - pictures.keys())
@@ -149,23 +162,17 @@ class FolderSource:
     ) -> Item:
         mask, kind = self._mask(picture, masks.get(stem))
         caption = picture.with_suffix(".txt")
-        own = [self._mask(layer, masks.get(f"{stem}.layer{n}"))[0] for n, layer in enumerate(layers)]
-        if any(own) and not all(own):
-            lacking = own.index(None)
-            raise ValueError(
-                f"{picture}: {sum(m is not None for m in own)} of its {len(own)} layers have a mask, layer {lacking} "
-                f"has none; add {picture.stem}.layer{lacking}.png to the masks (white: learn all of it)"
-            )
+        own = tuple(self._mask(layer, masks.get(f"{stem}.layer{n}"))[0] for n, layer in enumerate(layers))
         return Item(
             key=f"@val/{stem}" if split == "val" else stem,
             split=split,
             picture=picture,
             mask=mask,
-            mask_kind=kind or ("folder" if any(own) else None),
+            mask_kind=kind,
             caption=_read_caption(caption) if caption.is_file() else "",
             captioned=caption.is_file(),
             layers=layers,
-            layer_masks=tuple(m for m in own if m is not None),
+            layer_masks=own,
             controls=controls,
         )
 
@@ -174,6 +181,11 @@ class FolderSource:
         candidates = {"folder": folder_mask, "masklabel": label if label.is_file() else None}
         kind = next((k for k in self.mask_sources if candidates.get(k) is not None), None)
         return (candidates[kind], kind) if kind else (None, None)
+
+
+def _is_layer(key: str, files: dict[str, Path], *, layered: bool) -> bool:
+    match = _LAYER.fullmatch(key)
+    return match is not None and (layered or match[1] in files)
 
 
 def _layers(files: dict[str, Path]) -> dict[str, tuple[Path, ...]]:
@@ -197,13 +209,21 @@ def _layers(files: dict[str, Path]) -> dict[str, tuple[Path, ...]]:
 
 
 def _numbered(controls: dict[str, Path], key: str) -> tuple[Path, ...]:
-    """Control pictures of a sample: `NAME`, or `NAME_0`, `NAME_1`, ..."""
+    """Control pictures of a sample: `NAME`, or `NAME_0`, `NAME_1`, ...
+
+    Raises:
+        ValueError: Both forms, or a gap in the numbers.
+    """
+    numbered = {int(n): path for k, path in controls.items() if (n := k.removeprefix(f"{key}_")) != k and n.isdigit()}
     if key in controls:
+        if 0 in numbered:
+            raise ValueError(
+                f"{controls[key]} and {numbered[0]} are both control pictures of {key}; name them _0, _1, ..."
+            )
         return (controls[key],)
-    found = []
-    while f"{key}_{len(found)}" in controls:
-        found.append(controls[f"{key}_{len(found)}"])
-    return tuple(found)
+    if sorted(numbered) != list(range(len(numbered))):
+        raise ValueError(f"control pictures of {key} are numbered {sorted(numbered)}; number them from 0 without a gap")
+    return tuple(numbered[n] for n in sorted(numbered))
 
 
 def _folder(path: str, option: str) -> Path:
@@ -216,7 +236,7 @@ def _folder(path: str, option: str) -> Path:
 def _by_stem(root: Path, what: str, without: Sequence[str | None] = ()) -> dict[str, Path]:
     """Picture files below a folder by their relative path without suffix; folders of masks inside it are left out."""
     inner = [Path(folder).expanduser().resolve() for folder in without if folder]
-    inner = [folder for folder in inner if folder != root.resolve()]
+    inner = [folder for folder in inner if folder != root.resolve() and folder.is_relative_to(root.resolve())]
     found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)

@@ -64,12 +64,14 @@ class PictureInputs:
         most: Control pictures that a sample has at most.
         first_frame: The clip's own first frame is the (only) conditioning picture: image to video.
         in_text: The text encoder sees the pictures, so that text is cached per caption and pictures.
+        in_negative: It sees them with a negative prompt too.
     """
 
     least: int = 0
     most: int = 0
     first_frame: bool = False
     in_text: bool = False
+    in_negative: bool = True
 
 
 @dataclass(frozen=True)
@@ -240,8 +242,10 @@ class Architecture(Protocol):
         sigma: Its training law of sigma.
         conditioning: The record type its caches hold.
         pictures: Which pictures it sees besides noisy latents.
+        cache_settings: Settings that shape what is cached, by name; a cache belongs to them.
         given_frames: Leading latent frames of a sample that the model is given clean, by its conditioning, and that
             are therefore neither noised nor part of the loss: the DataModule leaves them out of latents and mask.
+        least_frames: Latent frames that a sample has at least; 2 where the first is no task, because the model sees it.
         boundaries: Sigmas, ascending, at or above which the next expert takes over; () with a single transformer.
         native: How the original implementation names the modules; () where they have diffusers' names.
         guidance_scale: Guidance that samples are painted with unless told otherwise.
@@ -254,7 +258,9 @@ class Architecture(Protocol):
     sigma: SigmaLaw
     conditioning: type[Conditioning]
     pictures: PictureInputs
+    cache_settings: Mapping[str, object]
     given_frames: int
+    least_frames: int
     boundaries: tuple[float, ...]
     native: tuple[NativeRule, ...]
     guidance_scale: float
@@ -338,7 +344,7 @@ def pad_with_mask(
     return pad_text(texts, longest), torch.arange(longest)[None] < lengths[:, None]
 
 
-def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = True) -> Path:
+def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = True, files: str = "*") -> Path:
     """Where a component of a diffusers folder or hub id lies on this machine.
 
     Args:
@@ -346,6 +352,7 @@ def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = Tr
         subfolder: The component, e.g. `transformer`.
         option: Name of the setting, for errors.
         fetch: Whether a hub id may be downloaded; else only an earlier download is found.
+        files: Which of a hub id's files are wanted: without weights a model's description is small.
 
     Raises:
         ValueError: Nothing is there.
@@ -362,7 +369,7 @@ def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = Tr
             "single .safetensors file"
         )
     try:
-        snapshot = snapshot_download(source, allow_patterns=[f"{subfolder}/*"], local_files_only=not fetch)
+        snapshot = snapshot_download(source, allow_patterns=[f"{subfolder}/{files}"], local_files_only=not fetch)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{option}={source} is neither a folder here nor a hub repository that could be fetched "

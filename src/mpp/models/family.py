@@ -83,6 +83,7 @@ class Family:
     conditioning: type[Conditioning]
     pictures = PictureInputs()
     given_frames = 0
+    least_frames = 1
     boundaries: tuple[float, ...] = ()
     native: tuple[NativeRule, ...] = ()
     guidance_scale = 1.0
@@ -91,6 +92,7 @@ class Family:
     transformer_class: ClassVar[type[ModelMixin]]
     single_file: ClassVar[SingleFile | None] = None
     text_components: tuple[str, ...] = ("text_encoder",)  # folders whose weights make the cached embeddings
+    cached_settings: tuple[str, ...] = ("text_length",)  # of the constructor's settings, those that shape caches
 
     def __init__(
         self,
@@ -126,6 +128,11 @@ class Family:
     def load_encoders(self, device: torch.device | str) -> Encoders:
         """VAE and text encoders on `device`, each loaded when first used."""
         raise NotImplementedError
+
+    @property
+    def cache_settings(self) -> dict[str, object]:
+        """Settings that shape what is cached, by name."""
+        return {name: getattr(self, name) for name in self.cached_settings if hasattr(self, name)}
 
     def pipeline(self, transformer: nn.Module, encoders: "FamilyEncoders") -> DiffusionPipeline:
         """Diffusers' pipeline around the transformer and the VAE, without text encoders."""
@@ -163,7 +170,7 @@ class Family:
         """
         file = self._file()
         if file is None:
-            folder = resolve_folder(self.pretrained, subfolder or self.subfolder, "model.pretrained")
+            folder = resolve_folder(self.pretrained, subfolder or self.subfolder, "model.pretrained", files="*.json")
             config = json.loads((folder / "config.json").read_text())
         else:
             config = self._config_of(file)
@@ -304,17 +311,22 @@ class FamilyEncoders:
             folder = resolve_folder(self.model.vae, "vae", "model.vae")
             vae = self.vae_class.from_pretrained(folder, torch_dtype=self.model.vae_dtype)
             self.check_vae(vae)
-            self._loaded["vae"] = vae.to(self.device).eval().requires_grad_(False)
+            vae = vae.to(self.device).eval().requires_grad_(False)
+            # Samples are painted under the run's autocast, which would decode a float32 VAE in bfloat16.
+            vae.decode = torch.autocast(self.device.type, enabled=False)(vae.decode)
+            self._loaded["vae"] = vae
         return self._loaded["vae"]
 
     def check_vae(self, vae: ModelMixin) -> None:
         """Refuse a VAE of another latent shape: raise ValueError."""
 
-    def encoder(self, kind: type[PreTrainedModel], subfolder: str = "text_encoder") -> PreTrainedModel:
-        """A text or picture encoder in `text_dtype`."""
+    def encoder(
+        self, kind: type[PreTrainedModel], subfolder: str = "text_encoder", dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        """A text or picture encoder in `text_dtype`, or another."""
         if subfolder not in self._loaded:
             folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
-            model = kind.from_pretrained(folder, dtype=self.model.text_dtype)
+            model = kind.from_pretrained(folder, dtype=dtype or self.model.text_dtype)
             self._loaded[subfolder] = model.to(self.device).eval().requires_grad_(False)
         return self._loaded[subfolder]
 

@@ -198,6 +198,7 @@ class Flux(Family):
         if kontext:
             self.family = "flux_kontext"
             self.pictures = PictureInputs(least=1, most=1)
+            self.cached_settings = ("text_length", "auto_resize")
             self.guidance_scale = 2.5  # the example in FluxKontextPipeline
 
     def expected_config(self) -> dict[str, object]:

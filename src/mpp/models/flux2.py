@@ -197,7 +197,8 @@ class Flux2(Family):
         weights = transformer.x_embedder.weight.dtype
         # The model rounds timesteps to its input's dtype before it multiplies them by 1000; autocast takes float32
         # input over bfloat16 weights, and so keeps them exact.
-        dtype = torch.float32 if torch.is_autocast_enabled(noisy.device.type) else weights
+        kind = noisy.device.type
+        dtype = torch.float32 if kind != "meta" and torch.is_autocast_enabled(kind) else weights
         pipe = Flux2Pipeline  # its static methods; Flux2KleinPipeline's are copies
         pictures = [noisy[:, :, 0], *(conditioning.controls or ())]
         tokens = [pipe._pack_latents(picture).to(dtype) for picture in pictures]  # noqa: SLF001

@@ -121,7 +121,7 @@ class HunyuanVideo(Family):
         image_condition: How the transformer is given the first frame: `latent_concat` (33 channels: noisy latents,
             the frame's latents, a mask), `token_replace` (the first latent frame is the clean one), or None: it is
             not, text to video.
-        guidance: Guidance that a distilled transformer is told in training, 1 as finetrainers and musubi-tuner
+        guidance: Guidance that a distilled transformer is told in training, 1 as finetrainers
             train; None: a transformer without guidance embedding, sampled with classifier-free guidance.
         dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
         vae_dtype: Of the VAE.
@@ -189,7 +189,8 @@ class HunyuanVideo(Family):
         self.single_file = SingleFile(_MARKER, config, _convert)
         if image_condition is not None:  # the two keep another share of the picture's text tokens
             self.family = "hunyuan_video_i2v" + ("_token_replace" if image_condition == "token_replace" else "")
-            self.pictures = PictureInputs(first_frame=True, in_text=True)
+            self.pictures = PictureInputs(first_frame=True, in_text=True, in_negative=False)
+            self.least_frames = 2
             self.given_frames = int(image_condition == "token_replace")
 
     def expected_config(self) -> dict[str, object]:

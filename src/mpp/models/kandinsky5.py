@@ -1,7 +1,7 @@
 """Kandinsky 5 Lite and Pro, text to video, on diffusers' `Kandinsky5Transformer3DModel`; one frame is an image."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class Kandinsky5Conditioning(Conditioning):
     text: Tensor
     pooled: Tensor
     mask: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Kandinsky5Conditioning":
+        """The same on another device, but for the mask: it only says where the host groups texts, without waiting."""
+        return replace(super().to(device), mask=self.mask)
 
 
 class Kandinsky5(Family):

@@ -107,6 +107,8 @@ class QwenImage(qwen_parts.QwenFamily):
         self.family = _FAMILIES[task]
         least, most = _CONTROLS[task]
         self.pictures = PictureInputs(least, most, in_text=most > 0)
+        if most:
+            self.cached_settings = ("text_length", "control_pixels")
         self.zero_cond_t = zero_cond_t
         self.single_file = qwen_parts.original_file(zero_cond_t=zero_cond_t)
         self.text_length = qwen_parts.length_of_text(text_length)

@@ -7,8 +7,9 @@ objects. The weights are a diffusers folder like any other family's.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -61,7 +62,9 @@ class Toy:
     family = "toy"
     conditioning = ToyConditioning
     pictures = PictureInputs()
+    cache_settings: Mapping[str, object] = MappingProxyType({})
     given_frames = 0
+    least_frames = 1
     boundaries: tuple[float, ...] = ()
     native: tuple[NativeRule, ...] = ()
     guidance_scale = 1.0

@@ -55,7 +55,7 @@ class Wan(Family):
         offload: For `both`, keep the expert that is not in use on the CPU.
         dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`. What diffusers keeps in float32 stays.
         vae_dtype: Of the VAE.
-        text_dtype: Of text and picture encoder, and of the cached embeddings.
+        text_dtype: Of the text encoder and its cached embeddings; CLIP is float32, as in diffusers' examples.
         text_length: Tokens that every caption is padded to. WAN attends to padding, so it is part of the model.
 
     Raises:
@@ -108,6 +108,7 @@ class Wan(Family):
         if image_to_video:
             self.pictures = PictureInputs(first_frame=True)
             self.given_frames = int(expand_timesteps)
+            self.least_frames = 2
         if clip_dim is not None:
             self.text_components = ("text_encoder", "image_encoder")
         kinds = ("wan_i2v_clip" if clip_dim else "wan_i2v") if image_to_video else "wan"
@@ -335,7 +336,7 @@ class WanEncoders(FamilyEncoders):
             vae=self.vae(),
             scheduler=None,
             image_processor=self.tokenizer("image_processor", CLIPImageProcessor) if clip else None,
-            image_encoder=self.encoder(CLIPVisionModel, "image_encoder") if clip else None,
+            image_encoder=self.encoder(CLIPVisionModel, "image_encoder", torch.float32) if clip else None,
             expand_timesteps=self.model.expand_timesteps,
         )
         first = pixels[:, :, 0].to(self.device, torch.float32)
