@@ -57,7 +57,8 @@ def test_a_resumed_run_ends_with_the_same_weights(pair, prepared, tmp_path):
     settings = [*BOTH, "validate_first=false", "callbacks.checkpoints.every_n_steps=3"]
     train(pair, prepared, tmp_path / "whole", *settings, "trainer.max_steps=6")
     train(pair, prepared, tmp_path / "parts", *settings, "trainer.max_steps=3")
-    train(pair, prepared, tmp_path / "parts", *settings, "trainer.max_steps=6", "ckpt_path=last")
+    train(pair, prepared, tmp_path / "parts", *settings, "trainer.max_steps=6", "ckpt_path=last",
+          "logger.csv.version=csv/resumed")  # fmt: skip
     whole, parts = loras(tmp_path / "whole"), loras(tmp_path / "parts")
     for name in whole:
         assert all(torch.equal(whole[name][key], parts[name][key]) for key in whole[name])

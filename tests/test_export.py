@@ -224,6 +224,7 @@ def test_a_lone_transformer_is_merged_alone(pipeline, tmp_path):
 
 
 def test_a_merged_model_says_what_it_was_made_of(pipeline, tmp_path, caplog):
+    caplog.set_level("WARNING", logger="mpp")
     arch = tiny(pipeline)
     base = arch.identity().transformer
     trained(arch, tmp_path, record={"base": base, "steps": 5})

@@ -190,6 +190,7 @@ def test_a_sample_that_fails_is_said_and_loses_nothing(pipeline, sampled, tmp_pa
         raise torch.OutOfMemoryError("no memory for the decoder")
 
     monkeypatch.setattr("mpp.callbacks.paint", fail)
+    caplog.set_level("WARNING", logger="mpp")
     train(pipeline, sampled, tmp_path / "out", *SAMPLING, "callbacks.samples.every_n_steps=4")
     assert (tmp_path / "out" / "lora.safetensors").is_file()
     assert (tmp_path / "out" / "checkpoints" / "last.ckpt").is_file()

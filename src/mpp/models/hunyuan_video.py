@@ -121,8 +121,8 @@ class HunyuanVideo(Family):
         image_condition: How the transformer is given the first frame: `latent_concat` (33 channels: noisy latents,
             the frame's latents, a mask), `token_replace` (the first latent frame is the clean one), or None: it is
             not, text to video.
-        guidance: Guidance that a distilled transformer is told in training, 1 as finetrainers
-            train; None: a transformer without guidance embedding, sampled with classifier-free guidance.
+        guidance: Guidance that a distilled transformer is told in training, 1 as in finetrainers;
+            None: a transformer without guidance embedding, sampled with classifier-free guidance.
         dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
         vae_dtype: Of the VAE.
         text_dtype: Of the text encoders, and of the cached embeddings.
