@@ -10,6 +10,7 @@ from PIL import Image
 
 import mpp.prepare
 from mpp.data.cache import Cache
+from mpp.data.datamodule import LatentDataModule
 from tests.families import variants
 from tests.families.base import architecture, draw_set
 from tests.helpers import config, prepare
@@ -128,3 +129,21 @@ def test_a_failing_prompt_leaves_a_finished_cache(pipeline, tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="no memory"):
         prepare(pipeline, tmp_path, "sampling.prompts=[a]")
     assert len(Cache(tmp_path / "cache").entries()) == 2
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_frames_that_the_model_is_given_are_left_out_of_latents_and_mask(layered, drop):
+    layered.run()
+    arch = architecture(layered.variant, layered.folder, f"model.drop_base_frame={drop}")
+    data = LatentDataModule(architecture=arch, cache_dir=str(layered.root / "cache"), batch_size=2)
+    data.setup()
+    first = int(drop)
+    cache = Cache(layered.root / "cache")
+    (batch,) = data.train_dataloader()
+    for row, key in enumerate(batch.keys):
+        entry = layered.entry(key)[1]
+        assert torch.equal(batch.latents[row], cache.latents(entry)[:, first:])
+        assert torch.equal(batch.mask[row], cache.mask(entry)[:, first:])
+    assert batch.latents.shape[2] == 3 - first
+    # the whole picture is there in any case, as what the layers are taken from
+    assert torch.equal(batch.conditioning.condition[row], cache.latents(entry)[:, :1])

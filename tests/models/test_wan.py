@@ -112,6 +112,16 @@ def test_fp8_scaled_files_are_refused(single, tmp_path, marker):
             action()
 
 
+def test_weights_that_diffusers_leaves_out_do_not_make_a_file_foreign(single, tmp_path):
+    model, _, state = single
+    save_file({**state, "blocks.0.attn2.norm_added_q.weight": torch.ones(4)}, tmp_path / "wan.safetensors")
+    loaded = wan(tmp_path / "wan.safetensors").load_transformer().state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    save_file({**state, "blocks.0.attn2.unheard_of.weight": torch.ones(4)}, tmp_path / "wan.safetensors")
+    with pytest.raises(ValueError, match="has 1 others"):
+        wan(tmp_path / "wan.safetensors").load_transformer()
+
+
 def test_incomplete_and_foreign_files_are_refused(single, tmp_path):
     _, _, state = single
     part = {k: v for k, v in state.items() if "attn1.to_k" not in k}

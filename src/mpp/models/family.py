@@ -6,6 +6,7 @@ Not an architecture: a family's file says what is its own, this one how diffuser
 import gc
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,6 +244,8 @@ class Family:
         with init_empty_weights():
             transformer = self.transformer_class.from_config(config)
         missing, extra = transformer.load_state_dict(state, strict=False, assign=True)
+        known = self.transformer_class._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 (as from_pretrained)
+        extra = [name for name in extra if not any(re.search(pattern, name) for pattern in known)]
         if missing or extra:
             raise ValueError(
                 f"model.pretrained={file} lacks {len(missing)} tensors of a {self.transformer_class.__name__} and has "
