@@ -67,7 +67,7 @@ def test_painting_leaves_mode_and_random_state_alone_and_paints_the_base_once(ar
     modes, state = [m.training for m in transformer.modules()], torch.random.get_rng_state()
     calls = []
     original = type(architecture).sample
-    monkeypatch.setattr(type(architecture), "sample", lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setattr(type(architecture), "sample", lambda *a: calls.append(torch.rand(1)) or original(*a))
     bases = {}
     paint(architecture, transformer, encoders, todo, name="0_a", device="cpu", bases=bases)
     paint(architecture, transformer, encoders, todo, name="0_a", device="cpu", bases=bases)

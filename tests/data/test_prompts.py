@@ -54,6 +54,17 @@ def test_embeddings_of_another_text_encoder_are_made_again(architecture, tmp_pat
     assert encoders.texts == ["a cat", "a cat"]
 
 
+def test_conditioning_of_pictures_is_made_for_each_size_and_picture(architecture, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(architecture), "pictures", PictureInputs(1, 1))
+    cache, encoders = Cache(tmp_path), Counting(architecture.load_encoders("cpu"))
+    for name, colour in (("a.png", (0, 0, 0)), ("b.png", (9, 9, 9))):
+        Image.new("RGB", (20, 30), colour).save(tmp_path / name)
+    for size, name in ((64, "a.png"), (48, "a.png"), (64, "b.png"), (64, "a.png")):
+        settings = {**SMALL, "width": size, "guidance_scale": 1.0, "controls": [[str(tmp_path / name)]]}
+        Prompts(["a cat"], **settings).encode(architecture, encoders, cache, IDENTITY)
+    assert len(encoders.texts) == 3
+
+
 def test_no_guidance_needs_no_negative_prompt_and_the_familys_guidance_is_the_default(architecture, tmp_path):
     cache, encoders = Cache(tmp_path), Counting(architecture.load_encoders("cpu"))
     for scale in (1.0, None):
