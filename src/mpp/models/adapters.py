@@ -69,7 +69,9 @@ class Adapter:
 
 
 def inject(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequence[str], *, seed: int) -> None:
-    """Freeze the transformer and add a trainable float32 adapter, initialised from `seed` alone.
+    """Freeze the transformer and add a trainable float32 adapter, initialised from `seed`.
+
+    The draws are the same on every device; over a base in lower precision they are other numbers of the same law.
 
     Raises:
         ValueError: `lora.targets` match no module, or modules that adapters cannot attach to.

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, LlamaModel, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, CLIPTextModel, CLIPTokenizer, LlamaModel, LlavaForConditionalGeneration
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, pad_with_mask
@@ -364,7 +364,7 @@ class HunyuanVideoEncoders(FamilyEncoders):
         else:
             pipe = HunyuanVideoImageToVideoPipeline(
                 text_encoder=self.encoder(LlavaForConditionalGeneration),
-                image_processor=self.tokenizer("image_processor", CLIPImageProcessor),
+                image_processor=self.tokenizer("image_processor", AutoImageProcessor),
                 **parts,
             )
             black = Image.new("RGB", (64, 64))

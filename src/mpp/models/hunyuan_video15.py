@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, SiglipImageProcessor, SiglipVisionModel, T5EncoderModel
+from transformers import AutoImageProcessor, ByT5Tokenizer, Qwen2_5_VLTextModel, SiglipVisionModel, T5EncoderModel
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import (
@@ -319,7 +319,7 @@ class HunyuanVideo15Encoders(FamilyEncoders):
         frame = ((pixels[0, :, 0].permute(1, 2, 0).float() + 1) * 127.5).round().clamp(0, 255).byte()
         embeds = HunyuanVideo15ImageToVideoPipeline._get_image_embeds(  # noqa: SLF001 (encode_image needs a VAE too)
             self.encoder(SiglipVisionModel, "image_encoder"),
-            self.tokenizer("feature_extractor", SiglipImageProcessor),
+            self.tokenizer("feature_extractor", AutoImageProcessor),
             Image.fromarray(frame.cpu().numpy()),
             self.device,
         )

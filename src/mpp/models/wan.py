@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import Identity, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_text
@@ -335,7 +335,7 @@ class WanEncoders(FamilyEncoders):
             text_encoder=None,
             vae=self.vae(),
             scheduler=None,
-            image_processor=self.tokenizer("image_processor", CLIPImageProcessor) if clip else None,
+            image_processor=self.tokenizer("image_processor", AutoImageProcessor) if clip else None,
             image_encoder=self.encoder(CLIPVisionModel, "image_encoder", torch.float32) if clip else None,
             expand_timesteps=self.model.expand_timesteps,
         )
