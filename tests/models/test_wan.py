@@ -303,7 +303,7 @@ def test_text_is_padded_with_zeros_to_the_fixed_length_and_too_long_is_refused()
 def test_constructing_loads_nothing(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr("mpp.models.family.resolve_folder", lambda *a, **k: opened.append(a))
-    monkeypatch.setattr("mpp.models.family.safe_open", lambda *a, **k: opened.append(a))
+    monkeypatch.setattr("mpp.models.single_file.safe_open", lambda *a, **k: opened.append(a))
     wan(tmp_path / "not there yet")
     wan(tmp_path / "not there yet.safetensors")
     assert opened == []

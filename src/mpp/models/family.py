@@ -7,8 +7,8 @@ import gc
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,6 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from jaxtyping import Float
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -38,31 +37,12 @@ from mpp.models.base import (
     fingerprint_if_present,
     resolve_folder,
 )
+from mpp.models.single_file import SingleFile, read_shapes, strip_prefix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
-_SCALES = ("scale_weight", "weight_scale", "scaled_fp8")
-
-Shapes = Mapping[str, Sequence[int]]
 
 
-@dataclass(frozen=True)
-class SingleFile:
-    """How one original-format file becomes the diffusers transformer.
-
-    Attributes:
-        marker: Name of a tensor that only files with original names have.
-        config: Constructor arguments of the transformer, from the tensors' shapes by name (prefixes stripped) and
-            whether the names are the original's. Raises KeyError for a tensor that is not there.
-        convert: Original state to diffusers' state: diffusers' own function.
-    """
-
-    marker: str
-    config: Callable[[Shapes, bool], dict[str, Any]]
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
-class Family:
+class Family(ABC):
     """Base of the families. Constructing one loads nothing.
 
     Args:
@@ -126,22 +106,22 @@ class Family:
         """Entries that the transformer's configuration must have under this model config."""
         return {}
 
+    @abstractmethod
     def load_encoders(self, device: torch.device | str) -> Encoders:
         """VAE and text encoders on `device`, each loaded when first used."""
-        raise NotImplementedError
 
     @property
     def cache_settings(self) -> dict[str, object]:
         """Settings that shape what is cached, by name."""
         return {name: getattr(self, name) for name in self.cached_settings if hasattr(self, name)}
 
+    @abstractmethod
     def pipeline(self, transformer: nn.Module, encoders: "FamilyEncoders") -> DiffusionPipeline:
         """Diffusers' pipeline around the transformer and the VAE, without text encoders."""
-        raise NotImplementedError
 
+    @abstractmethod
     def arguments(self, positive: Conditioning, negative: Conditioning | None, shot: Shot) -> dict[str, Any]:
         """The pipeline's arguments besides sizes, steps, seed and output type."""
-        raise NotImplementedError
 
     # ---------------------------------------------------------------- weights
 
@@ -226,7 +206,7 @@ class Family:
         return path
 
     def _config_of(self, file: Path) -> dict[str, Any]:
-        shapes = _shapes(file)
+        shapes = read_shapes(file)
         kind = self.transformer_class.__name__
         try:
             config = self.single_file.config(shapes, self.single_file.marker in shapes)
@@ -238,7 +218,7 @@ class Family:
 
     def _load_file(self, file: Path) -> nn.Module:
         config = self._config_of(file)
-        state = {_strip(key): tensor for key, tensor in load_file(file).items()}
+        state = {strip_prefix(key): tensor for key, tensor in load_file(file).items()}
         if self.single_file.marker in state:
             state = self.single_file.convert(state)
         with init_empty_weights():
@@ -378,18 +358,6 @@ def picture_tensor(picture: Image.Image, size: tuple[int, int] | None = None) ->
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
 
 
-def count_blocks(shapes: Shapes, prefix: str) -> int:
-    """How many numbered blocks `prefix0.`, `prefix1.`, ... a file has.
-
-    Raises:
-        KeyError: None.
-    """
-    found = {int(name[len(prefix) :].split(".")[0]) for name in shapes if name.startswith(prefix)}
-    if not found:
-        raise KeyError(f"{prefix}0")
-    return max(found) + 1
-
-
 def _present(source: str, subfolder: str, option: str, *, fetch: bool) -> str | None:
     if source.endswith(".safetensors"):
         if not fetch:
@@ -399,24 +367,3 @@ def _present(source: str, subfolder: str, option: str, *, fetch: bool) -> str | 
             f"pipeline that holds {subfolder}"
         )
     return fingerprint_if_present(source, subfolder, option, fetch=fetch)
-
-
-def _shapes(file: Path) -> dict[str, list[int]]:
-    """Tensor shapes of a single file by their names without ComfyUI's prefixes; reads the header only."""
-    try:
-        with safe_open(file, "pt") as handle:
-            shapes = {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"model.pretrained={file} is not a complete .safetensors file ({error})") from error
-    if any(mark in key for key in shapes for mark in _SCALES):
-        raise ValueError(
-            f"model.pretrained={file} is a ComfyUI fp8_scaled file: its weights mean nothing without their scales, "
-            "which no loader here applies; use the bf16 or fp16 file"
-        )
-    return {_strip(key): shape for key, shape in shapes.items()}
-
-
-def _strip(key: str) -> str:
-    for prefix in PREFIXES:
-        key = key.removeprefix(prefix)
-    return key

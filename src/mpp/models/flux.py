@@ -23,7 +23,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, Tensors, pad_text
-from mpp.models.family import Family, FamilyEncoders, Shapes, SingleFile, captions_of, count_blocks
+from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 _WIDTH = 3072  # of every published FLUX.1, built into diffusers' converter
 _HEAD_DIM, _ROPE_AXES = 128, (16, 56, 56)  # the same; the axes are in no tensor

@@ -21,7 +21,8 @@ from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, Tensors
-from mpp.models.family import Family, FamilyEncoders, Shapes, SingleFile, captions_of, count_blocks
+from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 _HEAD_DIM = 128  # of every published FLUX.2: its four rotary axes of 32 are no tensors in a single file
 _TEXT = {

@@ -24,7 +24,8 @@ from transformers import AutoImageProcessor, CLIPTextModel, CLIPTokenizer, Llama
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, pad_with_mask
-from mpp.models.family import Family, FamilyEncoders, Shapes, SingleFile, as_pixels, count_blocks
+from mpp.models.family import Family, FamilyEncoders, as_pixels
+from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 _HEAD_DIM = 128  # of the published models; single files do not state it
 _MARKER = "img_in.proj.weight"

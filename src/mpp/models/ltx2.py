@@ -26,7 +26,8 @@ from transformers import Gemma3ForConditionalGeneration
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, Prompt, Shot, resolve_folder
-from mpp.models.family import Family, FamilyEncoders, Shapes, SingleFile, captions_of, count_blocks
+from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 _HEAD_DIM, _AUDIO_HEAD_DIM = 128, 64  # of the published LTX-2; single files do not state them
 _OTHERS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")  # also in the published single file

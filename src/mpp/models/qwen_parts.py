@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
-from mpp.models.family import Family, FamilyEncoders, Shapes, SingleFile, count_blocks
+from mpp.models.family import Family, FamilyEncoders
+from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 LONGEST = 1024  # tokens of a text; the pipelines refuse more
 _AXES = {128: (16, 56, 56)}  # rotary axes by head size, of every published Qwen-Image; files do not state them

@@ -24,7 +24,8 @@ from transformers import AutoImageProcessor, CLIPVisionModel, UMT5EncoderModel
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import Identity, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_text
 from mpp.models.experts import Experts
-from mpp.models.family import Family, FamilyEncoders, SingleFile, captions_of
+from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.single_file import SingleFile
 from mpp.models.wan_parts import NATIVE, PreparedImageToVideo, WanConditioning, read_config, stack
 
 _CLIP_TEXT = 512  # diffusers' attention takes all tokens before the last 512 for the picture's

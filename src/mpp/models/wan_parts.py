@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mpp.models.base import Conditioning, NativeRule
-from mpp.models.family import Shapes, count_blocks
+from mpp.models.single_file import Shapes, count_blocks
 
 _HEAD_DIM = 128  # of every published WAN; single files do not state it
 

@@ -13,7 +13,8 @@ from transformers import Qwen3Model
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, NativeRule, Prompt, Shot, pad_with_mask
-from mpp.models.family import Family, FamilyEncoders, Shapes, SingleFile, captions_of, count_blocks
+from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 # Of the published transformer/config.json; single files do not state them. The axes add up to the head size.
 _AXES_DIMS, _AXES_LENS = [32, 48, 48], [1536, 512, 512]

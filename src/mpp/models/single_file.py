@@ -1,0 +1,68 @@
+"""Original-format files of a transformer: what they hold, and how they become diffusers' state."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+_SCALES = ("scale_weight", "weight_scale", "scaled_fp8")
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """How one original-format file becomes the diffusers transformer.
+
+    Attributes:
+        marker: Name of a tensor that only files with original names have.
+        config: Constructor arguments of the transformer, from the tensors' shapes by name (prefixes stripped) and
+            whether the names are the original's. Raises KeyError for a tensor that is not there.
+        convert: Original state to diffusers' state: diffusers' own function.
+    """
+
+    marker: str
+    config: Callable[[Shapes, bool], dict[str, Any]]
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def count_blocks(shapes: Shapes, prefix: str) -> int:
+    """How many numbered blocks `prefix0.`, `prefix1.`, ... a file has.
+
+    Raises:
+        KeyError: None.
+    """
+    found = {int(name[len(prefix) :].split(".")[0]) for name in shapes if name.startswith(prefix)}
+    if not found:
+        raise KeyError(f"{prefix}0")
+    return max(found) + 1
+
+
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """Tensor shapes of a single file by their names without ComfyUI's prefixes; reads the header only.
+
+    Raises:
+        ValueError: An incomplete file, or one of scaled fp8 weights.
+    """
+    try:
+        with safe_open(file, "pt") as handle:
+            shapes = {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"model.pretrained={file} is not a complete .safetensors file ({error})") from error
+    if any(mark in key for key in shapes for mark in _SCALES):
+        raise ValueError(
+            f"model.pretrained={file} is a ComfyUI fp8_scaled file: its weights mean nothing without their scales, "
+            "which no loader here applies; use the bf16 or fp16 file"
+        )
+    return {strip_prefix(key): shape for key, shape in shapes.items()}
+
+
+def strip_prefix(key: str) -> str:
+    """A tensor's name without the prefixes that other programs put before it."""
+    for prefix in PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
