@@ -30,7 +30,7 @@ def test_a_missing_cache_is_said(tmp_path):
 def test_another_format_version_is_refused(cache):
     path = cache.folder / "cache.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(ValueError, match="format version 99, this mpp reads 2"):
+    with pytest.raises(ValueError, match="format version 99, this mpp reads 3"):
         cache.manifest()
 
 

@@ -317,6 +317,6 @@ print(before == sorted(p for p in (root / "cache").rglob("*")))
 def test_cache_says_what_it_was_made_with(root, pipeline):
     prepare(pipeline, root)
     content = json.loads((root / "cache" / "cache.json").read_text())
-    assert content["format"] == 2
+    assert content["format"] == 3
     assert content["family"] == "wan"
     assert content["vae"]

@@ -8,7 +8,9 @@ masks/KEY.safetensors           "mask" (1, f, h, w) float32 in [0, 1]; only samp
 text/HASH.safetensors           the family's conditioning tensors of one caption, shared by equal captions
 pictures/KEY.safetensors        the family's conditioning tensors of a sample's pictures; only where it has any
 samples/HASH.safetensors        the whole conditioning of a prompt that is painted during training
-previews/KEY.jpg                the picture in its bucket, for logs and reports; layers as KEY.layer0.jpg, ...
+previews/KEY.jpg                the picture in its bucket, for logs and reports; layers as KEY.layer0.jpg, ...; of a
+                                clip its first frame, and other latent frames as KEY.frame7.jpg, ...
+notes.json                      where the samples came from, and what was left out
 ```
 
 Every tensor file carries its format version and what it was made from in its header. All writing is atomic.
@@ -30,25 +32,39 @@ from mpp import __version__
 from mpp.files import write_atomically, write_json
 from mpp.models.base import Architecture, Conditioning, Identity, LatentSpec
 
-FORMAT = 2
+FORMAT = 3
 _CHECKED = 10_000
+_KEY_FRAMES = 8
 _AGAIN = "run `python -m mpp.prepare` again"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache was made with; a run must agree."""
+    """What a cache was made with; a run must agree.
+
+    Attributes:
+        family: Of the model.
+        latents: Their shape.
+        vae: Fingerprint of its weights; None where it was not known.
+        text_encoder: The same.
+        settings: Settings of the model that shape what is cached.
+        given_frames: Leading latent frames that the model is given, for reports.
+    """
 
     family: str
     latents: LatentSpec
     vae: str | None
     text_encoder: str | None
     settings: dict[str, Any] = field(default_factory=dict)
+    given_frames: int = 0
 
     @classmethod
     def of(cls, model: Architecture, identity: Identity) -> "Manifest":
         """What a run's caches are made with."""
-        return cls(model.family, model.latents, identity.vae, identity.text_encoder, dict(model.cache_settings))
+        settings = dict(model.cache_settings)
+        return cls(
+            model.family, model.latents, identity.vae, identity.text_encoder, settings, given_frames=model.given_frames
+        )
 
     def check(self, wanted: "Manifest", folder: Path) -> list[str]:
         """Refuse a cache of another model; VAE and text encoder are compared where both are known.
@@ -73,6 +89,21 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class Notes:
+    """What a preparation found besides its samples.
+
+    Attributes:
+        sources: Settings with which media and masks can be looked for again.
+        unused: Names of masks and control pictures that belong to no media.
+        skipped: Why media were left out.
+    """
+
+    sources: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Entry:
     """One sample in the index.
 
@@ -86,6 +117,9 @@ class Entry:
         flip: Whether it is the mirrored copy of another sample.
         pictures: Shapes of its picture conditioning, by field name; samples of one batch have equal ones.
         seen: What the text encoder saw besides the caption: identities of the pictures.
+        source: Key of the picture or video that it was made from; "" for its own key.
+        repeats: How often an epoch visits it.
+        variants: Other captions of it that have embeddings, of which each visit draws one.
     """
 
     key: str
@@ -97,6 +131,9 @@ class Entry:
     flip: bool = False
     pictures: dict[str, tuple[int, ...]] = field(default_factory=dict)
     seen: tuple[str, ...] = ()
+    source: str = ""
+    repeats: int = 1
+    variants: tuple[str, ...] = ()
 
     def signature(self, given_frames: int = 0) -> tuple[object, ...]:
         """What samples of one batch share: latent shape without the frames that are given, and picture shapes."""
@@ -142,6 +179,10 @@ class Cache:
         suffix = "" if layer is None else f".layer{layer}"
         return self.folder / "previews" / f"{key}{suffix}.jpg"
 
+    def frame_path(self, key: str, frame: int) -> Path:
+        """Where the preview of a latent frame of a clip lies; only those of `key_frames` have one."""
+        return self.preview_path(key) if frame == 0 else self.folder / "previews" / f"{key}.frame{frame}.jpg"
+
     def manifest(self) -> Manifest:
         """What the cache was made with.
 
@@ -162,12 +203,32 @@ class Cache:
         spec = content["latents"]
         latents = LatentSpec(**{**spec, "patch": tuple(spec["patch"])})
         return Manifest(
-            content["family"], latents, content["vae"], content["text_encoder"], content.get("settings", {})
+            content["family"],
+            latents,
+            content["vae"],
+            content["text_encoder"],
+            content["settings"],
+            content["given_frames"],
         )
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Record what the cache is made with."""
         write_json(self.folder / "cache.json", {"format": FORMAT, "mpp": __version__, **asdict(manifest)})
+
+    def notes(self) -> Notes:
+        """What its preparation found; empty where there are no notes."""
+        path = self.folder / "notes.json"
+        if not path.is_file():
+            return Notes()
+        content = _json(path.read_text(), path)
+        try:
+            return Notes(content["sources"], tuple(content["unused"]), tuple(content["skipped"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from error
+
+    def write_notes(self, notes: Notes) -> None:
+        """Record what a preparation found."""
+        write_json(self.folder / "notes.json", asdict(notes))
 
     def entries(self) -> list[Entry]:
         """The samples of a finished cache.
@@ -250,6 +311,12 @@ class Cache:
             _check_shape(self.pictures_path(entry.key), name, shape)
 
 
+def key_frames(frames: int) -> list[int]:
+    """Latent frames of a clip of which previews are kept: at most 8, evenly spread, the first and last included."""
+    count = min(frames, _KEY_FRAMES)
+    return [round(i * (frames - 1) / max(1, count - 1)) for i in range(count)]
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a cache file.
 
@@ -315,8 +382,8 @@ def _tensor(path: Path, name: str, shape: Sequence[int]) -> Tensor:
 
 
 def _entry(row: dict[str, Any]) -> Entry:
-    pictures = {name: tuple(shape) for name, shape in row["pictures"].items()}
-    return Entry(**{**row, "shape": tuple(row["shape"]), "pictures": pictures, "seen": tuple(row["seen"])})
+    lists = {name: tuple(row[name]) for name in ("shape", "seen", "variants")}
+    return Entry(**{**row, **lists, "pictures": {name: tuple(shape) for name, shape in row["pictures"].items()}})
 
 
 def _json(text: str, path: Path) -> dict[str, object]:

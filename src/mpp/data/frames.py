@@ -30,16 +30,16 @@ def frame_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
         ValueError: A layered model and no layers, or layers of another size than the picture.
     """
     if not spec.layered:
-        return (item.picture,)
+        return (item.media,)
     if not item.layers:
-        stem = item.picture.stem
-        raise ValueError(f"{item.picture} has no layers, and this model learns layers; add {stem}.layer0.png, ...")
-    size = picture_size(item.picture)
+        stem = item.media.stem
+        raise ValueError(f"{item.media} has no layers, and this model learns layers; add {stem}.layer0.png, ...")
+    size = picture_size(item.media)
     for layer in item.layers:
         if picture_size(layer) != size:
             got = "x".join(map(str, picture_size(layer)))
-            raise ValueError(f"{layer} is {got}, its picture {item.picture} is {size[0]}x{size[1]}; export them alike")
-    return (item.picture, *item.layers)
+            raise ValueError(f"{layer} is {got}, its picture {item.media} is {size[0]}x{size[1]}; export them alike")
+    return (item.media, *item.layers)
 
 
 def mask_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
@@ -55,8 +55,8 @@ def mask_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
     if len(layers) < len(item.layer_masks):
         lacking = item.layer_masks.index(None)
         raise ValueError(
-            f"{item.picture}: {len(layers)} of its {len(item.layer_masks)} layers have a mask, layer {lacking} has "
-            f"none; add {item.picture.stem}.layer{lacking}.png to the masks (white: learn all of it)"
+            f"{item.media}: {len(layers)} of its {len(item.layer_masks)} layers have a mask, layer {lacking} has "
+            f"none; add {item.media.stem}.layer{lacking}.png to the masks (white: learn all of it)"
         )
     return (*own, *layers)
 
@@ -71,8 +71,8 @@ def check_controls(item: Item, inputs: PictureInputs) -> None:
     if not inputs.least <= count <= inputs.most:
         wanted = str(inputs.least) if inputs.least == inputs.most else f"{inputs.least} to {inputs.most}"
         raise ValueError(
-            f"{item.picture} has {count} control pictures, this model takes {wanted}; put {item.picture.stem}.png or "
-            f"{item.picture.stem}_0.png, {item.picture.stem}_1.png, ... into data.control_dir"
+            f"{item.media} has {count} control pictures, this model takes {wanted}; put {item.media.stem}.png or "
+            f"{item.media.stem}_0.png, {item.media.stem}_1.png, ... into data.control_dir"
         )
 
 
@@ -123,9 +123,9 @@ def read_mask_frames(item: Item, geometry: Geometry, shape: Sequence[int], spec:
     if not spec.layered:
         if item.mask is not None:
             return latent_mask(read_mask(item.mask), geometry, cells)
-        alpha = read_picture(item.picture).alpha
+        alpha = read_picture(item.media).alpha
         if alpha is None:
-            raise ValueError(f"{item.picture} changed while it was prepared; run `python -m mpp.prepare` again")
+            raise ValueError(f"{item.media} changed while it was prepared; run `python -m mpp.prepare` again")
         return latent_mask(alpha, geometry, cells)
     whole = None if item.mask is None else latent_mask(read_mask(item.mask), geometry, cells)
     own = [latent_mask(read_mask(path), geometry, cells) for path in item.layer_masks if path is not None]
@@ -141,10 +141,10 @@ def check_masks(item: Item, spec: LatentSpec) -> None:
     Raises:
         ValueError: As above.
     """
-    size = picture_size(item.picture)
+    size = picture_size(item.media)
     for path in mask_files(item, spec):
         mask = read_mask(path)
-        check_aspect((mask.shape[1], mask.shape[0]), size, f"{item.picture} and {path}")
+        check_aspect((mask.shape[1], mask.shape[0]), size, f"{item.media} and {path}")
 
 
 def transparent(picture: Picture) -> bool:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"})
 ASPECT_TOLERANCE = 0.01
 
 
@@ -94,6 +95,11 @@ class Buckets:
         """The bucket whose aspect ratio is nearest (by its logarithm), the larger one where two are equally near."""
         aspect = math.log(width / height)
         return min(self.sizes(), key=lambda s: (round(abs(math.log(s[0] / s[1]) - aspect), 9), -s[0] * s[1]))
+
+
+def is_video(path: Path) -> bool:
+    """Whether a path is a clip: a video by its suffix, or a folder of frames."""
+    return path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir()
 
 
 def picture_size(path: Path) -> tuple[int, int]:

@@ -182,7 +182,7 @@ class Preparation:
         spec, inputs = self.architecture.latents, self.architecture.pictures
         check_controls(item, inputs)
         files = frame_files(item, spec)
-        size = picture_size(item.picture)
+        size = picture_size(item.media)
         flips = [False, True] if self.source.flip and item.split == "train" else [False]
         geometries = {flip: Geometry(size, buckets.choose(*size), flip) for flip in flips}
         current = {flip: self._latents_current(item, files, g, identity) for flip, g in geometries.items()}
@@ -190,7 +190,7 @@ class Preparation:
         if all(current.values()) and known:
             has_alpha = bool(known["alpha"])
         else:
-            has_alpha = transparent(read_picture(item.picture))
+            has_alpha = transparent(read_picture(item.media))
             for path in (*files[1:], *item.controls):
                 read_picture(path)
         kind = self._mask_kind(item, has_alpha=has_alpha)
@@ -214,7 +214,7 @@ class Preparation:
         if kind is None and has_alpha and "alpha" in self.source.mask_sources and not layered:
             kind = "alpha"
         if kind is None and self.source.require_mask:
-            raise ValueError(f"{item.picture}: no mask, and data.require_mask=true; add one or drop the picture")
+            raise ValueError(f"{item.media}: no mask, and data.require_mask=true; add one or drop the picture")
         return kind
 
     def _seen(self, item: Item, geometry: Geometry) -> tuple[str, ...]:
@@ -223,7 +223,7 @@ class Preparation:
         if not inputs.in_text:
             return ()
         if inputs.first_frame:
-            return (f"{content_hash(item.picture)} {_geometry(geometry)}",)
+            return (f"{content_hash(item.media)} {_geometry(geometry)}",)
         return tuple(f"{content_hash(path)} {_geometry(geometry)}" for path in item.controls)
 
     def _latents_current(
@@ -246,7 +246,7 @@ class Preparation:
         return _unchanged(self._mask_files(item), record)
 
     def _mask_files(self, item: Item) -> tuple[Path, ...]:
-        return mask_files(item, self.architecture.latents) or (item.picture,)
+        return mask_files(item, self.architecture.latents) or (item.media,)
 
     def _count(self, items: Sequence[Item], jobs: Sequence[_Job]) -> None:
         summary = self.summary
@@ -285,7 +285,7 @@ class Preparation:
         if not job.seen:
             return ()
         if self.architecture.pictures.first_frame:
-            return (crop_picture(read_picture(job.item.picture).rgb, job.geometry),)
+            return (crop_picture(read_picture(job.item.media).rgb, job.geometry),)
         return tuple(read_controls(job.item, job.geometry))
 
     def _encode_latents(self, jobs: Sequence[_Job], encoders: Encoders, identity: Identity) -> list[_Job]:
@@ -313,14 +313,14 @@ class Preparation:
         pixels, images = read_frames(files, job.geometry, layered=spec.layered)
         latents = encoders.encode_pixels(pixels[None])[0]
         if not torch.isfinite(latents).all():
-            raise ValueError(f"{job.item.picture}: the VAE gave NaN or infinite latents; use model.vae_dtype=float32")
+            raise ValueError(f"{job.item.media}: the VAE gave NaN or infinite latents; use model.vae_dtype=float32")
         if tuple(latents.shape) != job.shape:
-            raise ValueError(f"{job.item.picture}: latents are {tuple(latents.shape)}, expected {job.shape}")
+            raise ValueError(f"{job.item.media}: latents are {tuple(latents.shape)}, expected {job.shape}")
         controls = read_controls(job.item, job.geometry)
         try:
             fields = flat_tensors(encoders.encode_pictures(pixels[None], controls))
         except ValueError as error:
-            raise ValueError(f"{job.item.picture}: its conditioning pictures: {error}") from error
+            raise ValueError(f"{job.item.media}: its conditioning pictures: {error}") from error
         for number, image in enumerate(images):
             self._write_preview(self.cache.preview_path(job.key, number - 1 if number else None), image)
         shapes = {name: tuple(tensor.shape) for name, tensor in fields.items()}

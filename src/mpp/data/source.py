@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from mpp.data.media import SUFFIXES
+from mpp.data.media import SUFFIXES, is_video
 from mpp.data.preservation import OtherCaptions
 
 MaskKind = Literal["folder", "masklabel", "alpha"]
@@ -22,7 +22,7 @@ class Item:
     Attributes:
         key: Path below the picture folder without suffix.
         split: `train` or `val`.
-        picture: The picture file.
+        media: The picture or video file, or a folder of frames.
         mask: The mask file, or None where only the picture's own alpha can be the mask.
         mask_kind: Where `mask` was found.
         caption: Text of the caption file; empty without one.
@@ -30,11 +30,14 @@ class Item:
         layers: Its layers, bottom to top; only read for layered models.
         layer_masks: Each layer's own mask, None where it has none.
         controls: Its control pictures.
+        invert: Whether the mask is 1 where the file says 0.
+        repeats: How often an epoch visits it, >= 1.
+        starts: Numbers of the source frames at which chosen clips begin; only for videos.
     """
 
     key: str
     split: str
-    picture: Path
+    media: Path
     mask: Path | None
     mask_kind: MaskKind | None
     caption: str
@@ -42,6 +45,14 @@ class Item:
     layers: tuple[Path, ...] = ()
     layer_masks: tuple[Path | None, ...] = ()
     controls: tuple[Path, ...] = ()
+    invert: bool = False
+    repeats: int = 1
+    starts: tuple[int, ...] = ()
+
+    @property
+    def video(self) -> bool:
+        """Whether the media is a video or a folder of frames."""
+        return is_video(self.media)
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,7 @@ class FolderSource:
         return Item(
             key=f"@val/{stem}" if split == "val" else stem,
             split=split,
-            picture=picture,
+            media=picture,
             mask=mask,
             mask_kind=kind,
             caption=_read_caption(caption) if caption.is_file() else "",
