@@ -4,8 +4,9 @@ from collections import Counter
 import pytest
 import torch
 
-from mpp.data.cache import Cache, Entry
+from mpp.data.cache import Cache
 from mpp.data.datamodule import CachedSamples, LatentDataModule, split_entries
+from mpp.data.index import Entry, Index
 from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
 from tests import helpers
 
@@ -126,12 +127,12 @@ def entries(count):
 
 
 def test_a_validation_fraction_holds_out_by_name_at_least_one():
-    train, val = split_entries(entries(20), 0.25, seed=0)
+    train, val = split_entries(Index.of(entries(20)), 0.25, seed=0)
     assert (len(train), len(val)) == (15, 5)
     assert {e.key for e in train} | {e.key for e in val} == {e.key for e in entries(20)}
-    assert len(split_entries(entries(3), 0.01, seed=0)[1]) == 1
-    assert split_entries(entries(20), 0.25, seed=0)[1] == val
-    more = {e.key for e in split_entries(entries(24), 0.25, seed=0)[1]}
+    assert len(split_entries(Index.of(entries(3)), 0.01, seed=0)[1]) == 1
+    assert list(split_entries(Index.of(entries(20)), 0.25, seed=0)[1]) == list(val)
+    more = {e.key for e in split_entries(Index.of(entries(24)), 0.25, seed=0)[1]}
     assert len({e.key for e in val} - more) <= 2  # adding pictures moves few
 
 
@@ -141,7 +142,7 @@ def test_mirrored_copies_of_held_out_pictures_are_not_trained_on():
         for n in range(8)
         for e in (entries(8)[n], Entry(f"k{n}@flip", "train", (16, 1, 8, 8), "t", "", None, flip=True))
     ]
-    train, val = split_entries(pairs, 0.25, seed=0)
+    train, val = split_entries(Index.of(pairs), 0.25, seed=0)
     held = {e.key for e in val}
     assert len(held) == 2
     assert not any(e.flip for e in val)
@@ -151,7 +152,7 @@ def test_mirrored_copies_of_held_out_pictures_are_not_trained_on():
 
 def test_a_validation_folder_wins_over_the_fraction():
     mixed = [*entries(4), Entry("@val/a", "val", (16, 1, 8, 8), "t", "", None)]
-    train, val = split_entries(mixed, 0.5, seed=0)
+    train, val = split_entries(Index.of(mixed), 0.5, seed=0)
     assert [e.key for e in val] == ["@val/a"]
     assert len(train) == 4
 

@@ -11,6 +11,7 @@ from mpp.data.cache import Cache, text_name
 from mpp.data.datamodule import LatentDataModule
 from mpp.data.loader import BatchOrder
 from mpp.data.preservation import OtherCaptions, Preservation
+from mpp.data.visits import Visit
 from mpp.models.base import Prompt
 from tests import helpers
 
@@ -124,7 +125,7 @@ def test_other_pictures_come_with_their_own_captions(architecture, prepared, oth
 def test_a_preservation_sample_teaches_only_the_prior(architecture, other_captions):
     data = datamodule(architecture, other_captions, batch_size=1, rate=0.5, caption="")
     samples = data.train_dataloader()._loader.dataset
-    sample = samples[len(data.train_entries)]
+    sample = samples[Visit(len(data.train_entries), 0)]
     batch = collate_samples([sample], architecture.collate([sample.conditioning]))
     for threshold in (None, 0.1):
         loss = MaskedPriorLoss(prior_weight=1.0, prior_threshold=threshold, normalization="per_sample")
@@ -225,7 +226,7 @@ def test_training_with_preservation_lowers_the_drift_of_the_other_captions(pipel
         )
         data = datamodule(architecture, other_captions, rate=0.5, caption="")
         samples = data.train_dataloader()._loader.dataset
-        found = [samples[i] for i in (8, 10)]
+        found = [samples[Visit(i, 0)] for i in (8, 10)]
         batch = collate_samples(found, architecture.collate([s.conditioning for s in found]))
         module.val_metrics.reset()
         module.validation_step(batch, 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpp.core.flow import SigmaLaw
-from mpp.data.cache import Entry
+from mpp.data.index import Entry
 from mpp.data.loader import BatchOrder
 
 
@@ -23,7 +23,7 @@ def test_samples_with_other_pictures_never_share_a_batch():
         entry("e"),
     ]
     order = BatchOrder([e.signature() for e in entries], 4, seed=0)
-    batches = sorted(sorted(entries[i].key for i in batch) for batch in order)
+    batches = sorted(sorted(entries[i].key for i in batch) for batch in order.epoch_batches())
     assert batches == [["a", "e"], ["b", "c"], ["d"]]
 
 

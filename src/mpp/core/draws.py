@@ -26,9 +26,9 @@ def noise(shape: tuple[int, ...], seed: int, epoch: int | str, key: str) -> Floa
     return torch.randn(shape, generator=generator(seed, "noise", epoch, key))
 
 
-def uniform(seed: int, epoch: int | str, key: str) -> Float[Tensor, ""]:
-    """One float64 number in [0, 1) for one visit of one sample, independent of its noise."""
-    return torch.rand((), dtype=torch.float64, generator=generator(seed, "sigma", epoch, key))
+def uniform(seed: int, epoch: int | str, key: str, label: str = "sigma") -> Float[Tensor, ""]:
+    """One float64 number in [0, 1) for one visit of one sample; `label` keeps what it decides apart."""
+    return torch.rand((), dtype=torch.float64, generator=generator(seed, label, epoch, key))
 
 
 def order(count: int, seed: int, epoch: int, label: str) -> list[int]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpp.data.cache import Cache, Entry
+from mpp.data.cache import Cache
+from mpp.data.index import Entry
 from mpp.models.base import Architecture, Conditioning
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpp import __version__
+from mpp.data.index import Entry, Index, write_index
 from mpp.files import write_atomically, write_json
 from mpp.models.base import Architecture, Conditioning, Identity, LatentSpec
 
@@ -101,45 +102,6 @@ class Notes:
     sources: dict[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sample in the index.
-
-    Attributes:
-        key: Its name, unique in the cache; randomness depends on it.
-        split: `train` or `val`.
-        shape: Latent shape (c, f, h, w).
-        text: Name of its text file.
-        caption: The caption itself.
-        mask: Where the mask came from (`folder`, `masklabel`, `alpha`), or None without one.
-        flip: Whether it is the mirrored copy of another sample.
-        pictures: Shapes of its picture conditioning, by field name; samples of one batch have equal ones.
-        seen: What the text encoder saw besides the caption: identities of the pictures.
-        source: Key of the picture or video that it was made from; "" for its own key.
-        repeats: How often an epoch visits it.
-        variants: Other captions of it that have embeddings, of which each visit draws one.
-    """
-
-    key: str
-    split: str
-    shape: tuple[int, ...]
-    text: str
-    caption: str
-    mask: str | None
-    flip: bool = False
-    pictures: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    seen: tuple[str, ...] = ()
-    source: str = ""
-    repeats: int = 1
-    variants: tuple[str, ...] = ()
-
-    def signature(self, given_frames: int = 0) -> tuple[object, ...]:
-        """What samples of one batch share: latent shape without the frames that are given, and picture shapes."""
-        channels, frames, *cells = self.shape
-        pictures = [(name, *shape) for name, shape in sorted(self.pictures.items())]
-        return (channels, frames - given_frames, *cells, *pictures)
 
 
 def text_name(caption: str, seen: Sequence[str] = ()) -> str:
@@ -230,7 +192,7 @@ class Cache:
         """Record what a preparation found."""
         write_json(self.folder / "notes.json", asdict(notes))
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Index:
         """The samples of a finished cache.
 
         Raises:
@@ -239,19 +201,11 @@ class Cache:
         path = self.folder / "index.jsonl"
         if not path.is_file():
             raise ValueError(f"the cache {self.folder} is not finished: it has no index; {_AGAIN}")
-        found = []
-        for line in path.read_text().splitlines():
-            row = _json(line, path)
-            try:
-                found.append(_entry(row))
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from error
-        return found
+        return Index.open(path)
 
     def write_index(self, entries: Sequence[Entry]) -> None:
         """Write the index; everything it names must be on disk already."""
-        lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
-        write_atomically(self.folder / "index.jsonl", lambda temporary: temporary.write_text(lines))
+        write_index(self.folder / "index.jsonl", entries)
 
     def latents(self, entry: Entry) -> Tensor:
         """A sample's latents `(c, f, h, w)`.
@@ -293,7 +247,7 @@ class Cache:
         Raises:
             ValueError: As `check_files` raises.
         """
-        for entry in entries[:: max(1, -(-len(entries) // _CHECKED))]:
+        for entry in some(entries):
             self.check_files(entry)
 
     def check_files(self, entry: Entry) -> None:
@@ -309,6 +263,11 @@ class Cache:
             pass
         for name, shape in entry.pictures.items():
             _check_shape(self.pictures_path(entry.key), name, shape)
+
+
+def some(entries: Sequence[Entry], most: int = _CHECKED) -> Sequence[Entry]:
+    """At most `most` of the entries, evenly spread: looking at more would delay the start of a run."""
+    return entries[:: max(1, -(-len(entries) // most))]
 
 
 def key_frames(frames: int) -> list[int]:
@@ -379,11 +338,6 @@ def _tensor(path: Path, name: str, shape: Sequence[int]) -> Tensor:
     _check_shape(path, name, shape)
     with _open(path) as handle:
         return handle.get_tensor(name)
-
-
-def _entry(row: dict[str, Any]) -> Entry:
-    lists = {name: tuple(row[name]) for name in ("shape", "seen", "variants")}
-    return Entry(**{**row, **lists, "pictures": {name: tuple(shape) for name, shape in row["pictures"].items()}})
 
 
 def _json(text: str, path: Path) -> dict[str, object]:

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
 from mpp.core import draws
 from mpp.data.batch import Batch, Sample, collate_samples, read_sample
-from mpp.data.cache import Cache, Entry, Manifest
+from mpp.data.cache import Cache, Manifest, some, text_name
+from mpp.data.index import Entry, Index
 from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
-from mpp.data.preservation import MixedSamples, Preservation, preserved_key
+from mpp.data.preservation import Preservation
+from mpp.data.visits import Changes, TrainSamples
 from mpp.models.base import Architecture
 
 
@@ -38,6 +41,8 @@ class LatentDataModule(LightningDataModule):
         val_fraction: Share of the training pictures held out for validation, in [0, 1), where the cache has no
             validation folder of its own.
         require_mask: Refuse a cache in which a training sample has no mask.
+        unmasked_probability: Share of the visits on which a sample trains without its mask, in [0, 1].
+        caption_dropout: Share of the visits on which a sample has the empty caption, in [0, 1].
         preservation: Samples whose whole area keeps the base model's prediction, mixed into training.
         num_workers: Processes that read ahead.
         seed: Seed of order and split.
@@ -54,6 +59,8 @@ class LatentDataModule(LightningDataModule):
         batch_size: int = 1,
         val_fraction: float = 0.0,
         require_mask: bool = False,
+        unmasked_probability: float = 0.0,
+        caption_dropout: float = 0.0,
         preservation: Preservation | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -71,10 +78,12 @@ class LatentDataModule(LightningDataModule):
         self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
         self.require_mask, self.num_workers = require_mask, num_workers
         self.preservation = preservation or Preservation()
-        self.train_entries: list[Entry] = []
+        self.changes = Changes(unmasked_probability, caption_dropout, seed)
+        self.train_entries = Index.of([])
         self.pool: list[tuple[Cache, Entry]] = []
-        self.val_entries: list[Entry] = []
+        self.val_entries = Index.of([])
         self.unchecked: list[str] = []
+        self._visits: TrainSamples | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the index and refuse a cache that does not fit, from manifests and file headers alone.
@@ -84,7 +93,7 @@ class LatentDataModule(LightningDataModule):
                 than the set, or preservation samples that are not there.
         """
         del stage
-        if self.train_entries:
+        if len(self.train_entries):
             return
         model = self.architecture
         manifest = self.cache.manifest()
@@ -103,11 +112,12 @@ class LatentDataModule(LightningDataModule):
             )
         check_frames(entries, model)
         self.cache.check_some(entries)
-        bare = [entry.key for entry in train if entry.mask is None]
-        if self.require_mask and bare:
+        bare = train.where(~train.masked)
+        if self.require_mask and len(bare):
             raise ValueError(
-                f"{bare[0]} and {len(bare) - 1} other training samples have no mask; data.require_mask=true"
+                f"{bare[0].key} and {len(bare) - 1} other training samples have no mask; data.require_mask=true"
             )
+        self._check_empty_caption(train)
         self.pool = self.preservation.pool(self.cache, train)
         check_frames([entry for _, entry in self.pool], model)
         self.train_entries = train
@@ -116,39 +126,41 @@ class LatentDataModule(LightningDataModule):
         """This rank's training batches, by shape."""
         rank, world = self._place()
         given = self.architecture.given_frames
+        samples = self._visits = self.visits()
+        shapes = self.train_entries.signatures(given)
         order = BatchOrder(
-            [entry.signature(given) for entry in self.train_entries],
+            [shapes[row] for row in samples.numbering.rows],
             self.batch_size,
             self.seed,
             rank,
             world,
             pool=[entry.signature(given) for _, entry in self.pool],
-            pool_count=self.preservation.count(len(self.train_entries)),
+            pool_count=self.preservation.count(samples.numbering.count),
             routes=len(self.architecture.boundaries) + 1,
             route=self.route,
         )
         window = self.trainer.accumulate_grad_batches if self.trainer else 1
-        train = CachedSamples(self.cache, self.train_entries, self.architecture)
-        samples = MixedSamples(train, len(self.train_entries), self.pool, self.architecture)
         return TrainLoader(samples, order, self.collate, window=window, num_workers=self.num_workers)
+
+    def visits(self) -> TrainSamples:
+        """The samples of an epoch by visit."""
+        entries = self.train_entries
+        return TrainSamples(
+            self.cache, entries, self.architecture, self.changes, repeats=entries.repeats, pool=self.pool
+        )
 
     def val_dataloader(self) -> ValidationLoader:
         """This rank's validation batches."""
         rank, world = self._place()
-        shapes = [entry.signature(self.architecture.given_frames) for entry in self.val_entries]
+        shapes = self.val_entries.signatures(self.architecture.given_frames)
         samples = CachedSamples(self.cache, self.val_entries, self.architecture)
         return ValidationLoader(samples, shapes, self.batch_size, self.collate, rank=rank, world_size=world)
 
-    def route(self, index: int, epoch: int) -> int:
-        """Number of the expert that a training sample's sigma falls to in an epoch: the same draw as in the step."""
-        model, count = self.architecture, len(self.train_entries)
-        if index < count:
-            entry = self.train_entries[index]
-            key = entry.key
-        else:
-            visit, number = divmod(index - count, len(self.pool))
-            entry = self.pool[number][1]
-            key = preserved_key(entry, number, visit)
+    def route(self, number: int, epoch: int) -> int:
+        """Number of the expert that a visit's sigma falls to in an epoch: the same draw as in the step."""
+        model = self.architecture
+        self._visits = self._visits or self.visits()
+        _, entry, key, _ = self._visits.find(number)
         tokens = model.latents.tokens(entry.signature(model.given_frames)[:4])
         sigma = model.sigma.draw([key], self.seed, epoch, tokens)
         return sum(bool(sigma >= boundary) for boundary in model.boundaries)
@@ -156,6 +168,21 @@ class LatentDataModule(LightningDataModule):
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """One batch from samples of one shape."""
         return collate_samples(samples, self.architecture.collate([sample.conditioning for sample in samples]))
+
+    def _check_empty_caption(self, entries: Index) -> None:
+        """Refuse caption dropout where the empty caption was not prepared.
+
+        Raises:
+            ValueError: As above.
+        """
+        if not self.changes.caption_dropout:
+            return
+        for entry in some(entries):
+            if not self.cache.text_path(text_name("", entry.seen)).is_file():
+                raise ValueError(
+                    f"data.caption_dropout={self.changes.caption_dropout}: {self.cache.folder} has no embeddings of "
+                    "the empty caption; run `python -m mpp.prepare` again with data.empty_caption=true"
+                )
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -168,6 +195,8 @@ def check_frames(entries: Sequence[Entry], model: Architecture) -> None:
         ValueError: Names the first of them.
     """
     least = max(model.least_frames, model.given_frames + 1)
+    if least == 1:
+        return
     short = [entry for entry in entries if entry.shape[1] < least]
     if short:
         raise ValueError(
@@ -176,19 +205,18 @@ def check_frames(entries: Sequence[Entry], model: Architecture) -> None:
         )
 
 
-def split_entries(entries: Sequence[Entry], fraction: float, seed: int) -> tuple[list[Entry], list[Entry]]:
+def split_entries(entries: Index, fraction: float, seed: int) -> tuple[Index, Index]:
     """Training and validation samples.
 
-    A validation folder in the cache wins; otherwise the share `fraction` of the training pictures is held out, at
-    least one where it is above 0, chosen by name alone, so that adding pictures moves few others. Mirrored copies
-    of held-out pictures are used for neither.
+    A validation folder in the cache wins; otherwise the share `fraction` of the training pictures and videos is held
+    out, at least one where it is above 0, chosen by name alone, so that adding pictures moves few others. All clips
+    of a video go the same way, and mirrored copies of what is held out are used for neither.
     """
-    train = [entry for entry in entries if entry.split == "train"]
-    val = [entry for entry in entries if entry.split == "val"]
-    if val or fraction == 0:
+    train, val = entries.of_split("train"), entries.of_split("val")
+    if len(val) or fraction == 0:
         return train, val
-    originals = [entry for entry in train if not entry.flip]
-    ranked = sorted(originals, key=lambda e: draws.generator(seed, "validation", e.key).initial_seed())
-    held = {entry.key for entry in ranked[: max(1, round(fraction * len(originals)))]}
-    kept = [entry for entry in train if entry.key.removesuffix("@flip") not in held]
-    return kept, [entry for entry in originals if entry.key in held]
+    origins = [entry.origin for entry in train]
+    ranked = sorted(set(origins), key=lambda origin: draws.generator(seed, "validation", origin).initial_seed())
+    held = set(ranked[: max(1, round(fraction * len(ranked)))])
+    chosen = np.array([origin in held for origin in origins])
+    return train.where(~chosen), train.where(chosen).originals()

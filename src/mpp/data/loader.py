@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mpp.core import draws
 from mpp.data.batch import Batch, Sample
+from mpp.data.visits import Visit
 
 Shape = tuple[object, ...]  # sizes, and tuples of sizes
 T = TypeVar("T")
@@ -88,9 +89,10 @@ class BatchOrder:
         padded = order + [order[i % len(order)] for i in range(-len(order) % self.world_size)]
         return [found[i] for i in padded[self.rank :: self.world_size]]
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Visit]]:
         """The batches that are left of the current epoch."""
-        return iter(self.epoch_batches()[self.position :])
+        epoch = self.epoch
+        return ([Visit(number, epoch) for number in batch] for batch in self.epoch_batches()[self.position :])
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mpp.data.cache import Cache, Entry, Manifest, made_from, text_name, write_tensors
+from mpp.data.cache import Cache, Manifest, made_from, text_name, write_tensors
 from mpp.data.frames import (
     check_controls,
     check_masks,
@@ -22,6 +22,7 @@ from mpp.data.frames import (
     read_mask_frames,
     transparent,
 )
+from mpp.data.index import Entry
 from mpp.data.media import Buckets, Geometry, crop_picture, picture_size, read_picture
 from mpp.data.prompts import Prompts
 from mpp.data.source import FolderSource, Item

@@ -9,12 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch.utils.data import Dataset
-
-from mpp.data.batch import Sample, read_sample
-from mpp.data.cache import Cache, Entry, text_name
-from mpp.models.base import Architecture
+from mpp.data.cache import Cache, text_name
+from mpp.data.index import Entry
 
 
 @dataclass(frozen=True)
@@ -139,43 +135,8 @@ class Preservation(OtherCaptions):
                 "preserved under their own captions; prepare other pictures into a cache of their own"
             )
         cache.manifest().check(training.manifest(), cache.folder)
-        entries = [replace(entry, mask=None) for entry in cache.entries() if entry.split == "train"]
+        entries = [replace(entry, mask=None) for entry in cache.entries().of_split("train")]
         if not entries:
             raise ValueError(f"data.preservation.cache_dir={self.cache_dir} has no training samples")
         cache.check_some(entries)
         return [(cache, entry) for entry in entries]
-
-
-class MixedSamples(Dataset[Sample]):
-    """Training samples by number, and after them the preservation samples, again and again.
-
-    Args:
-        train: The training samples.
-        count: How many these are.
-        pool: The preservation samples.
-        architecture: Whose records the caches hold.
-    """
-
-    def __init__(
-        self, train: Dataset[Sample], count: int, pool: Sequence[tuple[Cache, Entry]], architecture: Architecture
-    ) -> None:
-        self.train, self.count, self.pool, self.architecture = train, count, pool, architecture
-
-    def __len__(self) -> int:
-        """Samples, each preservation sample counted once."""
-        return self.count + len(self.pool)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read one sample; a preservation sample's mask is zeros, and each of its visits has noise of its own."""
-        if index < self.count:
-            return self.train[index]
-        visit, number = divmod(index - self.count, len(self.pool))
-        cache, entry = self.pool[number]
-        sample = read_sample(cache, entry, self.architecture)
-        key = preserved_key(entry, number, visit)
-        return replace(sample, key=key, mask=torch.zeros_like(sample.mask), preserved=True)
-
-
-def preserved_key(entry: Entry, number: int, visit: int) -> str:
-    """Name of a preservation sample's visit, which its draws depend on."""
-    return f"{entry.key}#preserve{number}.{visit}"
