@@ -38,7 +38,8 @@ def unchecked_errors(setup, expressions):
 
 
 def config(name, overrides):
-    """A composed configuration, as the command line makes it."""
+    """A composed configuration, as the command line makes it; preparing without worker processes of its own."""
+    overrides = ["prepare.workers=0", *overrides] if name == "prepare" else overrides
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return compose(name, list(overrides))
 

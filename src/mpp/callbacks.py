@@ -1,7 +1,6 @@
 """What a run shows and saves: the report at its start, checkpoints, the LoRA."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +11,16 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from PIL import Image, ImageDraw
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.core.masks import MaskWeights
-from mpp.data.cache import Cache, Entry
+from mpp.coverage import Coverage, effective_weights, measure_coverage, mode_of, step_cost
+from mpp.data.cache import Cache
 from mpp.data.datamodule import LatentDataModule
+from mpp.data.index import Entry
 from mpp.data.prompts import Painted, Prompts
 from mpp.models.adapters import save_lora
 from mpp.module import MaskedPriorModule
 from mpp.painting import paint, sample_name, save
 
 log = logging.getLogger("mpp")
-
-_SCANNED = 512  # masks read for the report; more would delay the start without changing the means
-# Student step over teacher forward (S/T) between no attention and all attention: a frozen linear layer costs 1
-# forward in its backward, flash attention 2.5, and checkpointing recomputes the forward.
-_STEP_OVER_TEACHER = {False: (2.0, 3.5), True: (3.0, 4.5)}
 
 
 class Checkpoints(Checkpoint):
@@ -168,46 +163,6 @@ class LossBar(TQDMProgressBar):
         return {name.removeprefix("train/"): value for name, value in found.items() if name.startswith("train/")}
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """What the masks of a set come to under a loss, measured on some of them."""
-
-    scanned: int
-    learn: float
-    preserve: float
-    taught: float
-    lowest: float
-
-
-def measure_coverage(cache: Cache, entries: list[Entry], loss: MaskedPriorLoss, given: int = 0) -> Coverage:
-    """Mean weights of both regions and the share of samples the teacher runs for, over evenly spread samples.
-
-    Args:
-        cache: The cache.
-        entries: Its samples.
-        loss: Whose regions are measured.
-        given: Leading frames that the model is given, which belong to neither region.
-    """
-    chosen = entries[:: max(1, -(-len(entries) // _SCANNED))]
-    learn = preserve = taught = 0.0
-    lowest = 1.0
-    for entry in chosen:
-        mask = cache.mask(entry)[None, :, given:]
-        weights = effective_weights(loss, mask)
-        learn += float(weights.target.mean())
-        preserve += float(weights.prior.mean())
-        taught += bool(loss.needs_prior(mask)[0])
-        if entry.mask is not None:
-            lowest = min(lowest, float(mask.min()))
-    count = len(chosen)
-    return Coverage(count, learn / count, preserve / count, taught / count, lowest)
-
-
-def effective_weights(loss: MaskedPriorLoss, mask: torch.Tensor) -> MaskWeights:
-    """The weights that training uses: no prior region while the prior is off."""
-    return loss.weights(mask) if loss.prior_weight > 0 else loss.plain_weights(mask)
-
-
 class RunReport(Callback):
     """Says at the start what is on, with what data, and shows the regions of a few samples.
 
@@ -233,8 +188,8 @@ class RunReport(Callback):
         self._show_regions(trainer, data, loss)
 
     def _show_regions(self, trainer: Trainer, data: LatentDataModule, loss: MaskedPriorLoss) -> None:
-        chosen = [entry for entry in data.train_entries if not entry.flip][: self.pictures]
         model = data.architecture
+        chosen = [e for e in data.train_entries.originals()[: self.pictures] if data.cache.preview_path(e.key).is_file()]
         rows = [
             region_strip(data.cache, entry, loss, model.given_frames, layered=model.latents.layered) for entry in chosen
         ]
@@ -254,54 +209,65 @@ class RunReport(Callback):
 def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage) -> list[str]:
     """What is on, in words: mode, settings, data, coverage, expected cost of the teacher."""
     loss = module.loss
-    if loss.prior_weight == 0:
-        mode = "masked training without a prior"
-    elif loss.prior_threshold is None:
-        mode = "masked prior preservation, continuous mode"
-    else:
-        mode = "masked prior preservation, threshold mode"
     settings = ", ".join(f"{name}={value}" for name, value in vars(loss).items())
-    masks = sum(entry.mask is not None for entry in data.train_entries)
+    visits, masks = int(data.train_entries.repeats.sum()), int(data.train_entries.masked.sum())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    low, high = _STEP_OVER_TEACHER[module.gradient_checkpointing]
     picks = data.train_dataloader().sampler.pool_picks if data.pool else 0
-    rate = picks / (picks + len(data.train_entries))
-    taught = coverage.taught * (1 - rate) + rate
+    rate = picks / (picks + visits)
+    taught = coverage.taught * (1 - data.changes.unmasked_probability) * (1 - rate) + rate
+    least, most = step_cost(taught, gradient_checkpointing=module.gradient_checkpointing)
     cost = (
-        f"teacher: runs for {taught:.0%} of the samples; steps take about {1 + taught / high:.2f}x "
-        f"(long videos) to {1 + taught / low:.2f}x (small pictures) as long"
+        f"teacher: runs for {taught:.0%} of the samples; steps take about {least:.2f}x (long videos) to {most:.2f}x "
+        f"(small pictures) as long"
         if loss.prior_weight > 0
         else "teacher: never runs"
     )
     lines = [
-        f"{mode}: {settings}",
+        f"{mode_of(loss)}: {settings}",
         f"samples: {len(data.train_entries)} for training ({masks} with masks), {len(data.val_entries)} for validation",
         f"coverage: learn {coverage.learn:.1%}, preserve {coverage.preserve:.1%} of the area "
         f"(from {coverage.scanned} samples)",
         cost,
         f"adapter: {module.adapter.kind}, rank {module.adapter.rank}, {trained:,} trainable parameters",
     ]
+    if visits > len(data.train_entries):
+        lines.append(f"repeats: {visits} visits per epoch")
+    if data.changes.unmasked_probability:
+        lines.append(f"mask dropout: {data.changes.unmasked_probability:.0%} of the visits train without their mask")
+    if data.changes.caption_dropout:
+        lines.append(f"caption dropout: {data.changes.caption_dropout:.0%} of the visits have the empty caption")
     if data.pool:
         lines.append(f"preservation: {picks} more samples per epoch ({rate:.0%}) from a pool of {len(data.pool)}")
+    if data.mask_changes.unchecked:
+        lines.append(f"masks were not compared with their files: {data.mask_changes.unchecked}")
     if data.unchecked:
         lines.append(f"not on this machine, so not compared with the cache's: {', '.join(data.unchecked)}")
     return lines
 
 
 def _data_advice(loss: MaskedPriorLoss, data: LatentDataModule, coverage: Coverage) -> list[str]:
-    masked = any(entry.mask is not None for entry in data.train_entries)
+    advice = []
+    masked = bool(data.train_entries.masked.any())
+    if data.mask_changes:
+        advice.append(
+            f"masks changed since the cache was prepared: {data.mask_changes}; this run uses the old ones: run "
+            "`python -m mpp.prepare` again, which writes masks only"
+        )
+    if data.changes.unmasked_probability and not masked:
+        share = data.changes.unmasked_probability
+        advice.append(f"data.unmasked_probability={share} changes nothing: no sample has a mask")
     if loss.prior_weight > 0 and not masked and not data.pool:
-        return [
+        advice.append(
             "loss.prior_weight > 0 while no sample has a mask: the prior never applies; prepare with data.mask_dir, or "
             "choose loss=plain"
-        ]
+        )
     threshold = loss.prior_threshold
     if loss.prior_weight > 0 and threshold is not None and masked and coverage.lowest >= threshold:
-        return [
+        advice.append(
             f"no mask goes below loss.prior_threshold={threshold} (lowest value {coverage.lowest:.3f}): the prior "
             "region is empty; a floor may be baked into the masks: remove it, or raise the threshold above it"
-        ]
-    return []
+        )
+    return advice
 
 
 def region_strip(

@@ -1,14 +1,18 @@
 """Files on disk: atomic writing and fingerprints of weights. Standard library only."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
+_LEFTOVER, _DAY = ".tmp", 24 * 3600
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -23,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as handle:
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=_LEFTOVER, delete=False) as handle:
             temporary = Path(handle.name)
         write(temporary)
         with temporary.open("rb") as handle:
@@ -55,13 +59,49 @@ def is_out_of_space(error: BaseException) -> bool:
     return False
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder in which no file can be made, before any work is done for it.
+
+    Raises:
+        ValueError: Says which setting names it, and why.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, prefix=".", suffix=_LEFTOVER):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option}={folder} cannot be written ({error.strerror}); choose another folder, or make it writable"
+        ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files below a folder that killed processes left there more than a day ago."""
+    for path in folder.rglob(f".*{_LEFTOVER}"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - _DAY:
+                path.unlink()
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None where it is missing or no such thing."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes; of a folder, of the names and contents of the files in it, hidden ones left out."""
+    if path.is_dir():
+        inside = [(file.name, content_hash(file)) for file in path.iterdir() if not file.name.startswith(".")]
+        return hashlib.sha256(json.dumps(sorted(inside)).encode()).hexdigest()
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

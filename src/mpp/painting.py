@@ -1,6 +1,7 @@
 """Samples: base and LoRA from the same noise, side by side, as files."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -17,7 +18,6 @@ from mpp.models.base import Architecture, Encoders
 
 _HEADER = 16
 _SHOWN_FRAMES = 6
-_FPS = 16
 
 Pixels = Float[Tensor, "frames channels height width"]
 
@@ -32,6 +32,7 @@ class Pair:
         base: By the base model.
         lora: With the LoRA; None where there is none.
         layered: Frames are layers.
+        fps: Frames per second of a clip.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Pair:
     base: Pixels
     lora: Pixels | None
     layered: bool
+    fps: float = 16.0
 
 
 @torch.no_grad()
@@ -81,7 +83,8 @@ def paint(
     finally:
         for module in training:
             module.training = True
-    return Pair(name, painted.prompt, bases[name], lora, architecture.latents.layered)
+    fps = architecture.fps or Pair.fps
+    return Pair(name, painted.prompt, bases[name], lora, architecture.latents.layered, fps)
 
 
 def sample_name(number: int, prompt: str) -> str:
@@ -148,7 +151,7 @@ def _write_clip(pair: Pair, path: Path) -> None:
     frames = pair.base if pair.lora is None else torch.cat([pair.base, pair.lora], dim=-1)
     frames = frames[..., : frames.shape[-2] // 2 * 2, : frames.shape[-1] // 2 * 2]  # H.264 wants even sides
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=_FPS)
+        stream = container.add_stream("libx264", rate=Fraction(pair.fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[-2:]
         stream.pix_fmt = "yuv420p"
         for frame in (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy():

@@ -16,7 +16,7 @@ def run(cfg: DictConfig) -> Summary:
     """
     check_config(cfg)
     model, device = build(cfg.model), device_of(cfg.device)
-    summary = Preparation(build(cfg.data), model, device, build(cfg.sampling)).run()
+    summary = Preparation(build(cfg.data), model, device, build(cfg.sampling), build(cfg.prepare)).run()
     for line in summary.lines():
         print(line)
     return summary

@@ -5,7 +5,17 @@ import pytest
 import torch
 from PIL import Image
 
-from mpp.data.frames import check_controls, frame_files, mask_files, read_controls, read_frames, read_mask_frames
+from mpp.data.frames import (
+    Cut,
+    as_picture,
+    as_pixels,
+    check_controls,
+    frame_files,
+    mask_files,
+    read_controls,
+    read_frames,
+    read_mask_frames,
+)
 from mpp.data.media import Geometry
 from mpp.data.source import FolderSource
 from mpp.models.base import LatentSpec, PictureInputs
@@ -57,18 +67,19 @@ def test_layers_belong_to_their_picture_in_order_and_are_no_samples_of_their_own
 
 def test_frames_are_the_picture_and_its_layers_with_alpha_and_colours_kept_under_it(root):
     (item,) = items(root)
-    pixels, shown = read_frames(frame_files(item, LAYERED), Geometry((SIDE, SIDE), (32, 32)), layered=True)
-    assert pixels.shape == (4, 3, 32, 32)
-    as_bytes = ((pixels[:, :, 0, 0] + 1) * 127.5).round().int().T.tolist()
-    assert as_bytes == [[10, 20, 30, 255], [40, 50, 60, 255], [70, 80, 90, 0]]
-    assert [image.size for image in shown] == [(32, 32)] * 3
+    frames = read_frames(item, Cut(Geometry((SIDE, SIDE), (32, 32))), LAYERED)
+    assert frames.shape == (4, 3, 32, 32)
+    assert frames[:, :, 0, 0].T.tolist() == [[10, 20, 30, 255], [40, 50, 60, 255], [70, 80, 90, 0]]
+    assert as_pixels(frames)[:, 2, 0, 0].tolist() == pytest.approx([v / 127.5 - 1 for v in (70, 80, 90, 0)])
+    shown = [as_picture(frames[:, number]).getpixel((0, 0)) for number in range(3)]
+    assert shown == [(10, 20, 30), (40, 50, 60), (128, 128, 128)]  # the last is transparent
 
 
 def test_each_layer_has_its_own_mask_and_the_whole_learns_where_any_layer_does(root):
     half(root, "p.layer0.png", left=True)
     Image.new("L", (SIDE, SIDE), 0).save(root / "masks" / "p.layer1.png")
     (item,) = items(root)
-    mask = read_mask_frames(item, Geometry((SIDE, SIDE), (32, 32)), (16, 3, 4, 4), LAYERED)
+    mask = read_mask_frames(item, Cut(Geometry((SIDE, SIDE), (32, 32))), (16, 3, 4, 4), LAYERED)
     left = torch.tensor([1.0, 1, 0, 0]).expand(4, 4)
     assert mask.shape == (1, 3, 4, 4)
     assert torch.equal(mask[0, 0], left)  # the picture itself has none of its own
@@ -76,14 +87,14 @@ def test_each_layer_has_its_own_mask_and_the_whole_learns_where_any_layer_does(r
     assert torch.equal(mask[0, 2], torch.zeros(4, 4))
     half(root, "p.png", left=False)
     (item,) = items(root)
-    mask = read_mask_frames(item, Geometry((SIDE, SIDE), (32, 32)), (16, 3, 4, 4), LAYERED)
+    mask = read_mask_frames(item, Cut(Geometry((SIDE, SIDE), (32, 32))), (16, 3, 4, 4), LAYERED)
     assert torch.equal(mask[0, 0], 1 - left)
 
 
 def test_a_pictures_mask_alone_holds_for_all_layers(root):
     half(root, "p.png", left=True)
     (item,) = items(root)
-    mask = read_mask_frames(item, Geometry((SIDE, SIDE), (32, 32), flip=True), (16, 3, 4, 4), LAYERED)
+    mask = read_mask_frames(item, Cut(Geometry((SIDE, SIDE), (32, 32), flip=True)), (16, 3, 4, 4), LAYERED)
     right = torch.tensor([0.0, 0, 1, 1]).expand(4, 4)  # mirrored
     assert all(torch.equal(frame, right) for frame in mask[0])
 

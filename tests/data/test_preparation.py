@@ -106,7 +106,7 @@ def test_pictures_without_caption_are_counted_and_get_the_empty_one(root, pipeli
     summary = prepare(pipeline, root)
     assert summary.no_caption == 1
     assert entries(root)["p1"].caption == ""
-    assert any("1 pictures without one" in line for line in summary.lines())
+    assert any("1 pictures and videos without one" in line for line in summary.lines())
 
 
 def test_mirrored_copies_are_mirrored_in_picture_and_mask(root, pipeline):

@@ -12,6 +12,7 @@ from torch import Tensor
 from mpp.config import build
 from mpp.data.batch import Batch
 from mpp.models.base import Conditioning, Prompt
+from tests.data.videos import write_video
 from tests.helpers import config
 
 
@@ -112,8 +113,21 @@ def batch(arch, variant: Variant, encoders, texts: Sequence[str], *, cells=(2, 3
     return Batch(tuple(f"s{seed + n}" for n in range(len(texts))), latents, mask, arch.collate(items))
 
 
+def draw_clip(root: Path, name: str, frames: int, side: int) -> None:
+    """A video that changes, its mask video, which grows, and its caption."""
+    shown = [np.asarray(picture(side, side, 20 + number)) for number in range(frames)]
+    masks = [np.zeros((side, side), np.uint8) for _ in range(frames)]
+    for number, mask in enumerate(masks):
+        mask[: side // 2, : side // 2 + number] = 255
+    write_video(root / "photos" / f"{name}.mkv", shown, codec="libx264rgb", pix_fmt="rgb24", rate=24)
+    write_video(root / "masks" / f"{name}.mkv", masks, codec="ffv1", pix_fmt="gray")
+    (root / "photos" / f"{name}.txt").write_text("a red box by the sea")
+
+
 def draw_set(variant: Variant, arch, root: Path, count: int = 2) -> list[str]:
     """Files of a tiny training set with masks, layers and control pictures as the variant wants them.
+
+    The last sample of a model of clips is a video with a mask that moves; all are where it sees the first frame.
 
     Returns:
         The overrides of `python -m mpp.prepare` that name them.
@@ -123,7 +137,12 @@ def draw_set(variant: Variant, arch, root: Path, count: int = 2) -> list[str]:
         (root / name).mkdir(parents=True)
     mask = np.zeros((side, side), np.uint8)
     mask[: side // 2] = 255
+    clips = count if arch.least_frames > 1 else 1 if arch.fps else 0
+    clips = 0 if arch.latents.layered else clips
     for number in range(count):
+        if number >= count - clips:
+            draw_clip(root, f"p{number}", variant.frames, side)
+            continue
         picture(side, side, number).save(root / "photos" / f"p{number}.png")
         (root / "photos" / f"p{number}.txt").write_text("a red box " + "by the sea " * number)
         if arch.latents.layered:
@@ -137,4 +156,5 @@ def draw_set(variant: Variant, arch, root: Path, count: int = 2) -> list[str]:
         for control in range(variant.controls):
             picture(80, 64, 50 + control).save(root / "controls" / f"p{number}_{control}.png")
     found = [f"data.image_dir={root / 'photos'}", f"data.mask_dir={root / 'masks'}", f"data.resolution={side}"]
+    found += [f"data.clips.frames=[{variant.frames}]"] if clips else []
     return found + ([f"data.control_dir={root / 'controls'}"] if variant.controls else [])

@@ -200,7 +200,9 @@ class Cache:
         """
         path = self.folder / "index.jsonl"
         if not path.is_file():
-            raise ValueError(f"the cache {self.folder} is not finished: it has no index; {_AGAIN}")
+            raise ValueError(
+                f"the cache {self.folder} is not finished: it has no index; {_AGAIN} (on all shards, where it is shared)"
+            )
         return Index.open(path)
 
     def write_index(self, entries: Sequence[Entry]) -> None:

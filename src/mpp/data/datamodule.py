@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from mpp.core import draws
 from mpp.data.batch import Batch, Sample, collate_samples, read_sample
 from mpp.data.cache import Cache, Manifest, some, text_name
+from mpp.data.freshness import MaskChanges, mask_changes
 from mpp.data.index import Entry, Index
 from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
 from mpp.data.preservation import Preservation
@@ -41,6 +42,7 @@ class LatentDataModule(LightningDataModule):
         val_fraction: Share of the training pictures held out for validation, in [0, 1), where the cache has no
             validation folder of its own.
         require_mask: Refuse a cache in which a training sample has no mask.
+        strict_masks: Refuse to train where masks were added, edited or deleted since the cache was prepared.
         unmasked_probability: Share of the visits on which a sample trains without its mask, in [0, 1].
         caption_dropout: Share of the visits on which a sample has the empty caption, in [0, 1].
         preservation: Samples whose whole area keeps the base model's prediction, mixed into training.
@@ -59,6 +61,7 @@ class LatentDataModule(LightningDataModule):
         batch_size: int = 1,
         val_fraction: float = 0.0,
         require_mask: bool = False,
+        strict_masks: bool = False,
         unmasked_probability: float = 0.0,
         caption_dropout: float = 0.0,
         preservation: Preservation | None = None,
@@ -76,13 +79,14 @@ class LatentDataModule(LightningDataModule):
         self.architecture = architecture
         self.cache = Cache(cache_dir)
         self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
-        self.require_mask, self.num_workers = require_mask, num_workers
+        self.require_mask, self.strict_masks, self.num_workers = require_mask, strict_masks, num_workers
         self.preservation = preservation or Preservation()
         self.changes = Changes(unmasked_probability, caption_dropout, seed)
         self.train_entries = Index.of([])
         self.pool: list[tuple[Cache, Entry]] = []
         self.val_entries = Index.of([])
         self.unchecked: list[str] = []
+        self.mask_changes = MaskChanges()
         self._visits: TrainSamples | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -118,6 +122,7 @@ class LatentDataModule(LightningDataModule):
                 f"{bare[0].key} and {len(bare) - 1} other training samples have no mask; data.require_mask=true"
             )
         self._check_empty_caption(train)
+        self._compare_masks(entries)
         self.pool = self.preservation.pool(self.cache, train)
         check_frames([entry for _, entry in self.pool], model)
         self.train_entries = train
@@ -168,6 +173,19 @@ class LatentDataModule(LightningDataModule):
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """One batch from samples of one shape."""
         return collate_samples(samples, self.architecture.collate([sample.conditioning for sample in samples]))
+
+    def _compare_masks(self, entries: Index) -> None:
+        """Look for masks that changed since the cache was prepared.
+
+        Raises:
+            ValueError: With `strict_masks`, there are any, or it cannot be told.
+        """
+        changes = self.mask_changes = mask_changes(self.cache, entries, layered=self.architecture.latents.layered)
+        if self.strict_masks and (changes or changes.unchecked):
+            what = f"masks changed since the cache {self.cache.folder} was prepared: {changes}"
+            if not changes:
+                what = f"masks cannot be compared with those of the cache {self.cache.folder}: {changes.unchecked}"
+            raise ValueError(f"{what}; run `python -m mpp.prepare` again, or set data.strict_masks=false")
 
     def _check_empty_caption(self, entries: Index) -> None:
         """Refuse caption dropout where the empty caption was not prepared.

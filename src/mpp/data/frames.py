@@ -1,30 +1,60 @@
-"""A sample's frames and masks as tensors: one frame for a picture, one per layer for a layered one."""
+"""A sample's frames and masks as tensors: one frame for a picture, those of a clip, or one per layer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mpp.data import video
+from mpp.data.clips import Clip, pool_in_time
 from mpp.data.media import (
     ASPECT_TOLERANCE,
     Geometry,
     Picture,
     check_aspect,
     crop_picture,
+    is_video,
     latent_mask,
     picture_size,
-    picture_tensor,
     read_mask,
     read_picture,
 )
-from mpp.data.source import Item
+from mpp.data.item import Item
+from mpp.data.video import Timeline
 from mpp.models.base import LatentSpec, PictureInputs
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What of a picture or video makes up a sample.
+
+    Attributes:
+        geometry: How each frame is brought to its bucket.
+        clip: Which frames of a video; None for a picture.
+        media: The video's timeline; None for a picture.
+        mask: The timeline of a mask that moves; None for a still one.
+    """
+
+    geometry: Geometry
+    clip: Clip | None = None
+    media: Timeline | None = None
+    mask: Timeline | None = None
+
+    def record(self) -> dict[str, object]:
+        """As cache files keep it."""
+        geometry = self.geometry
+        return {
+            "geometry": [*geometry.source, *geometry.size, geometry.flip],
+            "frames": None if self.clip is None else list(self.clip.frames),
+        }
+
+
 def frame_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
-    """The files that make up a sample: the picture, and its layers for layered models.
+    """The files that make up a sample: the picture or video, and its layers for layered models.
 
     Raises:
         ValueError: A layered model and no layers, or layers of another size than the picture.
@@ -93,58 +123,100 @@ def read_controls(item: Item, geometry: Geometry) -> list[Image.Image]:
     return found
 
 
-def read_frames(files: Sequence[Path], geometry: Geometry, *, layered: bool) -> tuple[Tensor, list[Image.Image]]:
-    """Frames in their bucket.
+def read_frames(item: Item, cut: Cut, spec: LatentSpec) -> Tensor:
+    """A sample's frames in their bucket.
 
     Returns:
-        Pixels in [-1, 1], `(3, f, height, width)`, with alpha as a fourth channel for layers; and the pictures.
-    """
-    pictures = [read_picture(path) for path in files]
-    images = [crop_picture(picture.rgb, geometry) for picture in pictures]
-    frames = torch.cat([picture_tensor(image) for image in images], dim=1)
-    if not layered:
-        return frames, images
-    alphas = [_alpha(picture, image.size, geometry) for picture, image in zip(pictures, images, strict=True)]
-    alpha = torch.cat([picture_tensor(a.convert("RGB"))[:1] for a in alphas], dim=1)
-    shown = [_over_grey(image, a) for image, a in zip(images, alphas, strict=True)]
-    return torch.cat([frames, alpha]), shown
-
-
-def read_mask_frames(item: Item, geometry: Geometry, shape: Sequence[int], spec: LatentSpec) -> Tensor:
-    """A sample's mask at latent resolution, `(1, f, h, w)`.
-
-    Layers have masks of their own, or the picture's; the whole picture of a layered sample without a mask of its own
-    learns wherever any of its layers does.
+        Bytes `(channels, f, height, width)`: RGB, with alpha as a fourth channel for layers.
 
     Raises:
-        ValueError: An unreadable mask, or one of another shape than its picture.
+        ValueError: A file is unreadable.
+    """
+    if cut.clip is not None:
+        shown = video.read_frames(item.media, cut.media, cut.clip.frames)
+        return torch.stack([_bytes(crop_picture(frame, cut.geometry)) for frame in shown], dim=1)
+    pictures = [read_picture(path) for path in frame_files(item, spec)]
+    frames = torch.stack([_bytes(crop_picture(picture.rgb, cut.geometry)) for picture in pictures], dim=1)
+    if not spec.layered:
+        return frames
+    alphas = [_bytes(_alpha(picture, cut.geometry).convert("RGB"))[:1] for picture in pictures]
+    return torch.cat([frames, torch.stack(alphas, dim=1)])
+
+
+def first_picture(item: Item, cut: Cut) -> Image.Image:
+    """A sample's first frame in its bucket."""
+    if cut.clip is None:
+        return crop_picture(read_picture(item.media).rgb, cut.geometry)
+    return crop_picture(next(iter(video.read_frames(item.media, cut.media, cut.clip.frames[:1]))), cut.geometry)
+
+
+def as_pixels(frames: Tensor) -> Tensor:
+    """Bytes as the VAE takes them: float32 in [-1, 1]."""
+    return frames.float() / 127.5 - 1
+
+
+def as_picture(frame: Tensor) -> Image.Image:
+    """One frame of `read_frames`, `(channels, height, width)`, for eyes: a layer over grey."""
+    array = frame.permute(1, 2, 0).contiguous().numpy()
+    image = Image.fromarray(array[..., :3])
+    if array.shape[2] == 3:
+        return image
+    return Image.composite(image, Image.new("RGB", image.size, (128, 128, 128)), Image.fromarray(array[..., 3]))
+
+
+def read_mask_frames(item: Item, cut: Cut, shape: Sequence[int], spec: LatentSpec) -> Tensor:
+    """A sample's mask at latent resolution, `(1, f, h, w)`.
+
+    A clip's moving mask is cut as the clip is and averaged over the frames of each latent frame; a still one holds for
+    all of them. Layers have masks of their own, or the picture's; the whole picture of a layered sample without a
+    mask of its own learns wherever any of its layers does.
+
+    Raises:
+        ValueError: An unreadable mask.
     """
     cells = (shape[2], shape[3])
-    if not spec.layered:
-        if item.mask is not None:
-            return latent_mask(read_mask(item.mask), geometry, cells)
+
+    def average(mask: np.ndarray) -> Tensor:
+        found = latent_mask(mask, cut.geometry, cells)
+        return 1 - found if item.invert else found
+
+    if spec.layered:
+        return _layer_masks(
+            None if item.mask is None else average(read_mask(item.mask)),
+            [average(read_mask(path)) for path in item.layer_masks if path is not None],
+            len(item.layers),
+        )
+    if item.mask is None:
         alpha = read_picture(item.media).alpha
         if alpha is None:
             raise ValueError(f"{item.media} changed while it was prepared; run `python -m mpp.prepare` again")
-        return latent_mask(alpha, geometry, cells)
-    whole = None if item.mask is None else latent_mask(read_mask(item.mask), geometry, cells)
-    own = [latent_mask(read_mask(path), geometry, cells) for path in item.layer_masks if path is not None]
-    layers = own or [whole] * len(item.layers)
-    if whole is None:
-        whole = torch.stack(own).amax(0)
-    return torch.cat([whole, *layers], dim=1)
+        return average(alpha)
+    if cut.mask is None:
+        return average(read_mask(item.mask)).expand(1, shape[1], *cells).contiguous()
+    moving = video.read_mask_frames(item.mask, cut.mask, cut.clip.frames)
+    return pool_in_time((average(mask)[0, 0] for mask in moving), spec.temporal_stride)[None]
 
 
-def check_masks(item: Item, spec: LatentSpec) -> None:
-    """Decode a sample's masks and refuse those of another shape than the picture.
+def check_masks(item: Item, cut: Cut, spec: LatentSpec) -> None:
+    """Refuse masks of another shape or length than their media; decodes still ones.
 
     Raises:
         ValueError: As above.
     """
-    size = picture_size(item.media)
+    size = cut.geometry.source
     for path in mask_files(item, spec):
-        mask = read_mask(path)
-        check_aspect((mask.shape[1], mask.shape[0]), size, f"{item.media} and {path}")
+        if cut.mask is not None:
+            video.check_counts(cut.media, cut.mask, str(item.media), str(path))
+            mask_size = cut.mask.size
+        else:
+            mask = read_mask(path)
+            mask_size = (mask.shape[1], mask.shape[0])
+        check_aspect(mask_size, size, f"{item.media} and {path}")
+
+
+def moves(mask: Path | None) -> bool:
+    """Whether a mask is one of a clip's frames each, a video or a folder, rather than one picture."""
+    return mask is not None and is_video(mask)
 
 
 def transparent(picture: Picture) -> bool:
@@ -152,13 +224,20 @@ def transparent(picture: Picture) -> bool:
     return picture.alpha is not None and bool(picture.alpha.min() < 1)
 
 
-def _alpha(picture: Picture, size: tuple[int, int], geometry: Geometry) -> Image.Image:
+def _layer_masks(whole: Tensor | None, own: Sequence[Tensor], count: int) -> Tensor:
+    layers = own or [whole] * count
+    if whole is None:
+        whole = torch.stack(list(own)).amax(0)
+    return torch.cat([whole, *layers], dim=1)
+
+
+def _bytes(image: Image.Image) -> Tensor:
+    """`(channels, height, width)`."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+def _alpha(picture: Picture, geometry: Geometry) -> Image.Image:
     """Alpha in the bucket, apart from the colours, which keep their values under transparent pixels."""
     if picture.alpha is None:
-        return Image.new("L", size, 255)
+        return Image.new("L", geometry.size, 255)
     return crop_picture(Image.fromarray((picture.alpha * 255).round().astype("uint8")), geometry)
-
-
-def _over_grey(image: Image.Image, alpha: Image.Image) -> Image.Image:
-    """For eyes: a layer over grey."""
-    return Image.composite(image, Image.new("RGB", image.size, (128, 128, 128)), alpha)

@@ -86,8 +86,16 @@ class Index(Sequence[Entry]):
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> "Index":
         """An index of entries that are in no file."""
-        lines = [_line(entry) for entry in entries]
-        columns = _columns(lines, np.frombuffer(b"".join(lines), np.uint8), Path("index"))
+        return cls.read([line_of(entry) for entry in entries], Path("index"))
+
+    @classmethod
+    def read(cls, lines: Sequence[bytes], path: Path) -> "Index":
+        """An index of rows that were read from `path`.
+
+        Raises:
+            ValueError: A row is damaged.
+        """
+        columns = _columns(lines, np.frombuffer(b"".join(lines), np.uint8), path)
         return cls(columns, np.arange(len(lines)))
 
     def __len__(self) -> int:
@@ -203,12 +211,13 @@ def write_index(path: Path, entries: Sequence[Entry]) -> None:
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as handle:
-            handle.writelines(_line(entry) for entry in ordered)
+            handle.writelines(line_of(entry) for entry in ordered)
 
     write_atomically(path, write)
 
 
-def _line(entry: Entry) -> bytes:
+def line_of(entry: Entry) -> bytes:
+    """An entry as a row of the file."""
     return json.dumps(asdict(entry)).encode() + b"\n"
 
 

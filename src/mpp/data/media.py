@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
+
+from mpp.data.picture_files import check_grey, decode, grey, is_deep, open_picture, orientation, reading, with_alpha
+from mpp.data.places import Place
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"})
@@ -97,57 +99,55 @@ class Buckets:
         return min(self.sizes(), key=lambda s: (round(abs(math.log(s[0] / s[1]) - aspect), 9), -s[0] * s[1]))
 
 
-def is_video(path: Path) -> bool:
+def is_video(path: Place) -> bool:
     """Whether a path is a clip: a video by its suffix, or a folder of frames."""
-    return path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir()
+    suffix = path.suffix.lower()
+    return suffix in VIDEO_SUFFIXES or (suffix not in SUFFIXES and path.is_dir())
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of the upright picture, from the file's head alone.
+def picture_size(path: Place) -> tuple[int, int]:
+    """Width and height of the upright picture, without decoding it.
 
     Raises:
-        ValueError: The file is no readable picture.
+        ValueError: The file is no readable picture, or holds several.
     """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation: a quarter turn
-            return (image.height, image.width) if turned else (image.width, image.height)
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({_short(error)})") from error
+    with reading(path, "not a readable picture") as handle:
+        image = open_picture(handle, path)
+        turned = orientation(image) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
-def read_picture(path: Path) -> Picture:
+def read_picture(path: Place) -> Picture:
     """Decode a picture whole.
 
     Raises:
-        ValueError: The file is no readable picture, or is truncated.
+        ValueError: The file is no readable picture, is truncated or damaged, or holds several pictures.
     """
-    image = _decode(path, "picture")
-    alpha = None
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        alpha = np.asarray(image.getchannel("A"), dtype=np.float32) / 255
-        image = Image.merge("RGB", image.split()[:3])
-    elif image.mode.startswith(("I", "F")):
-        image = Image.fromarray((_grey(image) * 255).round().astype(np.uint8))
-    return Picture(image.convert("RGB"), alpha)
+    with reading(path, "not a readable picture, or truncated") as handle:
+        image, alpha = with_alpha(decode(handle, path))
+        if is_deep(image):
+            return Picture(Image.fromarray((grey(image, path) * 255).round().astype(np.uint8)).convert("RGB"), alpha)
+        if alpha is not None:
+            return Picture(Image.merge("RGB", image.split()[:3]), alpha)
+        return Picture(image.convert("RGB"), None)
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Place, *, invert: bool = False) -> np.ndarray:
     """Decode a mask to `(height, width)` float32 in [0, 1]; 1 = learn.
 
+    Args:
+        path: A grey picture; white is 1.
+        invert: White is 0 instead.
+
     Raises:
-        ValueError: The file is no readable picture, is truncated, or has an alpha channel that is not opaque.
+        ValueError: The file is no readable picture, is truncated or damaged, holds several pictures, has an alpha
+            channel that is not opaque, has colours, or holds label numbers instead of grey.
     """
-    image = _decode(path, "mask")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            raise ValueError(
-                f"{path}: this mask has a transparent alpha channel, so it is unclear whether its grey or its alpha "
-                "is meant; save it as plain greyscale"
-            )
-    return _grey(image)
+    with reading(path, "not a readable mask, or truncated") as handle:
+        image, alpha = with_alpha(decode(handle, path))
+        check_grey(image, alpha, path)
+        values = grey(image, path)
+    return 1 - values if invert else values
 
 
 def check_aspect(mask: tuple[int, int], picture: tuple[int, int], name: str) -> None:
@@ -202,26 +202,3 @@ def overlaps(start: float, stop: float, cells: int, pixels: int) -> np.ndarray:
     inside = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
     covered = inside.clip(min=0)
     return covered / covered.sum(1, keepdims=True)
-
-
-def _decode(path: Path, what: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable {what}, or truncated ({_short(error)})") from error
-
-
-def _grey(image: Image.Image) -> np.ndarray:
-    """Luminance in [0, 1], 8 or 16 bits deep."""
-    if image.mode.startswith("I;16"):
-        return np.asarray(image, dtype=np.float32) / 65535
-    if image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float32)
-        return values / (65535 if image.mode == "I" else 1)
-    return np.asarray(image.convert("RGB").convert("L"), dtype=np.float32) / 255
-
-
-def _short(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:120]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,6 +15,9 @@ from torch.nn import functional
 
 from mpp.core.flow import SigmaLaw
 from mpp.files import weights_fingerprint
+
+if TYPE_CHECKING:
+    from mpp.models.musubi_parts import MusubiFormat
 
 
 @dataclass(frozen=True)
@@ -248,8 +251,10 @@ class Architecture(Protocol):
         least_frames: Latent frames that a sample has at least; 2 where the first is no task, because the model sees it.
         boundaries: Sigmas, ascending, at or above which the next expert takes over; () with a single transformer.
         native: How the original implementation names the modules; () where they have diffusers' names.
+        musubi: How musubi-tuner stores this model's samples; None where it has no such architecture.
         guidance_scale: Guidance that samples are painted with unless told otherwise.
         steps: Sampling steps unless told otherwise.
+        fps: Frames per second of the clips that it was trained on; None for models of pictures.
     """
 
     family: str
@@ -263,8 +268,10 @@ class Architecture(Protocol):
     least_frames: int
     boundaries: tuple[float, ...]
     native: tuple[NativeRule, ...]
+    musubi: "MusubiFormat | None"
     guidance_scale: float
     steps: int
+    fps: float | None
 
     def check(self) -> None:
         """Refuse settings and sources that cannot work, without loading weights."""

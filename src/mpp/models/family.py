@@ -37,6 +37,7 @@ from mpp.models.base import (
     fingerprint_if_present,
     resolve_folder,
 )
+from mpp.models.musubi_parts import MusubiFormat
 from mpp.models.single_file import SingleFile, read_shapes, strip_prefix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,8 +68,10 @@ class Family(ABC):
     least_frames = 1
     boundaries: tuple[float, ...] = ()
     native: tuple[NativeRule, ...] = ()
+    musubi: MusubiFormat | None = None
     guidance_scale = 1.0
     steps = 30
+    fps: float | None = None
 
     transformer_class: ClassVar[type[ModelMixin]]
     single_file: ClassVar[SingleFile | None] = None
@@ -329,6 +332,8 @@ class FamilyEncoders:
 
     def release(self) -> None:
         """Free everything."""
+        if not self._loaded:
+            return
         self._loaded.clear()
         gc.collect()
         if self.device.type == "cuda":

@@ -25,6 +25,7 @@ from transformers import AutoImageProcessor, CLIPTextModel, CLIPTokenizer, Llama
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, pad_with_mask
 from mpp.models.family import Family, FamilyEncoders, as_pixels
+from mpp.models.musubi_parts import MusubiFormat
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 _HEAD_DIM = 128  # of the published models; single files do not state it
@@ -35,6 +36,17 @@ _QKV = tuple(rf"transformer_blocks.\1.attn.to_{part}" for part in "qkv")
 _ADDED = tuple(rf"transformer_blocks.\1.attn.add_{part}_proj" for part in "qkv")
 _LINEAR1 = tuple(
     rf"single_transformer_blocks.\1.{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+)
+
+
+_MUSUBI = MusubiFormat(
+    names={"hv": ("hunyuan_video",)},
+    text={"text": ("llm", 2), "pooled": ("clipL", 1)},
+    latents_dtype=torch.float16,
+    scale=0.476986,  # SCALING_FACTOR of its hunyuan_model/vae.py
+    padded=256,  # text_len of its hunyuan_model/text_encoder.py
+    varlen=False,
+    ignores="clipL_mask",
 )
 
 
@@ -137,6 +149,7 @@ class HunyuanVideo(Family):
     transformer_class = HunyuanVideoTransformer3DModel
     text_components = ("text_encoder", "text_encoder_2")
     steps = 50
+    fps = 24.0  # its sample_video.py saves clips at 24
     native = (
         NativeRule(_DOUBLE + r"attn\.to_[qkv]", r"double_blocks.\1.img_attn_qkv", _QKV),
         NativeRule(_DOUBLE + r"attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn_qkv", _ADDED),
@@ -193,6 +206,11 @@ class HunyuanVideo(Family):
             self.pictures = PictureInputs(first_frame=True, in_text=True, in_negative=False)
             self.least_frames = 2
             self.given_frames = int(image_condition == "token_replace")
+
+    @property
+    def musubi(self) -> MusubiFormat | None:
+        """Of text to video alone."""
+        return _MUSUBI if self.image_condition is None else None
 
     def expected_config(self) -> dict[str, object]:
         """Channels, the way of the first frame, and whether guidance is told."""

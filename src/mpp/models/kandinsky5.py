@@ -66,6 +66,7 @@ class Kandinsky5(Family):
     text_components = ("text_encoder", "text_encoder_2")
     guidance_scale = 5.0  # Kandinsky5T2VPipeline.__call__
     steps = 50
+    fps = 24.0  # its published samples are at 24
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from mpp.core.flow import SigmaLaw
 from mpp.models import qwen_parts
 from mpp.models.base import Conditioning, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_with_mask
 from mpp.models.family import captions_of
+from mpp.models.musubi_parts import CONTROLS, MusubiFormat, control_contents, controls, no_pictures
 
 _FAMILIES = {"text": "qwen_image", "edit": "qwen_image_edit", "edit_plus": "qwen_image_edit_plus"}
 _CONTROLS = {"text": (0, 0), "edit": (1, 1), "edit_plus": (1, 3)}
@@ -41,6 +43,11 @@ class QwenImageConditioning(Conditioning):
     text: Tensor
     mask: Tensor | None = None
     controls: tuple[Tensor, ...] | None = None
+
+
+def _musubi_contents(record: QwenImageConditioning, latents: Tensor) -> dict[str, Tensor]:
+    del latents
+    return control_contents(record.controls, torch.bfloat16)
 
 
 class QwenImage(qwen_parts.QwenFamily):
@@ -112,6 +119,17 @@ class QwenImage(qwen_parts.QwenFamily):
         self.zero_cond_t = zero_cond_t
         self.single_file = qwen_parts.original_file(zero_cond_t=zero_cond_t)
         self.text_length = qwen_parts.length_of_text(text_length)
+
+    @property
+    def musubi(self) -> MusubiFormat:
+        """Edit, 2509 and 2511 share a name: their files do not say for which of them text was encoded."""
+        most = self.pictures.most
+        return qwen_parts.musubi_format(
+            {"qie": ("qwen_image", "qwen_image_edit")} if most else {"qi": ("qwen_image",)},
+            reads=CONTROLS if most else "",
+            pictures=partial(controls, least=self.pictures.least, most=most, axes=4) if most else no_pictures,
+            contents=_musubi_contents,
+        )
 
     def expected_config(self) -> dict[str, object]:
         """The transformer's channels, and what tells Edit 2511 and Layered from the others."""

@@ -15,6 +15,7 @@ from mpp.core.flow import SigmaLaw
 from mpp.models import qwen_parts
 from mpp.models.base import Conditioning, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_with_mask
 from mpp.models.family import captions_of
+from mpp.models.musubi_parts import Contents, MusubiFormat
 
 
 class SizedLayeredPipeline(qwen_parts.PicturePipeline, QwenImageLayeredPipeline):
@@ -44,6 +45,10 @@ class LayeredConditioning(Conditioning):
     text: Tensor
     mask: Tensor | None = None
     condition: Tensor | None = None
+
+
+def _musubi_pictures(contents: Contents) -> dict[str, Tensors]:
+    return {"condition": contents["latents"][:, :1].clone()}
 
 
 class QwenImageLayered(qwen_parts.QwenFamily):
@@ -101,6 +106,12 @@ class QwenImageLayered(qwen_parts.QwenFamily):
             raise ValueError("Qwen-Image-Layered needs model.latents.layered=true and model.latents.temporal_stride=1")
         self.given_frames = int(drop_base_frame)
         self.text_length = qwen_parts.length_of_text(text_length)
+
+    @property
+    def musubi(self) -> MusubiFormat:
+        """The whole picture is the first frame; older files hold it again as `latents_control_0`."""
+        names = {"qil": ("qwen_image", "qwen_image_layered")}
+        return qwen_parts.musubi_format(names, ignores="latents_control_0", pictures=_musubi_pictures)
 
     def expected_config(self) -> dict[str, object]:
         """The transformer's channels, and what tells it from other Qwen-Images."""

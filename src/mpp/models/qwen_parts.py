@@ -4,7 +4,7 @@ Not an architecture: the two are, and neither imports the other.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
 from mpp.models.family import Family, FamilyEncoders
+from mpp.models.musubi_parts import MusubiFormat
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 LONGEST = 1024  # tokens of a text; the pipelines refuse more
@@ -90,6 +91,11 @@ class QwenFamily(Family):
             max_shift=0.9,
             shift_terminal=0.02,
         )
+
+
+def musubi_format(names: Mapping[str, tuple[str, ...]], **more: Any) -> MusubiFormat:  # noqa: ANN401
+    """Latents are normalised; musubi-tuner calls all of them `qwen_image` inside, blissful-tuner by their own names."""
+    return MusubiFormat(names=names, text={"text": ("vl_embed", 2)}, latents_dtype=torch.bfloat16, **more)
 
 
 def length_of_text(length: int) -> int:

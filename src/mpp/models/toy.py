@@ -67,8 +67,10 @@ class Toy:
     least_frames = 1
     boundaries: tuple[float, ...] = ()
     native: tuple[NativeRule, ...] = ()
+    musubi = None
     guidance_scale = 1.0
     steps = 20
+    fps = None
 
     def __init__(
         self,

@@ -25,8 +25,9 @@ from mpp.core.flow import SigmaLaw
 from mpp.models.base import Identity, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_text
 from mpp.models.experts import Experts
 from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.musubi_parts import MusubiFormat
 from mpp.models.single_file import SingleFile
-from mpp.models.wan_parts import NATIVE, PreparedImageToVideo, WanConditioning, read_config, stack
+from mpp.models.wan_parts import NATIVE, PreparedImageToVideo, WanConditioning, musubi_format, read_config, stack
 
 _CLIP_TEXT = 512  # diffusers' attention takes all tokens before the last 512 for the picture's
 _BOUNDARY = {False: 0.875, True: 0.9}  # text and image to video: wan_t2v_A14B.py, wan_i2v_A14B.py of Wan2.2
@@ -116,6 +117,7 @@ class Wan(Family):
         self.family = kinds.replace("wan", "wan_ti2v") if expand_timesteps else kinds
         # Wan2.1 generate.py, Wan2.2 wan_{t2v,i2v}_A14B.py and wan_ti2v_5B.py
         self.guidance_scale = 5.0 if expert is None else 3.5 if image_to_video else _GUIDANCE[expert]
+        self.fps = 24.0 if expand_timesteps else 16.0  # sample_fps in Wan2.2's wan/configs
         self.steps = 40 if expert or (image_to_video and not expand_timesteps) else 50
 
     def _check_settings(self, boundary: float | None) -> None:
@@ -134,6 +136,13 @@ class Wan(Family):
                 f"model.text_length must be {_CLIP_TEXT} where the model sees CLIP features, got {self.text_length}: "
                 "its attention tells text from picture by this number"
             )
+
+    @property
+    def musubi(self) -> MusubiFormat | None:
+        """The architecture `wan`, of which musubi-tuner knows the VAE of 2.1 alone."""
+        if self.expand_timesteps:
+            return None
+        return musubi_format(self.text_length, image_to_video=self.image_to_video, clip_dim=self.clip_dim)
 
     # ---------------------------------------------------------------- weights
 

@@ -1,0 +1,232 @@
+"""Decoding video files with PyAV, so that damage is an error instead of a guess of the decoder.
+
+What is found out: damaged heads, packets and frames, lost frames, and files that end too early (all but MPEG transport
+and program streams, which do not say how long they are). What no decoder finds out: changed bytes inside a picture of
+a codec with an arithmetic coder (H.264, HEVC, VP9, AV1), which decode to other pixels; these codecs have no checksums.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from PIL import Image
+
+from mpp.data import upright
+from mpp.data.containers import check_container
+from mpp.data.places import Place, reaching, short
+
+# Texts, playlists and scripts, which may name other files, are no videos.
+_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,asf,flv"
+_STRICT = "crccheck+bitstream+buffer+explode"
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders leave the alpha out
+_ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "libaom-av1"})
+_MAX_PIXEL_ASPECT = 8
+
+
+class OpenVideo:
+    """The picture stream of an open video file, for one pass.
+
+    Attributes:
+        path: The file.
+
+    Raises:
+        ValueError: There is no video stream, no decoder for it, or its pixels have an absurd shape.
+    """
+
+    def __init__(self, path: Place, container: InputContainer, size: int, packets: int | None) -> None:
+        self.path, self._container, self._size, self._promised = path, container, size, packets
+        self._packets, self._timestamps = 0, []
+        self._first, self._begin, self._end = 0, None, 0
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            raise ValueError(f"{path} has no video stream, only sound or a cover picture; drop it or replace it")
+        if stream.codec_context is None:
+            raise ValueError(f"{path}: there is no decoder for its codec; re-encode it, for example as H.264")
+        self._stream, self._codec = stream, stream.codec_context.name
+        # Threads within a frame, PyAV's default: with several frames at once it drops errors that come at the end.
+        self._decoder = stream.codec_context
+        if stream.metadata.get("alpha_mode") == "1" and self._codec in _ALPHA_DECODERS:
+            self._decoder = av.CodecContext.create(_ALPHA_DECODERS[self._codec], "r")
+        self._decoder.options = {"err_detect": _STRICT, "max_pixels": str(_max_pixels())}
+        self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+        if not 1 / _MAX_PIXEL_ASPECT <= self._pixel_aspect <= _MAX_PIXEL_ASPECT:
+            raise ValueError(
+                f"{path} claims a pixel aspect ratio of {self._pixel_aspect}; re-encode it with square pixels"
+            )
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds per unit of the timestamps."""
+        return Fraction(self._stream.time_base or 1)
+
+    @property
+    def rate(self) -> float | None:
+        """Frames per second on average, as the container says."""
+        rate = self._stream.average_rate or self._stream.base_rate
+        return float(rate) if rate else None
+
+    @property
+    def counts_frames(self) -> bool:
+        """Whether the container has a rate and numbers of frames instead of their times (AVI)."""
+        return self._container.format.name == "avi"
+
+    def begin_at(self, number: int, key: int, seek: int) -> None:
+        """Decode from a key frame on; to be called before any frame was read.
+
+        Args:
+            number: Which frame of the video it is.
+            key: Its timestamp. What is shown before it is left out: it may refer to frames before the key frame.
+            seek: Where in the file to look for it, a timestamp not later than `key`. Some containers go too far.
+
+        Raises:
+            ValueError: The container cannot seek.
+        """
+        with explained(self.path):
+            self._container.seek(seek, stream=self._stream)
+        self._first, self._begin = number, key
+
+    def frames(self) -> Iterator[VideoFrame]:
+        """Frames in the order in which they are shown.
+
+        Raises:
+            ValueError: A packet or frame is damaged or missing, interlaced, or of high dynamic range.
+        """
+        with explained(self.path):
+            packets = self._container.demux(self._stream)
+        packet, shown = None, self._first
+        while True:
+            with explained(self.path, self._near(shown)):
+                packet = next(packets, None)
+            if packet is None:
+                return
+            if self._begin is not None and packet.pts is not None and packet.pts < self._begin:
+                continue
+            if packet.size:
+                self._packets += 1
+                self._end = max(self._end, (packet.dts or 0) + (packet.duration or 0))
+                self._timestamps += [] if packet.is_discard else [packet.pts]
+            if packet.is_corrupt or self._packets > self._size:
+                raise ValueError(f"{self.path}: {self._near(shown)}; replace or re-encode the video")
+            with explained(self.path, self._near(shown)):
+                frames = self._decoder.decode(packet)
+            for frame in frames:
+                self._check(frame, shown)
+                yield frame
+                shown += 1
+
+    def check_complete(self, shown: set[int | None]) -> None:
+        """After a pass through all frames, refuse a stream that has lost some.
+
+        Args:
+            shown: Timestamps of the frames.
+
+        Raises:
+            ValueError: Names the first frame that is missing, or both counts.
+        """
+        if self.counts_frames:
+            self._check_count(self._end)
+            return
+        first = min((timestamp for timestamp in shown if timestamp is not None), default=0)
+        if self._codec in _ONE_FRAME_A_PACKET:
+            # before the first frame there may be some that refer to what was cut off
+            lost = [t for t in self._timestamps if t is not None and t > first and t not in shown]
+            if lost:
+                number = sum(timestamp is not None and timestamp < min(lost) for timestamp in shown)
+                raise ValueError(f"{self.path}: frame {number} is damaged; replace or re-encode the video")
+        self._check_count(self._packets)
+
+    def upright_size(self, frame: VideoFrame) -> tuple[int, int]:
+        """Width and height in pixels at which a frame is seen."""
+        return upright.upright_size(frame, self._pixel_aspect)
+
+    def picture(self, frame: VideoFrame) -> Image.Image:
+        """A frame as it is seen, RGB.
+
+        Raises:
+            ValueError: Its pixels cannot be converted.
+        """
+        with explained(self.path, f"frames of pixel format {frame.format.name} cannot be read"):
+            return upright.picture(frame, self._pixel_aspect)
+
+    def alpha(self, frame: VideoFrame) -> np.ndarray | None:
+        """A frame's alpha as it is seen, `(height, width)` float32 in [0, 1]; None where it has none.
+
+        Raises:
+            ValueError: Its pixels cannot be converted.
+        """
+        with explained(self.path, f"frames of pixel format {frame.format.name} cannot be read"):
+            return upright.alpha(frame, self._pixel_aspect)
+
+    def _check(self, frame: VideoFrame, number: int) -> None:
+        if frame.is_corrupt:
+            raise ValueError(f"{self.path}: frame {number} is damaged; replace or re-encode the video")
+        try:
+            upright.check_shown(frame)
+            width, height = upright.upright_size(frame, self._pixel_aspect)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: frame {number} {error}") from error
+        if not 0 < width * height <= _max_pixels():
+            raise ValueError(f"{self.path}: frames of {width}x{height} are too large; scale the video down")
+
+    def _check_count(self, found: int) -> None:
+        promised = self._promised or self._stream.frames
+        if found < promised:
+            raise ValueError(f"{self.path} is truncated: {promised} frames by its head, {found} found; copy it again")
+
+    def _near(self, shown: int) -> str:
+        """Where something went wrong: by the clock where it is known, for packets come earlier than their frames."""
+        known = [timestamp for timestamp in self._timestamps[-1:] if timestamp is not None]
+        if known and self.rate and self._timestamps[0] is not None:
+            since = float((known[0] - self._timestamps[0]) * self.time_base)
+            shown = max(shown, self._first + round(since * self.rate))
+        return f"damaged or truncated near frame {shown}"
+
+
+@contextmanager
+def open_video(path: Place, *, whole: bool = False) -> Iterator[OpenVideo]:
+    """Open a video file for one pass through its frames.
+
+    Args:
+        path: A file on this machine, or on any file system whose paths have `open("rb")`.
+        whole: Also check the whole container for damage that FFmpeg would skip.
+
+    Raises:
+        ValueError: The file cannot be read, is empty or no video, or ends before its head says it does.
+    """
+    with reaching(path):
+        file = path.open("rb")
+    with file:
+        packets = None
+        if whole:
+            try:
+                packets = check_container(file)
+            except ValueError as error:
+                raise ValueError(f"{path} {error}") from error
+            except Exception as error:
+                raise ValueError(f"{path} cannot be read ({short(error)})") from error
+        options = {"err_detect": _STRICT, "max_pixels": str(_max_pixels()), "format_whitelist": _FORMATS}
+        with explained(path):
+            size = file.seek(0, 2)
+            file.seek(0)
+            container = av.open(file, options=options, metadata_errors="replace", buffer_size=1 << 17)
+        with container:
+            yield OpenVideo(path, container, size, packets)
+
+
+@contextmanager
+def explained(path: Place, what: str = "not a readable video, or truncated") -> Iterator[None]:
+    """Turn whatever a library raises into one ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:  # FFmpeg's, Pillow's, and those of the clients of object storages
+        raise ValueError(f"{path}: {what} ({short(error)})") from error
+
+
+def _max_pixels() -> int:
+    """Pillow's limit for pictures holds for frames."""
+    return Image.MAX_IMAGE_PIXELS or (1 << 31) - 1

@@ -1,0 +1,238 @@
+"""Which samples a picture or video makes, and what of them is current in the cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpp.data.cache import Cache, made_from, text_name
+from mpp.data.frames import (
+    Cut,
+    check_controls,
+    check_masks,
+    frame_files,
+    mask_files,
+    moves,
+    transparent,
+)
+from mpp.data.index import Entry
+from mpp.data.media import Buckets, Geometry, picture_size, read_picture
+from mpp.data.item import Item
+from mpp.data.source import FolderSource
+from mpp.data.stamps import Stamps, Timelines
+from mpp.models.base import Architecture, Identity
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cache sample to make sure of.
+
+    Attributes:
+        key: Of the sample.
+        item: What it is made from.
+        cut: Which part of it.
+        shape: Latent shape.
+        mask_kind: Where its mask comes from, or None.
+        latents_current: Whether its latents are in the cache.
+        mask_current: Whether its mask is.
+        has_alpha: Whether the picture has an alpha that is not opaque.
+        pictures: Shapes of its picture conditioning.
+        seen: Identities of the pictures that the text encoder sees.
+    """
+
+    key: str
+    item: Item
+    cut: Cut
+    shape: tuple[int, int, int, int]
+    mask_kind: str | None
+    latents_current: bool
+    mask_current: bool
+    has_alpha: bool
+    pictures: dict[str, tuple[int, ...]]
+    seen: tuple[str, ...]
+
+    def entry(self) -> Entry:
+        """Its row in the index."""
+        return Entry(
+            key=self.key,
+            split=self.item.split,
+            shape=self.shape,
+            text=text_name(self.item.caption, self.seen),
+            caption=self.item.caption,
+            mask=self.mask_kind,
+            flip=self.cut.geometry.flip,
+            pictures=self.pictures,
+            seen=self.seen,
+            source=self.item.key if self.cut.clip is not None else "",
+            repeats=self.item.repeats,
+            variants=self.item.variants,
+        )
+
+
+class Planner:
+    """Plans samples; decodes what is not current, so that errors come before encoding.
+
+    Args:
+        source: Settings of buckets, clips and masks.
+        architecture: Whose latents are cached.
+        cache: Where they are.
+        identity: Of the model's weights.
+        stamps: Of this run.
+    """
+
+    def __init__(
+        self, source: FolderSource, architecture: Architecture, cache: Cache, identity: Identity, stamps: Stamps
+    ) -> None:
+        self.source, self.architecture, self.cache = source, architecture, cache
+        self.identity, self.stamps = identity, stamps
+        self.buckets = Buckets(source.resolution, architecture.latents.pixel_step, source.max_aspect)
+        self.timelines = Timelines(cache.folder / "timelines", stamps)
+
+    def jobs(self, item: Item) -> list[Job]:
+        """The samples of one item.
+
+        Raises:
+            ValueError: Something about it cannot be used.
+        """
+        check_controls(item, self.architecture.pictures)
+        cuts = self._clips(item) if item.video else self._whole(item)
+        current = [self._latents_current(item, cut) for cut in cuts]
+        known = next((record for record in current if record), None)
+        if known and all(current):
+            has_alpha = bool(known["alpha"])
+        else:
+            has_alpha = self._decode(item)
+        kind = self._mask_kind(item, has_alpha=has_alpha)
+        return [
+            self._job(item, cut, record, kind, has_alpha=has_alpha) for cut, record in zip(cuts, current, strict=True)
+        ]
+
+    def _whole(self, item: Item) -> list[Cut]:
+        """A picture, and its mirror."""
+        model = self.architecture
+        if model.least_frames > 1 and not model.latents.layered:
+            raise ValueError(
+                f"{item.media}: this model sees the first frame and learns from clips of at least {model.least_frames} "
+                "latent frames; pictures hold nothing for it to learn: give it videos, or choose a model that starts "
+                "from text"
+            )
+        return [Cut(geometry) for geometry in self._geometries(item, picture_size(item.media))]
+
+    def _clips(self, item: Item) -> list[Cut]:
+        """The clips of a video, each with its mirror."""
+        model = self.architecture
+        self._check_lengths(item)
+        timeline = self.timelines.of(item.media)
+        mask = self.timelines.of(item.mask) if moves(item.mask) else None
+        fps = self.source.clips.fps or model.fps
+        clips = self.source.clips.of(timeline, str(item.media), fps, item.starts)
+        geometries = self._geometries(item, timeline.size)
+        return [Cut(geometry, clip, timeline, mask) for clip in clips for geometry in geometries]
+
+    def _check_lengths(self, item: Item) -> None:
+        """Refuse clips that the model cannot learn from."""
+        model, clips = self.architecture, self.source.clips
+        try:
+            clips.check(model.latents)
+        except ValueError as error:
+            raise ValueError(f"{item.media}: {error}") from error
+        least = (model.least_frames - 1) * model.latents.temporal_stride + 1
+        if min(clips.frames) < least:
+            raise ValueError(
+                f"data.clips.frames={list(clips.frames)}: this model sees the first frame, so its clips have at least "
+                f"{least} frames; leave out the shorter ones"
+            )
+
+    def _geometries(self, item: Item, size: tuple[int, int]) -> list[Geometry]:
+        flips = [False, True] if self.source.flip and item.split == "train" else [False]
+        return [Geometry(size, self.buckets.choose(*size), flip) for flip in flips]
+
+    def _decode(self, item: Item) -> bool:
+        """Read a picture's files whole; videos were, for their timelines. Returns whether it has an alpha."""
+        if item.video:
+            return False
+        for path in (*frame_files(item, self.architecture.latents)[1:], *item.controls):
+            read_picture(path)
+        return transparent(read_picture(item.media))
+
+    def _job(self, item: Item, cut: Cut, record: dict[str, Any] | None, kind: str | None, *, has_alpha: bool) -> Job:
+        spec = self.architecture.latents
+        key = key_of(item, cut)
+        frames = len(cut.clip.frames) if cut.clip is not None else len(frame_files(item, spec))
+        shape = spec.shape(frames, cut.geometry.size[1], cut.geometry.size[0])
+        mask_current = kind is not None and self._mask_current(key, item, cut, kind, shape)
+        if not mask_current:
+            check_masks(item, cut, spec)
+        return Job(
+            key=key,
+            item=item,
+            cut=cut,
+            shape=shape,
+            mask_kind=kind,
+            latents_current=bool(record),
+            mask_current=mask_current,
+            has_alpha=has_alpha,
+            pictures={name: tuple(size) for name, size in record["pictures"].items()} if record else {},
+            seen=self._seen(item, cut),
+        )
+
+    def _mask_kind(self, item: Item, *, has_alpha: bool) -> str | None:
+        kind, layered = item.mask_kind, self.architecture.latents.layered
+        if kind is None and layered and any(item.layer_masks):
+            kind = "folder"
+        if kind is None and has_alpha and item.alpha and not layered:
+            kind = "alpha"
+        if kind is None and item.require_mask:
+            raise ValueError(f"{item.media}: no mask, and data.require_mask=true; add one or leave it out")
+        return kind
+
+    def _seen(self, item: Item, cut: Cut) -> tuple[str, ...]:
+        """Identities of the pictures that the text encoder sees, () where it sees none."""
+        inputs = self.architecture.pictures
+        if not inputs.in_text:
+            return ()
+        files, geometry = item.controls, cut.record()["geometry"]
+        if inputs.first_frame:
+            files = (item.media,)
+        first = "" if cut.clip is None else f" frame {cut.clip.frames[0]}"
+        return tuple(f"{self.stamps.content(path)} {geometry}{first}" for path in files)
+
+    def _latents_current(self, item: Item, cut: Cut) -> dict[str, Any] | None:
+        key = key_of(item, cut)
+        record = made_from(self.cache.latents_path(key))
+        if record is None or not self.cache.preview_path(key).is_file():
+            return None
+        if record["pictures"] and made_from(self.cache.pictures_path(key)) != record:
+            return None
+        made = cut.record() | {"vae": self.identity.vae}
+        if any(record[name] != value for name, value in made.items()):
+            return None
+        return record if self.stamps.unchanged(source_files(item, self.architecture), record["sources"]) else None
+
+    def _mask_current(self, key: str, item: Item, cut: Cut, kind: str, shape: Sequence[int]) -> bool:
+        record = made_from(self.cache.mask_path(key))
+        made = mask_record(item, cut, kind, shape)
+        if record is None or any(record[name] != value for name, value in made.items()):
+            return False
+        return self.stamps.unchanged(mask_sources(item, self.architecture), record["sources"])
+
+
+def key_of(item: Item, cut: Cut) -> str:
+    """Name of the sample that a cut of an item makes."""
+    clip = "" if cut.clip is None else f"@{cut.clip.name}"
+    return f"{item.key}{clip}{'@flip' if cut.geometry.flip else ''}"
+
+
+def source_files(item: Item, architecture: Architecture) -> tuple[Path, ...]:
+    """The files that a sample's latents and picture conditioning are made from."""
+    return (*frame_files(item, architecture.latents), *item.controls)
+
+
+def mask_sources(item: Item, architecture: Architecture) -> tuple[Path, ...]:
+    """The files that a sample's mask is made from."""
+    return mask_files(item, architecture.latents) or (item.media,)
+
+
+def mask_record(item: Item, cut: Cut, kind: str, shape: Sequence[int]) -> dict[str, object]:
+    """What a cached mask is made with, besides its sources."""
+    return cut.record() | {"kind": kind, "shape": list(shape[1:]), "invert": item.invert}

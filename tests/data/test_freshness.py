@@ -1,0 +1,118 @@
+"""Masks that change after they were prepared are noticed at the start of training."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mpp.data.cache import Cache
+from mpp.data.datamodule import LatentDataModule
+from mpp.data.freshness import MaskChanges, mask_changes
+from tests import helpers
+from tests.data import videos
+
+
+@pytest.fixture
+def root(tmp_path, pipeline):
+    """Four pictures, p3 without a mask, prepared."""
+    helpers.draw_photos(tmp_path / "photos", tmp_path / "masks", 4)
+    helpers.prepare(pipeline, tmp_path)
+    return tmp_path
+
+
+def changes(root, *, layered=False):
+    cache = Cache(root / "cache")
+    return mask_changes(cache, cache.entries(), layered=layered)
+
+
+def invert(path):
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+
+
+def test_nothing_changed_is_nothing_said(root):
+    assert changes(root) == MaskChanges()
+    assert not changes(root)
+
+
+def test_new_edited_and_deleted_masks_are_named(root):
+    shutil.copy(root / "masks" / "p1.png", root / "masks" / "p3.png")
+    invert(root / "masks" / "p0.png")
+    (root / "masks" / "p2.png").unlink()
+    found = changes(root)
+    assert found == MaskChanges(new=("p3",), edited=("p0",), deleted=("p2",))
+    assert str(found) == "1 new (p3), 1 edited (p0), 1 deleted (p2)"
+
+
+def test_a_touched_mask_is_no_edited_one(root):
+    os.utime(root / "masks" / "p0.png", ns=(1, 1))
+    assert not changes(root)
+
+
+def test_a_mask_in_another_place_or_read_otherwise_is_an_edited_one(root, pipeline):
+    shutil.copy(root / "masks" / "p2.png", root / "photos" / "p0-masklabel.png")
+    (root / "masks" / "p0.png").unlink()
+    assert changes(root).deleted == ("p0",)  # what was prepared is gone, whatever stands in for it
+    helpers.prepare(pipeline, root)
+    assert not changes(root)
+    shutil.copy(root / "masks" / "p2.png", root / "masks" / "p0.png")
+    assert changes(root) == MaskChanges(edited=("p0",))  # the mask folder comes first
+
+
+def test_preparing_again_settles_it(root, pipeline):
+    invert(root / "masks" / "p0.png")
+    shutil.copy(root / "masks" / "p1.png", root / "masks" / "p3.png")
+    summary = helpers.prepare(pipeline, root)
+    assert (summary.encoded, summary.masks_written) == (0, 2)
+    assert not changes(root)
+
+
+def test_masks_of_clips_are_compared_once_for_all_clips_of_a_video(tmp_path, pipeline):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "masks").mkdir()
+    for name in "ab":
+        lossless = {"codec": "libx264rgb", "pix_fmt": "rgb24"}
+        videos.write_video(tmp_path / "photos" / f"{name}.mkv", videos.number_frames(20), rate=16, **lossless)
+        videos.write_frames(tmp_path / "masks" / name, videos.square_masks(20))
+    helpers.prepare(pipeline, tmp_path, "data.clips.frames=[5]", "data.clips.extract=all")
+    assert not changes(tmp_path)
+    invert(tmp_path / "masks" / "b" / "frame7.png")
+    assert changes(tmp_path) == MaskChanges(edited=("b",))
+    shutil.rmtree(tmp_path / "masks" / "a")
+    assert changes(tmp_path) == MaskChanges(edited=("b",), deleted=("a",))
+
+
+def test_alpha_masks_change_with_their_picture(tmp_path, pipeline):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "masks").mkdir()
+    picture = Image.new("RGBA", (64, 64), (200, 10, 10, 255))
+    picture.paste((200, 10, 10, 0), (0, 0, 32, 64))
+    picture.save(tmp_path / "photos" / "a.png")
+    helpers.prepare(pipeline, tmp_path)
+    assert not changes(tmp_path)
+    picture.paste((200, 10, 10, 0), (0, 0, 48, 64))
+    picture.save(tmp_path / "photos" / "a.png")
+    assert changes(tmp_path) == MaskChanges(edited=("a",))
+
+
+def test_a_cache_away_from_its_sources_says_that_it_cannot_be_compared(root):
+    shutil.move(root / "photos", root / "elsewhere")
+    shutil.move(root / "masks", root / "elsewheremasks")
+    found = changes(root)
+    assert not found
+    assert "photos" in found.unchecked
+
+
+def test_training_says_what_changed_and_strict_masks_refuse(root, pipeline, architecture, caplog):
+    caplog.set_level("INFO", logger="mpp")
+    invert(root / "masks" / "p0.png")
+    strict = LatentDataModule(architecture=architecture, cache_dir=str(root / "cache"), strict_masks=True)
+    with pytest.raises(ValueError, match=r"masks changed since the cache .* was prepared: 1 edited \(p0\); run"):
+        strict.setup()
+    helpers.train(pipeline, root / "cache", root / "out", "trainer.max_steps=1")
+    assert "masks changed since the cache was prepared: 1 edited (p0); this run uses the old ones" in caplog.text
+    invert(root / "masks" / "p0.png")
+    shutil.move(root / "photos", root / "elsewhere")
+    with pytest.raises(ValueError, match="masks cannot be compared with those of the cache"):
+        LatentDataModule(architecture=architecture, cache_dir=str(root / "cache"), strict_masks=True).setup()
