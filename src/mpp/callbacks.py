@@ -183,13 +183,14 @@ class RunReport(Callback):
         coverage = measure_coverage(data.cache, data.train_entries, loss, pl_module.architecture.given_frames)
         for line in banner(pl_module, data, coverage):
             log.info(line)
-        for line in loss.advice() + _data_advice(loss, data, coverage):
+        for line in loss.advice() + data.cache.advice(loss) + _data_advice(loss, data, coverage):
             log.warning(line)
         self._show_regions(trainer, data, loss)
 
     def _show_regions(self, trainer: Trainer, data: LatentDataModule, loss: MaskedPriorLoss) -> None:
         model = data.architecture
-        chosen = [e for e in data.train_entries.originals()[: self.pictures] if data.cache.preview_path(e.key).is_file()]
+        first = data.train_entries.originals()[: self.pictures]
+        chosen = [entry for entry in first if data.cache.preview_path(entry.key).is_file()]
         rows = [
             region_strip(data.cache, entry, loss, model.given_frames, layered=model.latents.layered) for entry in chosen
         ]

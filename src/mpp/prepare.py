@@ -1,22 +1,46 @@
-"""`python -m mpp.prepare`: turn a folder of pictures, masks and captions into a cache."""
+"""`python -m mpp.prepare`: turn pictures, videos, masks and captions into a cache."""
 
 import hydra
 from omegaconf import DictConfig
 
 from mpp.config import CONFIG_DIR, build, check_config, device_of, entry
-from mpp.data.preparation import Preparation, Summary
+from mpp.data.cache import Cache
+from mpp.data.musubi_export import MusubiSummary, export_musubi
+from mpp.data.preparation import Preparation
+from mpp.data.summary import Summary
 
 
-def run(cfg: DictConfig) -> Summary:
-    """Prepare as configured.
+def run(cfg: DictConfig) -> Summary | MusubiSummary:
+    """Prepare as configured, or export what was prepared.
 
     Raises:
         ValueError: Bad settings or pictures; nothing was encoded.
         OSError: The cache cannot be written.
     """
     check_config(cfg)
+    if cfg.export is not None:
+        return export(cfg)
+    if cfg.export_dir is not None:
+        raise ValueError(f"export_dir={cfg.export_dir} is for an export; add export=musubi")
     model, device = build(cfg.model), device_of(cfg.device)
     summary = Preparation(build(cfg.data), model, device, build(cfg.sampling), build(cfg.prepare)).run()
+    for line in summary.lines():
+        print(line)
+    return summary
+
+
+def export(cfg: DictConfig) -> MusubiSummary:
+    """Write a finished cache in another program's files.
+
+    Raises:
+        ValueError: Another program than musubi, no folder to write to, or a cache that is not the model's.
+        OSError: The folder cannot be written.
+    """
+    if cfg.export != "musubi":
+        raise ValueError(f"export must be musubi, got {cfg.export!r}")
+    if cfg.export_dir is None:
+        raise ValueError("export=musubi needs a folder to write to; set export_dir")
+    summary = export_musubi(Cache(cfg.data.cache_dir), build(cfg.model), cfg.export_dir)
     for line in summary.lines():
         print(line)
     return summary

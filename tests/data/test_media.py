@@ -1,3 +1,7 @@
+import itertools
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from mpp.data.media import (
     Geometry,
     check_aspect,
     crop_picture,
+    is_video,
     latent_mask,
     overlaps,
     picture_size,
@@ -191,3 +196,230 @@ def test_bucket_settings_out_of_range_are_refused():
         Buckets(8, 16)
     with pytest.raises(ValueError, match="data.max_aspect must be at least 1"):
         Buckets(512, 16, 0.5)
+
+
+# ---------------------------------------------------------------- masks that mean something else than their grey
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
+def test_inverted_masks_are_one_where_the_file_is_black(tmp_path, mode):
+    tiers = np.array([[0, 80, 255]], np.uint8)
+    image = Image.fromarray(tiers.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(tiers).convert(mode)
+    image.save(tmp_path / "m.png")
+    np.testing.assert_allclose(read_mask(tmp_path / "m.png", invert=True), [[1, 175 / 255, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("array", "brightest", "white"),
+    [
+        (np.array([[0, 1]], np.uint8), 1, 255),
+        (np.array([[1, 1]], np.uint8), 1, 255),
+        (np.array([[0, 255]], np.uint16), 255, 65535),
+        (np.array([[0, 1]], np.uint16), 1, 65535),
+    ],
+)
+def test_masks_of_label_numbers_are_refused(tmp_path, array, brightest, white):
+    with pytest.raises(ValueError, match=rf"m\.png: the brightest value of this mask is {brightest} of {white}, as in"):
+        read_mask(save(tmp_path / "m.png", array))
+
+
+def test_black_masks_are_ordinary_also_with_the_noise_of_lossy_formats(tmp_path):
+    assert read_mask(save(tmp_path / "m.png", np.zeros((4, 4), np.uint8))).max() == 0
+    assert read_mask(save(tmp_path / "d.png", np.zeros((4, 4), np.uint16))).max() == 0
+    noisy = save(tmp_path / "m.jpg", np.ones((16, 16), np.uint8), quality=100)
+    assert read_mask(noisy).max() == pytest.approx(1 / 255)
+
+
+def test_palette_masks_count_by_their_greys_not_by_their_numbers(tmp_path):
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image.putpalette([255, 255, 255, 0, 0, 0, 51, 51, 51])
+    image.save(tmp_path / "m.png")
+    np.testing.assert_allclose(read_mask(tmp_path / "m.png"), [[1, 0, 0.2]], atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB"])
+def test_masks_with_colours_are_refused(tmp_path, mode):
+    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    image.putpalette([0, 0, 0, 128, 0, 0])  # as in maps of labels: 1 is dark red
+    image.convert(mode).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match=r"m\.png: this mask has colours, as maps of labels have"):
+        read_mask(tmp_path / "m.png")
+
+
+def test_the_slight_colours_of_lossy_masks_are_no_matter(tmp_path):
+    tinted = np.repeat(np.array([[0, 128, 255]], np.uint8), 3, 0)[..., None].repeat(3, 2)
+    tinted[..., 0] = np.clip(tinted[..., 0].astype(int) - 10, 0, 255)
+    assert read_mask(save(tmp_path / "m.png", tinted)).shape == (3, 3)
+
+
+@pytest.mark.parametrize("clear", [1000, 5])
+def test_one_transparent_grey_of_16_bits_is_alpha(tmp_path, clear):
+    array = np.array([[0, 1000, 65535]], np.uint16)
+    Image.fromarray(array).save(tmp_path / "p.png", transparency=clear)
+    np.testing.assert_array_equal(read_picture(tmp_path / "p.png").alpha, [[1, clear != 1000, 1]])
+    np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "p.png").rgb)[0, :, 0], [0, 4, 255])
+    if clear == 1000:
+        with pytest.raises(ValueError, match="unclear whether its grey or its alpha"):
+            read_mask(tmp_path / "p.png")
+    else:
+        np.testing.assert_allclose(read_mask(tmp_path / "p.png"), array / 65535, atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [[0, 255.0], [-0.1, 1], [0, float("nan")], [0, float("inf")]])
+def test_floating_point_files_beyond_one_are_refused(tmp_path, values):
+    path = save(tmp_path / "m.tif", np.array([values], np.float32))
+    for read in (read_mask, read_picture):
+        with pytest.raises(ValueError, match=r"m\.tif has values from .* go from 0 to 1; save it with 8 or 16 bits"):
+            read(path)
+
+
+def test_32_bit_files_beyond_16_bits_are_refused(tmp_path):
+    path = save(tmp_path / "m.tif", np.array([[0, 70000]], np.int32))
+    with pytest.raises(ValueError, match=r"m\.tif has values from 0 to 70000"):
+        read_picture(path)
+
+
+# ---------------------------------------------------------------- files that hold more or less than one picture
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_animations_and_pages_are_refused_not_cut_to_their_first(tmp_path, suffix):
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / f"p.{suffix}", save_all=True, append_images=[second])
+    for read in (picture_size, read_picture, read_mask):
+        with pytest.raises(ValueError, match=rf"p\.{suffix} holds 2 pictures, and it is unclear which is meant"):
+            read(tmp_path / f"p.{suffix}")
+    first.save(tmp_path / f"one.{suffix}", save_all=True)
+    assert picture_size(tmp_path / f"one.{suffix}") == (16, 16)
+
+
+def test_the_preview_inside_a_cameras_jpeg_is_left_alone(tmp_path):
+    first, second = Image.new("RGB", (32, 16), (200, 0, 0)), Image.new("RGB", (16, 8), (0, 0, 200))
+    first.save(tmp_path / "p.jpg", "MPO", save_all=True, append_images=[second])
+    assert picture_size(tmp_path / "p.jpg") == (32, 16)
+    assert np.asarray(read_picture(tmp_path / "p.jpg").rgb)[8, 16].tolist() == pytest.approx([200, 0, 0], abs=3)
+
+
+def test_a_picture_that_fills_only_part_of_its_canvas_is_refused(tmp_path):
+    save(tmp_path / "p.gif", np.full((8, 8), 255, np.uint8))
+    data = bytearray((tmp_path / "p.gif").read_bytes())
+    data[6:8] = (16).to_bytes(2, "little")  # the canvas's width
+    (tmp_path / "p.gif").write_bytes(data)
+    with pytest.raises(ValueError, match=r"p\.gif is 16x8 and holds 64 of its 128 pixels"):
+        read_picture(tmp_path / "p.gif")
+
+
+# ---------------------------------------------------------------- damaged and hostile files
+
+
+def test_a_wrong_bit_anywhere_in_a_png_never_changes_its_pixels(tmp_path):
+    grey = np.repeat(np.linspace(0, 255, 32).astype(np.uint8)[None], 24, 0)
+    path = save(tmp_path / "m.png", grey)
+    data = path.read_bytes()
+    slipped = 0  # what decoding alone would have let through
+    for number, bit in itertools.product(range(len(data)), range(8)):
+        path.write_bytes(data[:number] + bytes([data[number] ^ 1 << bit]) + data[number + 1 :])
+        try:
+            assert np.array_equal(np.asarray(read_picture(path).rgb)[..., 0], grey)
+        except ValueError as error:
+            assert "m.png: not a readable picture" in str(error)
+            try:
+                with Image.open(path) as image:
+                    slipped += np.asarray(image).shape != grey.shape or bool((np.asarray(image) != grey).any())
+            except Exception:  # noqa: BLE001, S110
+                pass
+    assert slipped
+
+
+def png(width, height):
+    """A PNG that claims a size and has next to no pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 16)), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(("width", "height"), [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (0, 0), (5000, 5000)])
+def test_files_that_claim_more_than_they_hold_are_refused(tmp_path, width, height):
+    (tmp_path / "p.png").write_bytes(png(width, height))
+    for read in (read_picture, read_mask):
+        with pytest.raises(ValueError, match=r"p\.png: not a readable"):
+            read(tmp_path / "p.png")
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.jpg", "p.webp", "p.tif", "p.gif", "p.bmp", "p.avif"])
+def test_empty_files_and_folders_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for read in (picture_size, read_picture, read_mask):
+        with pytest.raises(ValueError, match=rf"{name}: not a readable"):
+            read(tmp_path / name)
+        with pytest.raises(ValueError, match=r"folder cannot be read \(Is a directory\)"):
+            read(tmp_path / "folder")
+
+
+def test_programs_in_files_are_not_run(tmp_path):
+    (tmp_path / "p.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")  # ghostscript's
+    with pytest.raises(ValueError, match=r"p\.png: not a readable picture"):
+        picture_size(tmp_path / "p.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, of what it reads
+@pytest.mark.parametrize("garbage", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*" + b"\xff" * 99])
+def test_garbage_for_exif_is_either_refused_or_without_effect(tmp_path, garbage):
+    path = save(tmp_path / "p.jpg", np.zeros((16, 32, 3), np.uint8), exif=garbage)
+    try:
+        assert picture_size(path) == read_picture(path).rgb.size == (32, 16)
+    except ValueError as error:
+        assert "p.jpg: not a readable picture" in str(error)
+
+
+def test_unknown_orientations_turn_nothing(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    path = save(tmp_path / "p.jpg", np.zeros((16, 32, 3), np.uint8), exif=exif)
+    assert picture_size(path) == read_picture(path).rgb.size == (32, 16)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "avif"])
+@pytest.mark.parametrize("number", range(1, 9))
+def test_all_orientations_turn_as_the_standard_says_in_all_formats(tmp_path, suffix, number):
+    corners = np.zeros((32, 48, 3), np.uint8)  # as stored: red, green over blue, white
+    corners[:16, :24], corners[:16, 24:], corners[16:, :24], corners[16:, 24:] = (255, 0, 0), (0, 255, 0), (0, 0, 255), 255
+    exif = Image.Exif()
+    exif[0x0112] = number
+    path = save(tmp_path / f"p.{suffix}", corners, exif=exif, quality=95)
+    shown = np.asarray(read_picture(path).rgb)
+    assert (shown.shape[1], shown.shape[0]) == picture_size(path)
+    h, w = shown.shape[:2]
+    seen = [shown[y, x] for y, x in ((4, 4), (4, w - 5), (h - 5, 4), (h - 5, w - 5))]
+    names = "".join("W" if c.min() > 128 else "RGB"[int(c.argmax())] for c in seen)
+    # EXIF 2.3, tag 274: where the stored first row and first column are to be shown
+    assert names == ["RGBW", "GRWB", "WBGR", "BWRG", "RBGW", "BRWG", "WGBR", "GWRB"][number - 1]
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_counts(tmp_path):
+    plain = save(tmp_path / "a.png", np.zeros((16, 32, 3), np.uint8)).read_bytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    body = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    end = plain.index(b"IEND") - 4
+    (tmp_path / "b.png").write_bytes(plain[:end] + chunk + plain[end:])
+    assert picture_size(tmp_path / "b.png") == read_picture(tmp_path / "b.png").rgb.size == (16, 32)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "gif", "bmp"])
+def test_the_size_is_known_without_decoding(tmp_path, monkeypatch, suffix):
+    from PIL import ImageFile
+
+    path = save(tmp_path / f"p.{suffix}", np.zeros((16, 32, 3), np.uint8))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert picture_size(path) == (32, 16)
+
+
+def test_a_folder_with_a_pictures_name_is_no_video(tmp_path):
+    for name in ("a.png", "frames", "frames.v1"):
+        (tmp_path / name).mkdir()
+    assert [is_video(tmp_path / name) for name in ("a.png", "frames", "frames.v1", "b.MP4", "b.mask")] == [
+        False, True, True, True, False]  # fmt: skip

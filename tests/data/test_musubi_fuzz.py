@@ -11,7 +11,7 @@ from mpp.data.musubi import MusubiCache
 from tests.data import musubi_fixtures as fixtures
 from tests.data.test_musubi import model
 
-ROUNDS = 800
+ROUNDS = 600
 
 
 def masked(made, key, shape):

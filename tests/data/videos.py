@@ -1,9 +1,11 @@
 """Videos for tests: written with PyAV, with frames that tell their own number, and damaged on purpose."""
 
 from fractions import Fraction
+from itertools import pairwise
 
 import av
 import numpy as np
+from av.stream import Disposition
 from PIL import Image
 
 BITS = 12
@@ -33,7 +35,7 @@ def read_number(image):
     pixels = np.asarray(image.convert("L"), dtype=float)
     row = pixels[: pixels.shape[0] // 4].mean(0)
     edges = np.linspace(0, len(row), BITS + 1).astype(int)
-    bits = [row[a + 1 : b - 1].mean() for a, b in zip(edges, edges[1:], strict=False)]
+    bits = [row[a + 1 : b - 1].mean() for a, b in pairwise(edges)]
     assert all(value < 60 or value > 195 for value in bits), bits
     return sum((value > 128) << bit for bit, value in enumerate(bits))
 
@@ -112,10 +114,16 @@ def write_frames(folder, frames, name="frame{:d}.png"):
     return folder
 
 
-def write_sound(path):
-    """A file with sound and no picture."""
+def write_sound(path, cover=None):
+    """A file with sound and no moving picture, perhaps with a cover picture."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream("aac", rate=44100, layout="mono")
+        if cover is not None:
+            picture = out.add_stream("png", rate=1)
+            picture.width, picture.height, picture.pix_fmt = cover.shape[1], cover.shape[0], "rgb24"
+            picture.disposition = Disposition.attached_pic
+            out.mux(picture.encode(av.VideoFrame.from_ndarray(cover, "rgb24")))
+            out.mux(picture.encode(None))
         for number in range(20):
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
             frame.sample_rate, frame.pts = 44100, 1024 * number
@@ -140,13 +148,22 @@ def damage(path, packet, spared=0, seed=0):
     return path
 
 
-def rewrap(source, path, keep):
-    """Copy the packets whose number in the order of decoding satisfies `keep`, without encoding anew."""
-    with av.open(str(source)) as container, av.open(str(path), "w") as out:
-        stream = container.streams.video[0]
-        copy = out.add_stream_from_template(stream)
-        for number, packet in enumerate(p for p in container.demux(stream) if p.dts is not None):
-            if keep(number):
-                packet.stream = copy
-                out.mux(packet)
+def mix(path, parts, order=None):
+    """One stream of Motion JPEG pictures from several lists of frames, of whatever sizes; `order` is their clock."""
+    count = 0
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mjpeg", rate=24)
+        stream.height, stream.width = parts[0][0].shape[:2]
+        stream.pix_fmt = "yuvj420p"
+        for frames in parts:
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.height, encoder.width = frames[0].shape[:2]
+            encoder.pix_fmt, encoder.time_base = "yuvj420p", Fraction(1, 24)
+            for pixels in frames:
+                frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format="yuvj420p")
+                for packet in encoder.encode(frame):
+                    packet.stream, packet.time_base = stream, Fraction(1, 24)
+                    packet.dts, packet.pts = count, count if order is None else order[count]
+                    out.mux(packet)
+                    count += 1
     return path

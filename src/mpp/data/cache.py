@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpp import __version__
+from mpp.core.loss import MaskedPriorLoss
 from mpp.data.index import Entry, Index, write_index
 from mpp.files import write_atomically, write_json
 from mpp.models.base import Architecture, Conditioning, Identity, LatentSpec
@@ -201,7 +202,7 @@ class Cache:
         path = self.folder / "index.jsonl"
         if not path.is_file():
             raise ValueError(
-                f"the cache {self.folder} is not finished: it has no index; {_AGAIN} (on all shards, where it is shared)"
+                f"the cache {self.folder} is not finished: it has no index; {_AGAIN}, on all shards if there are several"
             )
         return Index.open(path)
 
@@ -242,6 +243,11 @@ class Cache:
         if entry.pictures:
             tensors |= read_tensors(self.pictures_path(entry.key))
         return as_record(tensors, record, self.text_path(entry.text))
+
+    def advice(self, loss: MaskedPriorLoss) -> list[str]:
+        """Warnings about using this cache with a loss; there are none about our own."""
+        del loss
+        return []
 
     def check_some(self, entries: Sequence[Entry]) -> None:
         """`check_files` of at most 10,000 samples, evenly spread; more would delay the start of a run.
@@ -312,11 +318,12 @@ def made_from(path: Path) -> dict[str, object] | None:
     try:
         with safe_open(path, "pt") as handle:
             metadata = handle.metadata() or {}
-    except (SafetensorError, OSError):
+        if metadata.get("format") != str(FORMAT):
+            return None
+        found = json.loads(metadata["made_from"])
+    except (SafetensorError, OSError, KeyError, ValueError):
         return None
-    if metadata.get("format") != str(FORMAT):
-        return None
-    return json.loads(metadata["made_from"])
+    return found if isinstance(found, dict) else None
 
 
 def _open(path: Path) -> safe_open:

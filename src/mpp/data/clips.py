@@ -13,7 +13,7 @@ from mpp.data.video import Timeline
 from mpp.models.base import LatentSpec
 
 Extract = Literal["head", "uniform", "all", "chosen"]
-_ROUNDING = 1.001e-3  # containers round timestamps to a millisecond: such a frame is up to that much too late
+_MOST_ROUNDING = 0.002
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,18 @@ class _Cutter:
     rate: float
     lengths: Sequence[int]
 
+    @property
+    def rounding(self) -> float:
+        """Seconds by which a frame's time may be late: containers round both ends of an interval to their unit."""
+        _, numerator, denominator = self.timeline.clock or (0, 1, 1000)
+        return min(1.001 * numerator / denominator + 1e-9, _MOST_ROUNDING)
+
     def available(self, start: int) -> int:
         """Clip frames from a source frame to the video's end."""
         times, duration = self.timeline.times, self.timeline.duration
         if times is None or duration is None:
             return self.timeline.count - start
-        left = duration - times[start] - _ROUNDING
+        left = duration - times[start] - self.rounding
         return max(1, math.ceil(left * self.rate - 1e-9))  # k / rate < left
 
     def shown(self, start: int, number: int) -> int:
@@ -137,7 +143,7 @@ class _Cutter:
         if times is None:
             return start + number
         moment = times[start] + number / self.rate
-        return max(start, bisect_right(times, moment + _ROUNDING) - 1)
+        return max(start, bisect_right(times, moment + self.rounding) - 1)
 
     def cut(self, start: int, length: int) -> Clip:
         return Clip(start, tuple(self.shown(start, number) for number in range(length)))

@@ -1,18 +1,21 @@
 """Whether a video file's container is whole, for formats of which FFmpeg skips damaged parts without an error.
 
-MP4 and MOV are not walked here: their tables name every frame's place, so FFmpeg's reader misses what is not there. Nor
-are MPEG program streams, which say nothing about their length.
+MP4 and MOV are walked but roughly: their tables name every frame's place, so FFmpeg's reader misses what is not there.
+MPEG program streams say nothing about their length.
 """
 
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import BinaryIO
 
 _HEAD_BYTES = 1 << 16
 _PIECE = 1 << 20
 _ASF_HEADER, _ASF_PROPERTIES = b"\x30\x26\xb2\x75", bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_BOXES = frozenset(b"ftyp moov mdat free skip wide moof mfra sidx ssix styp meta udta uuid emsg prft pdin".split())
+_IN_FRAGMENT = frozenset(b"mfhd traf meta pssh uuid free skip".split())
+_IN_TRACK_FRAGMENT = frozenset(b"tfhd tfdt trun sbgp sgpd subs saiz saio senc meta uuid free skip".split())
 _EBML, _SEGMENT, _CLUSTER, _CRC = 0x1A45DFA3, 0x18538067, 0x1F43B675, 0xBF
 _TRACKS, _TRACK_ENTRY, _TRACK_NUMBER, _TRACK_KIND = 0x1654AE6B, 0xAE, 0xD7, 0x83
 _SIMPLE_BLOCK, _BLOCK_GROUP, _BLOCK = 0xA3, 0xA0, 0xA1
@@ -46,6 +49,8 @@ def check_container(file: BinaryIO) -> int | None:
         _walk_flash(file, size)
     elif head[:4] == _EBML.to_bytes(4, "big"):
         return _walk_matroska(file, size)
+    elif head[4:8] in _BOXES:
+        _walk_boxes(file, size)
     elif head[:1] == b"\x47" and head[188:189] in (b"\x47", b""):
         _walk_transport_stream(file, size)
     return None
@@ -58,6 +63,48 @@ def _check_length(promised: int, size: int) -> None:
 
 def _damaged(at: int) -> ValueError:
     return ValueError(f"is damaged at byte {at}; copy it again, or re-encode it")
+
+
+def _walk_boxes(file: BinaryIO, size: int) -> None:
+    """The boxes of the file itself, each with its length in front; what is no box may follow the last one."""
+    unknown = []
+    fragmented = False
+    for name, at, content, after in _boxes(file, 0, size):
+        _check_length(after, size)
+        unknown += [at] if name not in _BOXES else []
+        if name == b"moof":  # FFmpeg goes on without a fragment that it does not understand
+            fragmented = True
+            _walk_fragment(file, content, after, _IN_FRAGMENT)
+    if fragmented and unknown:
+        raise _damaged(unknown[0])
+
+
+def _walk_fragment(file: BinaryIO, begin: int, end: int, known: Collection[bytes]) -> None:
+    reached = begin
+    for name, at, content, after in _boxes(file, begin, end):
+        if name not in known or after > end:
+            raise _damaged(at)
+        if name == b"traf":
+            _walk_fragment(file, content, after, _IN_TRACK_FRAGMENT)
+        reached = after
+    if reached != end:
+        raise _damaged(reached)
+
+
+def _boxes(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """Name, begin, begin of the content, and end of each box."""
+    while at + 8 <= end:
+        file.seek(at)
+        head = file.read(16)
+        length, name, content = int.from_bytes(head[:4], "big"), head[4:8], at + 8
+        if length == 1:
+            length, content = int.from_bytes(head[8:], "big"), at + 16
+        if length == 0 or not name.isalnum():
+            return
+        if length < content - at:
+            raise _damaged(at)
+        yield name, at, content, at + length
+        at += length
 
 
 def _walk_transport_stream(file: BinaryIO, size: int) -> None:

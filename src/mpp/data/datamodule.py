@@ -1,6 +1,7 @@
 """The DataModule that streams cached latents, masks and text."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from lightning import LightningDataModule
@@ -12,6 +13,7 @@ from mpp.data.cache import Cache, Manifest, some, text_name
 from mpp.data.freshness import MaskChanges, mask_changes
 from mpp.data.index import Entry, Index
 from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
+from mpp.data.musubi import MusubiCache
 from mpp.data.preservation import Preservation
 from mpp.data.visits import Changes, TrainSamples
 from mpp.models.base import Architecture
@@ -33,7 +35,7 @@ class CachedSamples(Dataset[Sample]):
 
 
 class LatentDataModule(LightningDataModule):
-    """Streams a cache made by `python -m mpp.prepare`.
+    """Streams a cache made by `python -m mpp.prepare`, or one of musubi-tuner.
 
     Args:
         architecture: The model that trains; the cache must be its own.
@@ -48,6 +50,7 @@ class LatentDataModule(LightningDataModule):
         preservation: Samples whose whole area keeps the base model's prediction, mixed into training.
         num_workers: Processes that read ahead.
         seed: Seed of order and split.
+        layout: Whose files the cache consists of.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -67,6 +70,7 @@ class LatentDataModule(LightningDataModule):
         preservation: Preservation | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        layout: Literal["mpp", "musubi"] = "mpp",
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -77,7 +81,9 @@ class LatentDataModule(LightningDataModule):
         if not 0 <= val_fraction < 1:
             raise ValueError(f"data.val_fraction must be at least 0 and below 1, got {val_fraction}")
         self.architecture = architecture
-        self.cache = Cache(cache_dir)
+        if layout not in ("mpp", "musubi"):
+            raise ValueError(f"data.layout must be mpp or musubi, got {layout!r}")
+        self.cache = Cache(cache_dir) if layout == "mpp" else MusubiCache(cache_dir, architecture)
         self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
         self.require_mask, self.strict_masks, self.num_workers = require_mask, strict_masks, num_workers
         self.preservation = preservation or Preservation()

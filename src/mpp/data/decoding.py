@@ -5,7 +5,8 @@ and program streams, which do not say how long they are). What no decoder finds 
 a codec with an arithmetic coder (H.264, HEVC, VP9, AV1), which decode to other pixels; these codecs have no checksums.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -16,9 +17,9 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from PIL import Image
 
-from mpp.data import upright
 from mpp.data.containers import check_container
 from mpp.data.places import Place, reaching, short
+from mpp.data.upright import View, check_look, find_turn
 
 # Texts, playlists and scripts, which may name other files, are no videos.
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,asf,flv"
@@ -53,6 +54,7 @@ class OpenVideo:
         if stream.metadata.get("alpha_mode") == "1" and self._codec in _ALPHA_DECODERS:
             self._decoder = av.CodecContext.create(_ALPHA_DECODERS[self._codec], "r")
         self._decoder.options = {"err_detect": _STRICT, "max_pixels": str(_max_pixels())}
+        self._views: dict[int, View] = {}  # by rotation, which is the same for all frames, or nearly
         self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
         if not 1 / _MAX_PIXEL_ASPECT <= self._pixel_aspect <= _MAX_PIXEL_ASPECT:
             raise ValueError(
@@ -119,7 +121,7 @@ class OpenVideo:
                 yield frame
                 shown += 1
 
-    def check_complete(self, shown: set[int | None]) -> None:
+    def check_complete(self, shown: Sequence[int | None]) -> None:
         """After a pass through all frames, refuse a stream that has lost some.
 
         Args:
@@ -134,7 +136,7 @@ class OpenVideo:
         first = min((timestamp for timestamp in shown if timestamp is not None), default=0)
         if self._codec in _ONE_FRAME_A_PACKET:
             # before the first frame there may be some that refer to what was cut off
-            lost = [t for t in self._timestamps if t is not None and t > first and t not in shown]
+            lost = Counter(t for t in self._timestamps if t is not None and t > first) - Counter(shown)
             if lost:
                 number = sum(timestamp is not None and timestamp < min(lost) for timestamp in shown)
                 raise ValueError(f"{self.path}: frame {number} is damaged; replace or re-encode the video")
@@ -142,7 +144,7 @@ class OpenVideo:
 
     def upright_size(self, frame: VideoFrame) -> tuple[int, int]:
         """Width and height in pixels at which a frame is seen."""
-        return upright.upright_size(frame, self._pixel_aspect)
+        return self._view(frame).size(frame)
 
     def picture(self, frame: VideoFrame) -> Image.Image:
         """A frame as it is seen, RGB.
@@ -151,7 +153,7 @@ class OpenVideo:
             ValueError: Its pixels cannot be converted.
         """
         with explained(self.path, f"frames of pixel format {frame.format.name} cannot be read"):
-            return upright.picture(frame, self._pixel_aspect)
+            return self._view(frame).picture(frame)
 
     def alpha(self, frame: VideoFrame) -> np.ndarray | None:
         """A frame's alpha as it is seen, `(height, width)` float32 in [0, 1]; None where it has none.
@@ -160,14 +162,20 @@ class OpenVideo:
             ValueError: Its pixels cannot be converted.
         """
         with explained(self.path, f"frames of pixel format {frame.format.name} cannot be read"):
-            return upright.alpha(frame, self._pixel_aspect)
+            return self._view(frame).alpha(frame)
+
+    def _view(self, frame: VideoFrame) -> View:
+        rotation = frame.rotation
+        if rotation not in self._views:
+            self._views[rotation] = View(self._pixel_aspect, find_turn(frame))
+        return self._views[rotation]
 
     def _check(self, frame: VideoFrame, number: int) -> None:
         if frame.is_corrupt:
             raise ValueError(f"{self.path}: frame {number} is damaged; replace or re-encode the video")
         try:
-            upright.check_shown(frame)
-            width, height = upright.upright_size(frame, self._pixel_aspect)
+            check_look(frame)
+            width, height = self.upright_size(frame)
         except ValueError as error:
             raise ValueError(f"{self.path}: frame {number} {error}") from error
         if not 0 < width * height <= _max_pixels():

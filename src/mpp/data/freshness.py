@@ -64,7 +64,7 @@ def mask_changes(cache: Cache, entries: Index, *, layered: bool) -> MaskChanges:
                 new.add(entry.origin)
             continue
         known = made_from(cache.mask_path(entry.key))
-        if known is None:
+        if not known:
             continue  # the file itself is checked elsewhere
         paths = [as_path(source["source"]) for source in known["sources"]]
         if not all(path.exists() for path in paths):

@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.registry import known_implementations
 from upath import UPath
 
 from mpp.files import content_hash
@@ -218,10 +219,9 @@ def stamp(place: Place) -> dict[str, Any]:
 
 
 def _package(protocol: str) -> str | None:
-    known = fsspec.available_protocols()
-    if protocol not in known:
-        return None
-    package = fsspec.registry.known_implementations[protocol]["class"].split(".")[0]
+    """The package that knows a protocol, or one behind a chain such as `simplecache::s3`."""
+    known = known_implementations.get(protocol.rpartition("::")[2])
+    package = known["class"].split(".")[0] if known else "fsspec"
     return None if package == "fsspec" else package
 
 
@@ -253,7 +253,7 @@ def _look(parent: UPath, inside: Sequence[UPath]) -> dict[str, Literal["file", "
     return {row["name"].rstrip("/"): words[row["type"]] for row in rows if row and row["type"] in words}
 
 
-def _info(fs: fsspec.AbstractFileSystem, place: UPath) -> dict[str, Any] | None:
+def _info(fs: AbstractFileSystem, place: UPath) -> dict[str, Any] | None:
     try:
         return fs.info(place.path)
     except FileNotFoundError:

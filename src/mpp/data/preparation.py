@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from mpp.files import check_writable, remove_leftovers
 from mpp.models.base import Architecture, Encoders, Identity, Prompt
 
 _TEXT_BATCH = 16
+_MASKS_AT_ONCE = 8
 _SHOWN = 20
 
 
@@ -166,12 +168,20 @@ class Preparation:
         masked = [job for job in jobs if job.mask_kind is not None]
         stale = [job for job in masked if not job.mask_current]
         self.summary.masks_written, self.summary.masks_current = len(stale), len(masked) - len(stale)
-        for job in tqdm(stale, desc="masks", unit="mask", disable=None):
-            sources = self.stamps.record(mask_sources(job.item, self.architecture))
-            record = mask_record(job.item, job.cut, str(job.mask_kind), job.shape) | {"sources": sources}
-            mask = read_mask_frames(job.item, job.cut, job.shape, self.architecture.latents)
-            write_tensors(self.cache.mask_path(job.key), {"mask": mask}, record)
+        with ThreadPoolExecutor(_MASKS_AT_ONCE) as pool:  # most of the time is waiting for the disk
+            done = pool.map(self._write_mask, stale)
+            try:
+                for _ in tqdm(done, total=len(stale), desc="masks", unit="mask", disable=None):
+                    pass
+            finally:  # after an error the rest is not waited for
+                pool.shutdown(cancel_futures=True)
         self.summary.spent("masks", start)
+
+    def _write_mask(self, job: Job) -> None:
+        sources = self.stamps.record(mask_sources(job.item, self.architecture))
+        record = mask_record(job.item, job.cut, str(job.mask_kind), job.shape) | {"sources": sources}
+        mask = read_mask_frames(job.item, job.cut, job.shape, self.architecture.latents)
+        write_tensors(self.cache.mask_path(job.key), {"mask": mask}, record)
 
     def _encode_prompts(self, encoders: Encoders, identity: Identity) -> None:
         start = time.monotonic()

@@ -91,7 +91,7 @@ def read_timeline(path: Place) -> Timeline:
                 transparent = alpha is not None and bool(alpha.min() < 1)
         if size is None:
             raise ValueError(f"{path} holds no frames; drop it or replace it")
-        video.check_complete(set(timestamps))
+        video.check_complete(timestamps)
         counted = video.counts_frames and not _ascending(timestamps)
         base = video.time_base
         if counted:
