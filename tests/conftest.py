@@ -1,5 +1,6 @@
 """Shape checks on, one thread, a tiny pipeline and a tiny cache."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,6 +41,12 @@ def prepared(tmp_path_factory, pipeline):
 def architecture(pipeline):
     """The tiny WAN."""
     return helpers.architecture(pipeline)
+
+
+@pytest.fixture(autouse=True)
+def _our_log_is_open():
+    """The experiment in benchmarks closes it for its whole process."""
+    logging.getLogger("mpp").setLevel(logging.NOTSET)
 
 
 # ---------------------------------------------------------------- the support matrix
