@@ -1,6 +1,7 @@
 """Caches of musubi-tuner and blissful-tuner, as an independent writer makes them, read for every architecture."""
 
 import functools
+import json
 import pickle
 from dataclasses import dataclass, field
 
@@ -539,6 +540,25 @@ def test_masks_outside_their_range_are_named(tmp_path):
 def test_a_text_mask_that_leaves_no_token_is_named(tmp_path):
     fixtures.hv(tokens=0).write(tmp_path, "hv")
     refused(tmp_path, "a_hv_te.safetensors holds llm_mask that leaves no token", "HunyuanVideo T2V", read=True)
+
+
+def test_a_text_mask_of_another_length_is_named(tmp_path):
+    made = fixtures.hv()
+    made.text["llm_mask"] = made.text["llm_mask"][:200]
+    made.write(tmp_path, "hv")
+    refused(tmp_path, "a_hv_te.safetensors holds 256 tokens of llm and a mask of 200", "HunyuanVideo T2V")
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [2**62, 2**62, 0], [0, 2**40, 2**40]])
+def test_a_shape_that_cannot_be_is_named(shape, tmp_path):
+    """safetensors takes it, as it has no elements."""
+    path = WAN.write(tmp_path, "wan")
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = {**json.loads(data[8:start]), "latents_x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+    refused(tmp_path, path.name)
 
 
 @pytest.mark.parametrize(
