@@ -25,7 +25,10 @@ def test_every_group_option_composes_and_fits_its_class(choice):
     root = "prepare" if name == "folder" else "train"
     needed = ["data.cache_dir=x"] + (["data.image_dir=y"] if root == "prepare" else [])
     # the tiny model, or checking would look for nothing more than types
-    cfg = config(root, [f"{group}={name}", "output_dir=o" if root == "train" else "device=cpu", *needed])
+    if group == "tool":
+        cfg = config("masks", [f"tool={name}"])
+    else:
+        cfg = config(root, [f"{group}={name}", "output_dir=o" if root == "train" else "device=cpu", *needed])
     try:
         check_config(cfg)
     except ValueError as error:

@@ -13,15 +13,16 @@ LAYERS = [  # each may import from those before it
     {"core"},
     {"models"},
     {"data"},
+    {"masking"},
     {"teacher"},
-    {"metrics"},
+    {"metrics", "coverage"},
     {"module", "painting"},
-    {"checkpoint", "callbacks"},
+    {"checkpoint", "callbacks", "reporting"},
     {"config"},
-    {"prepare", "train", "sample", "export"},
+    {"prepare", "train", "sample", "export", "report", "masks"},
 ]
 LIGHTNING = {"data/datamodule", "module", "metrics", "callbacks", "checkpoint", "train"}
-HYDRA = {"config", "train", "prepare", "sample", "export"}
+HYDRA = {"config", "train", "prepare", "sample", "export", "report", "masks"}
 
 
 def modules():

@@ -48,7 +48,7 @@ def test_captions_lie_beside_their_media_on_one_line(root):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("käse".encode("latin-1"), r"a\.txt is not UTF-8 \(invalid continuation byte at byte 1: 0xe4\); save it as UTF-8"),
+        ("käse".encode("latin-1"), r"a\.txt is not UTF-8 \(invalid .* at byte 1: 0xe4\); save it as UTF-8"),
         ("red".encode("utf-16"), r"a\.txt is not UTF-8 .*byte 0: 0xff; it looks like UTF-16\)"),
         ("red".encode("utf-16-le"), r"a\.txt holds a zero byte \(byte 1\), as UTF-16 does"),
     ],
@@ -67,7 +67,7 @@ def test_captions_in_another_encoding_are_refused_with_file_byte_and_remedy(root
     [
         ("c.jsonl", table({"file": "a.png", "caption": "one"}, {"file": "s/b", "caption": "two, 2"})),
         ("c.jsonl", table({"media": "./a", "text": "one"}, {"media": "s/b.png", "text": "two, 2", "width": 3})),
-        ("photos/metadata.jsonl", table({"file_name": "a.png", "text": "one"}, {"file_name": "s/b.png", "text": "two, 2"})),
+        ("photos/metadata.jsonl", '{"file_name": "a.png", "text": "one"}\n{"file_name": "s/b.png", "text": "two, 2"}'),
         ("photos/s/c.jsonl", table({"file": "../a.png", "caption": "one"}, {"file": "b.png", "caption": "two, 2"})),
         ("c.csv", 'file_name,caption\r\na.png,one\r\n\r\ns/b,"two, 2"\r\n'),
         ("c.csv", '\ufeffid,file,text\n1,a,one\n2,s/b.png,"two,\n2"\n'),
@@ -84,7 +84,12 @@ def test_a_table_names_media_in_several_ways(root, name, content):
 
 def test_absolute_paths_and_validation_media_may_be_named(root):
     rows = table({"file": str(root / "photos" / "a.png"), "caption": "one"}, {"file": "v", "caption": "two"})
-    assert captions(root, captions=write(root, "c.jsonl", rows)) == {"a": "one", "s/b": None, "s/c": None, "@val/v": "two"}
+    assert captions(root, captions=write(root, "c.jsonl", rows)) == {
+        "a": "one",
+        "s/b": None,
+        "s/c": None,
+        "@val/v": "two",
+    }
 
 
 def test_rows_without_media_are_named_with_their_line(root):
@@ -96,7 +101,9 @@ def test_rows_without_media_are_named_with_their_line(root):
 def test_a_name_that_fits_two_media_is_refused_unless_the_path_from_the_table_says_which(root):
     (root / "held" / "a.png").write_bytes(b"x")
     row = table({"file": "a.png", "caption": "one"})
-    with pytest.raises(ValueError, match=r"c\.jsonl:1: 'a\.png' may be .*photos/a\.png or .*held/a\.png; write its path"):
+    with pytest.raises(
+        ValueError, match=r"c\.jsonl:1: 'a\.png' may be .*photos/a\.png or .*held/a\.png; write its path"
+    ):
         captions(root, captions=write(root, "c.jsonl", row))
     assert captions(root, captions=write(root, "held/c.jsonl", row))["@val/a"] == "one"
     row = table({"file": "photos/a.png", "caption": "one"})
@@ -117,12 +124,12 @@ def test_a_name_that_fits_two_media_is_refused_unless_the_path_from_the_table_sa
         ("c.jsonl", "[" * 100_000, r"c\.jsonl:1 is not JSON in UTF-8 \(too deeply nested"),
         ("c.jsonl", table({"file": "a", "caption": 3}), r"c\.jsonl:1: caption should be text, got 3"),
         ("c.jsonl", table({"file": "a"}), r"c\.jsonl:1 needs one field of caption, text and has none of them \(file\)"),
-        ("c.jsonl", table({"file": "a", "media": "a", "text": "1"}), r"c\.jsonl:1 needs one .* has both file and media"),
+        ("c.jsonl", table({"file": "a", "media": "a", "text": "1"}), r"c\.jsonl:1 needs .* has both file and media"),
         ("c.jsonl", table({"file": " ", "caption": "1"}), r"c\.jsonl:1 names no media"),
         ("c.jsonl", "\n\n", r"data.captions=.*c\.jsonl has no rows"),
         ("c.jsonl", '{"file": "a", "caption": "k\xe4se"}'.encode("latin-1"), r"c\.jsonl is not UTF-8 .*0xe4"),
-        ("c.csv", "file;caption\na;1\n", r"c\.csv:2 needs one field of file, file_name, media and has none of them \(file;"),
-        ("c.csv", "file,caption\na,1,2\n", r"c\.csv:2 has 3 cells, its header 2 \(file, caption\); put text with commas"),
+        ("c.csv", "file;caption\na;1\n", r"c\.csv:2 needs one field of file, .* and has none of them \(file;"),
+        ("c.csv", "file,caption\na,1,2\n", r"c\.csv:2 has 3 cells, its header 2 \(file, caption\); put text"),
         ("c.csv", 'file,caption\na,"1\n', r"c\.csv:2 is not CSV"),
         ("c.csv", "file,file\na,1\n", r"c\.csv:1 names the column 'file' twice"),
         ("c.txt", "a: 1", r"data.captions=.*c\.txt must be a .jsonl, .csv or .tsv file"),
@@ -164,7 +171,7 @@ def test_the_trigger_stands_in_front_once(caption, expected):
 
 
 def test_a_trigger_of_several_words_and_signs_is_taken_literally():
-    assert CaptionVariants(" s.k  [x] ", separator=";").caption("a sxk") == "s.k [x]; a sxk"
+    assert CaptionVariants(" s.k  [x] ", separator=";").caption("a sxk x") == "s.k [x]; a sxk x"
 
 
 @pytest.mark.parametrize("caption", ["t, a, b, c", "t,a ,b,, c,", "t, a, a, b", "t, a", "t", "", "a, a, a, a, a, a, b"])

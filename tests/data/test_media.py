@@ -326,7 +326,7 @@ def test_a_wrong_bit_anywhere_in_a_png_never_changes_its_pixels(tmp_path):
             try:
                 with Image.open(path) as image:
                     slipped += np.asarray(image).shape != grey.shape or bool((np.asarray(image) != grey).any())
-            except Exception:  # noqa: BLE001, S110
+            except Exception:  # noqa: BLE001
                 pass
     assert slipped
 
@@ -365,7 +365,9 @@ def test_programs_in_files_are_not_run(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, of what it reads
-@pytest.mark.parametrize("garbage", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*" + b"\xff" * 99])
+@pytest.mark.parametrize(
+    "garbage", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*" + b"\xff" * 99]
+)
 def test_garbage_for_exif_is_either_refused_or_without_effect(tmp_path, garbage):
     path = save(tmp_path / "p.jpg", np.zeros((16, 32, 3), np.uint8), exif=garbage)
     try:
@@ -385,7 +387,12 @@ def test_unknown_orientations_turn_nothing(tmp_path):
 @pytest.mark.parametrize("number", range(1, 9))
 def test_all_orientations_turn_as_the_standard_says_in_all_formats(tmp_path, suffix, number):
     corners = np.zeros((32, 48, 3), np.uint8)  # as stored: red, green over blue, white
-    corners[:16, :24], corners[:16, 24:], corners[16:, :24], corners[16:, 24:] = (255, 0, 0), (0, 255, 0), (0, 0, 255), 255
+    corners[:16, :24], corners[:16, 24:], corners[16:, :24], corners[16:, 24:] = (
+        (255, 0, 0),
+        (0, 255, 0),
+        (0, 0, 255),
+        255,
+    )
     exif = Image.Exif()
     exif[0x0112] = number
     path = save(tmp_path / f"p.{suffix}", corners, exif=exif, quality=95)

@@ -108,11 +108,18 @@ def test_a_listing_leaves_out_folders_and_what_only_begins_like_them(base):
     assert [listed.name for listed in list_files(base, without)] == ["ab/x.png", "c/a/x.png"]
 
 
-def test_a_listing_sees_what_was_added_since_the_last_one(base):
-    write(base / "a.png", "x")
-    list_files(base)
-    write(base / "b.png", "x")
-    assert [listed.name for listed in list_files(base)] == ["a.png", "b.png"]
+def test_a_listing_sees_what_was_added_since_the_last_one(bucket, monkeypatch):
+    kept, good = {}, type(bucket.fs).find  # clients of object storage keep listings
+
+    def find(self, path, **options):
+        return kept.setdefault(path, good(self, path, **options))
+
+    monkeypatch.setattr(type(bucket.fs), "find", find)
+    monkeypatch.setattr(type(bucket.fs), "invalidate_cache", lambda self, path=None: kept.clear())
+    write(bucket / "a.png", "x")
+    list_files(bucket)
+    write(bucket / "b.png", "x")
+    assert [listed.name for listed in list_files(bucket)] == ["a.png", "b.png"]
 
 
 def test_a_remote_folder_is_listed_once_however_many_files_it_has(bucket, monkeypatch):
@@ -146,12 +153,16 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [3, 40])
-def test_files_and_folders_are_told_apart_one_by_one_or_in_one_listing(base, count):
+def test_files_and_folders_are_told_apart_one_by_one_or_in_one_listing(base, count, monkeypatch):
     names = [f"{number}.png" for number in range(count)]
     for name in (*names, "folder.x/a.png"):
         write(base / name, "x")
     wanted = [base / name for name in (*names, "folder.x", "missing.png", "nowhere/x.png")]
+    calls, memory = [], type(fsspec.filesystem("memory"))
+    good = memory.info
+    monkeypatch.setattr(memory, "info", lambda *a, **k: calls.append(a) or good(*a, **k))
     found = kinds(wanted)
+    assert len(calls) < 20
     assert found == dict.fromkeys([base / name for name in names], "file") | {base / "folder.x": "folder"}
 
 
@@ -183,7 +194,11 @@ def test_a_stamp_on_this_machine_is_what_the_system_says(tmp_path):
     write(tmp_path / "a.png", "one")
     status = os.stat(tmp_path / "a.png")
     assert stamp(tmp_path / "a.png") == {
-        "source": str(tmp_path / "a.png"), "bytes": 3, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}  # fmt: skip
+        "source": str(tmp_path / "a.png"),
+        "bytes": 3,
+        "mtime_ns": status.st_mtime_ns,
+        "inode": status.st_ino,
+    }
 
 
 @pytest.mark.parametrize("change", ["edit", "add", "remove", "rename"])
@@ -205,6 +220,19 @@ def test_the_stamp_and_hash_of_a_folder_change_with_any_file_in_it(base, change)
     assert content_hash(base / "frames") != content
 
 
+def test_frames_that_trade_names_change_the_stamp_of_their_folder(tmp_path):
+    for name in ("0.png", "1.png"):
+        write(tmp_path / name, name)
+        os.utime(tmp_path / name, (1, 1))
+    before = stamp(tmp_path)
+    (tmp_path / "0.png").rename(tmp_path / "x")
+    (tmp_path / "1.png").rename(tmp_path / "0.png")
+    (tmp_path / "x").rename(tmp_path / "1.png")
+    after = stamp(tmp_path)
+    assert (after["bytes"], after["mtime_ns"]) == (before["bytes"], before["mtime_ns"])
+    assert after != before
+
+
 def test_contents_are_hashed_alike_everywhere(base):
     write(base / "a.png", b"\0\1\2" * 100_000)
     assert content_hash(base / "a.png") == hashlib.sha256(b"\0\1\2" * 100_000).hexdigest()
@@ -219,7 +247,11 @@ def test_what_a_storage_says_of_a_file_is_kept_as_json(bucket, monkeypatch):
     moment = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
     answers = {
         "s3": ({"size": 3, "ETag": '"abc"', "LastModified": moment, "type": "file"}, 1767323045678901000, '"abc"'),
-        "gs": ({"size": 3, "etag": "x=", "updated": "2026-01-02T03:04:05Z", "type": "file"}, "2026-01-02T03:04:05Z", "x="),
+        "gs": (
+            {"size": 3, "etag": "x=", "updated": "2026-01-02T03:04:05Z", "type": "file"},
+            "2026-01-02T03:04:05Z",
+            "x=",
+        ),
         "http": ({"size": 3, "type": "file"}, None, hashlib.sha256(b"one").hexdigest()),
     }
     for info, changed, tag in answers.values():
@@ -273,7 +305,9 @@ def test_a_source_is_the_same_on_object_storage(tmp_path, bucket, form):
                   item.captioned, item.video) for item in chosen.items()]  # fmt: skip
         pictures = [item for item in chosen.items() if not item.video]
         pixels = [(read_picture(item.media).rgb.getpixel((0, 0)), picture_size(item.media)) for item in pictures]
-        found.append((names, pixels, [float(read_mask(item.mask).max()) for item in pictures], chosen.unused(chosen.items())))
+        found.append(
+            (names, pixels, [float(read_mask(item.mask).max()) for item in pictures], chosen.unused(chosen.items()))
+        )
     assert found[0] == found[1]
     assert found[0][1] == [((10, 20, 30), (16, 12)), ((40, 50, 60), (16, 12))]
     assert len(found[0][0]) == 3

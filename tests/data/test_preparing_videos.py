@@ -172,6 +172,18 @@ def test_an_inverted_mask_learns_where_the_file_is_black(root, pipeline):
     assert torch.allclose(cache.mask(next(iter(entries(root).values()))), 1 - plain, atol=1e-6)
 
 
+def test_the_alpha_channel_of_a_video_is_its_mask_and_its_colours_are_kept(root, pipeline, seen):
+    frames, masks = videos.number_frames(20), videos.square_masks(20)
+    alpha = [np.dstack([frame, mask]) for frame, mask in zip(frames, masks, strict=True)]
+    videos.write_video(root / "photos" / "walk.mkv", alpha, rate=16, codec="ffv1", pix_fmt="bgra")
+    prepare(pipeline, root)
+    (entry,) = entries(root).values()
+    assert entry.mask == "alpha"
+    np.testing.assert_allclose(Cache(root / "cache").mask(entry)[0].numpy(), cells_of(seen[0]), atol=1e-6)
+    shown = ((seen[0][:, 3] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(shown, frames[3])  # also where it is transparent
+
+
 @pytest.mark.parametrize("kind", ["video", "folder"])
 def test_a_mask_of_another_number_of_frames_is_refused_with_both_counts(root, pipeline, kind):
     clip(root, mask=None)

@@ -258,8 +258,14 @@ def test_a_yaml_of_datasets_is_relative_to_its_own_folder(two, tmp_path_factory,
     [
         ({"a": {"image_dir": "x", "repeat": 3}}, r"data.datasets.a.repeat is not known; there are image_dir, manifest"),
         ({"a": {"image_dir": "x", "repeats": "3"}}, r'a.repeats should be a valid integer, got "3"'),
-        ({"a": {"image_dir": "x", "caption_variants": {"trigger": 7}}}, r"a.caption_variants.trigger should be .*got 7"),
-        ({"a": {"image_dir": "x", "mask_sources": ["magic"]}}, r"a.mask_sources.0 should be 'folder', .* got \"magic\""),
+        (
+            {"a": {"image_dir": "x", "caption_variants": {"trigger": 7}}},
+            r"a.caption_variants.trigger should be .*got 7",
+        ),
+        (
+            {"a": {"image_dir": "x", "mask_sources": ["magic"]}},
+            r"a.mask_sources.0 should be 'folder', .* got \"magic\"",
+        ),
         ({"a": {"image_dir": "x", "repeats": 0}}, r"data.datasets.a: data.repeats must be at least 1"),
         ({"a": {"mask_dir": "x"}}, "data.datasets.a has neither image_dir nor manifest"),
         ({"a/b": {"image_dir": "x"}}, "a dataset's name must be letters"),

@@ -1,14 +1,19 @@
 """A manifest names media, masks and captions wherever they lie."""
 
 import json
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
+from mpp.data.datasets import Dataset
 from mpp.data.item import Item
+from mpp.data.manifest import Row
 from mpp.data.source import FolderSource
 
-FILES = ["set/a.png", "set/deep/b.jpg", "set/clip.mp4", "set/frames.v1/0.png", "set/m/a.tif", "set/m/b.mask", "set/m.mp4",
-         "set/l0.png", "set/l1.png", "other/c.png", "other/a.png"]  # fmt: skip
+FILES = ["set/a.png", "set/deep/b.jpg", "set/clip.mp4", "set/frames.v1/0.png", "set/m/a.tif", "set/m/b.mask",
+         "set/m.mp4", "set/l0.png", "set/l1.png", "other/c.png", "other/a.png"]  # fmt: skip
 
 
 @pytest.fixture
@@ -53,7 +58,13 @@ def test_what_a_row_leaves_out_is_as_the_settings_say(root):
         invert_mask=True, repeats=3, require_mask=True, mask_sources=["folder"],
     )  # fmt: skip
     assert (item.key, item.mask, item.mask_kind, item.caption, item.captioned) == ("a", None, None, "", False)
-    assert (item.invert, item.repeats, item.require_mask, item.alpha, item.layer_masks) == (True, 3, True, False, (None,))
+    assert (item.invert, item.repeats, item.require_mask, item.alpha, item.layer_masks) == (
+        True,
+        3,
+        True,
+        False,
+        (None,),
+    )
 
 
 def test_keys_are_paths_below_the_manifest_and_whole_paths_elsewhere(root):
@@ -74,7 +85,10 @@ def test_videos_and_folders_of_frames_may_have_masks_that_move_and_starts(root):
 def test_a_row_may_be_for_validation_and_named_datasets_prefix_its_key(root):
     rows = [{"media": "a.png"}, {"media": "deep/b.jpg", "split": "val"}]
     train, val = items(root, *rows, repeats=5)
-    assert [(item.key, item.split, item.repeats) for item in (train, val)] == [("a", "train", 5), ("@val/deep/b", "val", 1)]
+    assert [(item.key, item.split, item.repeats) for item in (train, val)] == [
+        ("a", "train", 5),
+        ("@val/deep/b", "val", 1),
+    ]
     chosen = FolderSource(None, "cache", datasets={"one": {"manifest": str(root / "set" / "m.jsonl")}})
     assert [item.key for item in chosen.items()] == ["one/a", "@val/one/deep/b"]
 
@@ -92,7 +106,9 @@ def test_two_rows_with_one_key_or_one_media_are_refused_naming_both_lines(root):
 
 @pytest.mark.parametrize("key", ["", "../x", "/x", "a//b", "a/./b", "x" * 201, "a\0b"])
 def test_keys_that_cannot_name_files_are_refused(root, key):
-    with pytest.raises(ValueError, match=r"m\.jsonl:1: the key .* (has an empty part|longer than 200 bytes|has a part)"):
+    with pytest.raises(
+        ValueError, match=r"m\.jsonl:1: the key .* (has an empty part|longer than 200 bytes|has a part)"
+    ):
         items(root, {"media": "a.png", "key": key})
 
 
@@ -134,6 +150,18 @@ def test_a_manifest_without_rows_or_that_is_not_there_is_named(root):
         items(root)
     with pytest.raises(ValueError, match=r"none\.jsonl cannot be read \(it is not there\)"):
         FolderSource(None, "cache", manifest=str(root / "none.jsonl")).items()
+
+
+def test_a_name_that_no_file_can_have_is_refused(root):
+    with pytest.raises(ValueError, match=r"x\.png cannot be read \(File name too long\)"):
+        items(root, {"media": "x" * 300 + ".png"})
+
+
+@pytest.mark.parametrize("record", [Row, Dataset])
+def test_the_guide_names_every_field(record):
+    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    missing = [field.name for field in fields(record) if not re.search(rf"`(data\.)?{field.name}`", guide)]
+    assert missing == []
 
 
 def test_nothing_named_in_a_manifest_is_unused(root):

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 _HEAD_BYTES = 1 << 16
 _PIECE = 1 << 20
+_AVI_MEDIA = frozenset({b"dc", b"db", b"wb", b"tx", b"pc", b"sb"})
 _ASF_HEADER, _ASF_PROPERTIES = b"\x30\x26\xb2\x75", bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _BOXES = frozenset(b"ftyp moov mdat free skip wide moof mfra sidx ssix styp meta udta uuid emsg prft pdin".split())
 _IN_FRAGMENT = frozenset(b"mfhd traf meta pssh uuid free skip".split())
@@ -21,8 +22,8 @@ _TRACKS, _TRACK_ENTRY, _TRACK_NUMBER, _TRACK_KIND = 0x1654AE6B, 0xAE, 0xD7, 0x83
 _SIMPLE_BLOCK, _BLOCK_GROUP, _BLOCK = 0xA3, 0xA0, 0xA1
 # RFC 9559: seek head, info, tracks, cues, attachments, chapters, tags; void and CRC-32 may be anywhere
 _LEVEL_1 = frozenset({0x114D9B74, 0x1549A966, _TRACKS, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367, _CLUSTER})
-# timestamp, simple block, block group, encrypted block, previous size, position, silent tracks
-_IN_CLUSTER = frozenset({0xE7, _SIMPLE_BLOCK, _BLOCK_GROUP, 0xAF, 0xAB, 0xA7, 0x5854})
+_CLUSTER_NUMBERS = frozenset({0xE7, 0xAB, 0xA7})  # timestamp, previous size, position
+_IN_CLUSTER = _CLUSTER_NUMBERS | {_SIMPLE_BLOCK, _BLOCK_GROUP, 0x5854}  # silent tracks
 _ANYWHERE = frozenset({0xEC, _CRC})
 
 
@@ -41,9 +42,9 @@ def check_container(file: BinaryIO) -> int | None:
     if not head:
         raise ValueError("is empty; copy it again")
     if head[:4] == b"RIFF" and len(head) >= 8:
-        length = struct.unpack_from("<I", head, 4)[0]
-        _check_length(0 if length == 0xFFFFFFFF else length + 8, size)
-    elif head[:4] == _ASF_HEADER and 0 < (at := head.find(_ASF_PROPERTIES)) < len(head) - 48:
+        count = _walk_avi(file, size)
+        return count if head.count(b"vids") == 1 else None
+    if head[:4] == _ASF_HEADER and 0 < (at := head.find(_ASF_PROPERTIES)) < len(head) - 48:
         _check_length(struct.unpack_from("<Q", head, at + 40)[0], size)
     elif head[:3] == b"FLV":
         _walk_flash(file, size)
@@ -67,15 +68,16 @@ def _damaged(at: int) -> ValueError:
 
 def _walk_boxes(file: BinaryIO, size: int) -> None:
     """The boxes of the file itself, each with its length in front; what is no box may follow the last one."""
-    unknown = []
-    fragmented = False
+    unknown, reached, fragmented = [], 0, False
     for name, at, content, after in _boxes(file, 0, size):
         _check_length(after, size)
         unknown += [at] if name not in _BOXES else []
-        if name == b"moof":  # FFmpeg goes on without a fragment that it does not understand
+        reached = after
+        if name == b"moof":
             fragmented = True
             _walk_fragment(file, content, after, _IN_FRAGMENT)
-    if fragmented and unknown:
+    unknown += [reached] if reached < size else []
+    if fragmented and unknown:  # FFmpeg goes on without a fragment that it does not understand
         raise _damaged(unknown[0])
 
 
@@ -118,6 +120,42 @@ def _walk_transport_stream(file: BinaryIO, size: int) -> None:
         if wrong:
             raise _damaged(at + 188 * wrong[0])
         at += len(piece)
+
+
+def _walk_avi(file: BinaryIO, size: int) -> int | None:
+    """Count the chunks with a frame. Programs that were interrupted leave lengths at 0; then they are not counted."""
+    at, count = 0, 0
+    while at + 12 <= size:
+        name, _, content, after = _chunk(file, at)
+        if name != b"RIFF":
+            break
+        if after - content in (0, 0xFFFFFFFF):
+            return None
+        _check_length(after, size)
+        count += _walk_avi_list(file, content + 4, after)
+        at = after + after % 2
+    return count
+
+
+def _walk_avi_list(file: BinaryIO, at: int, end: int, *, movie: bool = False) -> int:
+    count = 0
+    while at + 8 <= end:
+        name, kind, content, after = _chunk(file, at)
+        media = name[:2].isalnum() and name[2:] in _AVI_MEDIA
+        if after > end or (movie and not media and name[:2] != b"ix" and name not in (b"LIST", b"JUNK", b"idx1")):
+            raise _damaged(at)
+        if name == b"LIST" and kind in (b"movi", b"rec "):
+            count += _walk_avi_list(file, content + 4, after, movie=True)
+        count += movie and name[2:] in (b"dc", b"db") and after > content
+        at = after + after % 2
+    return count
+
+
+def _chunk(file: BinaryIO, at: int) -> tuple[bytes, bytes, int, int]:
+    """Name, first four bytes, begin and end of a RIFF chunk's content."""
+    file.seek(at)
+    head = file.read(12)
+    return head[:4], head[8:], at + 8, at + 8 + int.from_bytes(head[4:8], "little")
 
 
 def _walk_flash(file: BinaryIO, size: int) -> None:
@@ -171,6 +209,8 @@ def _walk_cluster(file: BinaryIO, at: int, end: int, blocks: Counter[int], *, kn
         if not known and name in _LEVEL_1:
             return at
         if name not in _IN_CLUSTER | _ANYWHERE or length is None or content + length > end:
+            raise _damaged(at)
+        if name in _CLUSTER_NUMBERS and length > 8:
             raise _damaged(at)
         inner = [(name, content)] if name == _SIMPLE_BLOCK else []
         if name == _BLOCK_GROUP:

@@ -1,8 +1,8 @@
 """Decoding video files with PyAV, so that damage is an error instead of a guess of the decoder.
 
-What is found out: damaged heads, packets and frames, lost frames, and files that end too early (all but MPEG transport
-and program streams, which do not say how long they are). What no decoder finds out: changed bytes inside a picture of
-a codec with an arithmetic coder (H.264, HEVC, VP9, AV1), which decode to other pixels; these codecs have no checksums.
+What is found out: damaged heads, packets and frames, lost frames, and files that end too early. What no decoder finds
+out: changed bytes inside a picture of a codec with an arithmetic coder (H.264, HEVC, VP9, AV1, FFV1), which decode to
+other pixels, and changed times in the tables of MP4. Only Matroska files with checksums are proof against those.
 """
 
 from collections import Counter
@@ -131,7 +131,7 @@ class OpenVideo:
             ValueError: Names the first frame that is missing, or both counts.
         """
         if self.counts_frames:
-            self._check_count(self._end)
+            self._check_count(self._end if self._promised is None else self._packets)
             return
         first = min((timestamp for timestamp in shown if timestamp is not None), default=0)
         if self._codec in _ONE_FRAME_A_PACKET:
@@ -182,7 +182,7 @@ class OpenVideo:
             raise ValueError(f"{self.path}: frames of {width}x{height} are too large; scale the video down")
 
     def _check_count(self, found: int) -> None:
-        promised = self._promised or self._stream.frames
+        promised = self._stream.frames if self._promised is None else self._promised
         if found < promised:
             raise ValueError(f"{self.path} is truncated: {promised} frames by its head, {found} found; copy it again")
 
@@ -217,7 +217,7 @@ def open_video(path: Place, *, whole: bool = False) -> Iterator[OpenVideo]:
                 raise ValueError(f"{path} {error}") from error
             except Exception as error:
                 raise ValueError(f"{path} cannot be read ({short(error)})") from error
-        options = {"err_detect": _STRICT, "max_pixels": str(_max_pixels()), "format_whitelist": _FORMATS}
+        options = {"max_pixels": str(_max_pixels()), "format_whitelist": _FORMATS}
         with explained(path):
             size = file.seek(0, 2)
             file.seek(0)

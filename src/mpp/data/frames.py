@@ -186,6 +186,9 @@ def read_mask_frames(item: Item, cut: Cut, shape: Sequence[int], spec: LatentSpe
             [average(read_mask(path)) for path in item.layer_masks if path is not None],
             len(item.layers),
         )
+    if item.mask is None and cut.clip is not None:
+        alphas = video.read_alpha_frames(item.media, cut.media, cut.clip.frames)
+        return pool_in_time((average(alpha)[0, 0] for alpha in alphas), spec.temporal_stride)[None]
     if item.mask is None:
         alpha = read_picture(item.media).alpha
         if alpha is None:

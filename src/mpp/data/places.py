@@ -154,12 +154,14 @@ def kinds(places: Sequence[Place]) -> dict[Place, Literal["file", "folder"]]:
     found: dict[Place, Literal["file", "folder"]] = {}
     remote: dict[Place, list[Place]] = {}
     for place in places:
-        if isinstance(place, UPath) and not isinstance(place, Path):
+        if not isinstance(place, Path):
             remote.setdefault(place.parent, []).append(place)
-        elif place.is_file():
-            found[place] = "file"
-        elif place.is_dir():
-            found[place] = "folder"
+            continue
+        with reaching(place):
+            if place.is_file():
+                found[place] = "file"
+            elif place.is_dir():
+                found[place] = "folder"
     for parent, inside in remote.items():
         if parent.protocol.startswith("http"):
             found.update(dict.fromkeys(inside, "file"))

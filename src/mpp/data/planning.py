@@ -101,7 +101,7 @@ class Planner:
         if known and all(current):
             has_alpha = bool(known["alpha"])
         else:
-            has_alpha = self._decode(item)
+            has_alpha = self._decode(item, cuts[0])
         kind = self._mask_kind(item, has_alpha=has_alpha)
         return [
             self._job(item, cut, record, kind, has_alpha=has_alpha) for cut, record in zip(cuts, current, strict=True)
@@ -147,10 +147,10 @@ class Planner:
         flips = [False, True] if self.source.flip and item.split == "train" else [False]
         return [Geometry(size, self.buckets.choose(*size), flip) for flip in flips]
 
-    def _decode(self, item: Item) -> bool:
+    def _decode(self, item: Item, cut: Cut) -> bool:
         """Read a picture's files whole; videos were, for their timelines. Returns whether it has an alpha."""
-        if item.video:
-            return False
+        if cut.media is not None:
+            return cut.media.transparent
         for path in (*frame_files(item, self.architecture.latents)[1:], *item.controls):
             read_picture(path)
         return transparent(read_picture(item.media))

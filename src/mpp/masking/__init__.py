@@ -1,0 +1,1 @@
+"""Making and changing masks: files in, files out, nothing of training."""

@@ -1,0 +1,154 @@
+"""Masks and alpha channels, and masks over their pictures for looking."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from mpp.data.media import check_aspect
+from mpp.masking.clips import Clip
+from mpp.masking.frames import Mask, Pixels, enlarge, fit, read_rgb
+from mpp.masking.tools import Tool, needs_masks, one_of, together
+
+_RED = np.array([230, 30, 30], np.float32)
+_STRENGTH = 0.6
+
+
+@dataclass(frozen=True)
+class FromAlpha(Tool):
+    """Masks from the alpha channel of pictures and videos: opaque is learned.
+
+    Args:
+        missing: Pictures without an alpha channel: `fail`, or `white`: learn all of them.
+
+    Raises:
+        ValueError: An unknown word.
+    """
+
+    missing: Literal["fail", "white"] = "fail"
+
+    reads = "picture"
+
+    def __post_init__(self) -> None:
+        """Refuse unknown words."""
+        one_of("tool.missing", self.missing, ("fail", "white"))
+
+    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
+        """The alpha channels, exactly."""
+        del other
+        for number, alpha in enumerate(clip.alphas()):
+            if alpha is None and self.missing == "fail":
+                where = clip.path if clip.is_video else clip.files[number]
+                raise ValueError(f"{where} has no alpha channel; set tool.missing=white to learn all of it")
+            yield alpha or _white(clip)
+
+    def settings(self, key: str) -> dict[str, object]:
+        """Nothing: where `missing` matters, the picture says so."""
+        return {}
+
+
+def _white(clip: Clip) -> Mask:
+    picture = next(clip.pictures())
+    return Mask(np.ones((picture.rgb.height, picture.rgb.width), np.float32))
+
+
+@dataclass(frozen=True)
+class ToAlpha(Tool):
+    """Pictures with their masks as alpha channel. Colours stay exactly as they are, also where alpha is 0.
+
+    Args:
+        masks: Folder of masks, matched by path and name, or one mask for all.
+        resize: Bring masks to the picture's size; else other sizes are errors.
+        missing: Pictures without a mask: `fail`, or `white`: make them opaque, so that all of them is learned.
+
+    Raises:
+        ValueError: A setting is missing or unknown.
+    """
+
+    masks: str | None = None
+    resize: bool = False
+    missing: Literal["fail", "white"] = "fail"
+
+    reads = "picture"
+    writes = "picture"
+
+    def __post_init__(self) -> None:
+        """Refuse what is missing or unknown."""
+        needs_masks(self.masks)
+        one_of("tool.missing", self.missing, ("fail", "white"))
+
+    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Pixels]:
+        """RGBA, 16 bits deep where picture or mask is."""
+        colours = map(read_rgb, clip.files)
+        if clip.is_video:
+            colours = (Pixels(np.asarray(frame.rgb)) for frame in clip.pictures())
+        if other is None:
+            for pixels in colours:
+                yield _with_alpha(pixels, Mask(np.ones(pixels.array.shape[:2], np.float32)))
+            return
+        what = f"{other.path} and {clip.path}"
+        for pixels, mask in together(clip, colours, other, other.masks()):
+            size = pixels.array.shape[1], pixels.array.shape[0]
+            yield _with_alpha(pixels, fit(mask, size, what, resize=self.resize))
+
+
+def _with_alpha(pixels: Pixels, mask: Mask) -> Pixels:
+    rgb, deep = pixels.array, pixels.array.dtype == np.uint16 or mask.bits == 16
+    if deep and rgb.dtype == np.uint8:
+        rgb = rgb.astype(np.uint16) * 257  # the same colour: 255 becomes 65535
+    alpha = Mask(mask.values, 16 if deep else 8).levels()
+    return Pixels(np.concatenate([rgb, alpha[..., None]], axis=2), pixels.icc)
+
+
+@dataclass(frozen=True)
+class Preview(Tool):
+    """Pictures with their masks over them, for looking: red is preserved, clear is learned.
+
+    Args:
+        masks: Folder of masks, matched by path and name, or one mask for all.
+        side: Longest side of the result in pixels; smaller pictures stay as they are.
+        missing: Pictures without a mask: `fail`, or `white`: show them clear, as they are learned.
+
+    Raises:
+        ValueError: A setting is missing, unknown or out of range.
+    """
+
+    masks: str | None = None
+    side: int = 1024
+    missing: Literal["fail", "white"] = "fail"
+
+    reads = "picture"
+    writes = "picture"
+    video_suffix = ".mp4"
+
+    def __post_init__(self) -> None:
+        """Refuse what is missing, unknown or out of range."""
+        needs_masks(self.masks)
+        one_of("tool.missing", self.missing, ("fail", "white"))
+        if self.side < 16:
+            raise ValueError(f"tool.side must be at least 16 pixels, got {self.side}")
+
+    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Pixels]:
+        """RGB, 8 bits."""
+        if other is None:
+            for picture in clip.pictures():
+                yield Pixels(np.asarray(self._small(picture.rgb)))
+            return
+        for picture, mask in together(clip, clip.pictures(), other, other.masks()):
+            check_aspect(mask.size, picture.rgb.size, f"{other.path} and {clip.path}")
+            yield Pixels(overlay(self._small(picture.rgb), mask))
+
+    def _small(self, image: Image.Image) -> Image.Image:
+        shrink = min(1.0, self.side / max(image.size))
+        size = max(1, round(image.width * shrink)), max(1, round(image.height * shrink))
+        return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def overlay(image: Image.Image, mask: Mask) -> np.ndarray:
+    """`(height, width, 3)` uint8: in colour where all is learned, red and grey where nothing is."""
+    learned = enlarge(mask.values, image.size)[..., None]
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    preserved = _STRENGTH * _RED + (1 - _STRENGTH) * grey
+    return (np.asarray(image, dtype=np.float32) * learned + preserved * (1 - learned)).round().astype(np.uint8)

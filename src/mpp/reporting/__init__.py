@@ -1,0 +1,1 @@
+"""The page that shows a cache under a loss."""

@@ -1,0 +1,268 @@
+"""What looks wrong about a set of masks under a loss, with a remedy for each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mpp.core.loss import MaskedPriorLoss
+from mpp.data.cache import Notes
+from mpp.reporting.likeness import alike
+from mpp.reporting.samples import WHITE, MaskFacts, Sample
+
+Severity = Literal["error", "warning", "info"]
+
+_TINY_SHARE, _TINY_CELLS = 0.005, 2.0
+_CENTRE, _CONTRAST = 0.05, 2.0
+_MOTION = 8.0  # levels, see likeness.motion
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of thing that looks wrong.
+
+    Attributes:
+        kind: Its name in the page's address.
+        severity: `error`: training would fail or learn nothing there; `warning`: most often a mistake; `info`: a hint.
+        title: What it is.
+        remedy: Why it matters and what to do.
+        samples: Numbers of the samples concerned, those of one group next to each other.
+        notes: For each of them what is particular to it; "" for nothing.
+        lines: What is concerned besides samples: files, reasons.
+    """
+
+    kind: str
+    severity: Severity
+    title: str
+    remedy: str
+    samples: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Samples or lines concerned."""
+        return len(self.samples) or len(self.lines)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A finding that a sample has or has not: its note, or None."""
+
+    kind: str
+    severity: Severity
+    title: str
+    remedy: str
+    note: Callable[[Sample, MaskedPriorLoss], str | None]
+
+
+def find(samples: Sequence[Sample], loss: MaskedPriorLoss, notes: Notes) -> list[Finding]:
+    """All findings that concern something, the worst first."""
+    found = [*_left_out(notes), *_missing(samples, loss), *_settings(loss)]
+    for rule in _RULES:
+        said = [(number, note) for number, s in enumerate(samples) if (note := rule.note(s, loss)) is not None]
+        if said:
+            numbers, texts = zip(*said, strict=True)
+            found.append(Finding(rule.kind, rule.severity, rule.title, rule.remedy, numbers, texts))
+    found += _duplicates(samples)
+    order: list[Severity] = ["error", "warning", "info"]
+    return sorted(found, key=lambda finding: order.index(finding.severity))
+
+
+def _left_out(notes: Notes) -> Iterator[Finding]:
+    aspect = tuple(reason for reason in notes.skipped if "another aspect ratio" in reason)
+    others = tuple(reason for reason in notes.skipped if reason not in aspect)
+    if aspect:
+        remedy = "These media are not in the cache. Export each mask at its picture's aspect ratio and prepare again."
+        yield Finding("off_aspect", "error", "Mask has another shape", remedy, lines=aspect)
+    if others:
+        remedy = "These media are not in the cache. Mend or remove them and prepare again."
+        yield Finding("skipped", "error", "Left out by prepare", remedy, lines=others)
+    if notes.unused:
+        remedy = "Or a control picture. Most often a misspelt name: masks are named like their picture or video."
+        yield Finding("unused", "warning", "Mask without media", remedy, lines=notes.unused)
+
+
+def _missing(samples: Sequence[Sample], loss: MaskedPriorLoss) -> Iterator[Finding]:
+    bare = tuple(number for number, sample in enumerate(samples) if sample.entry.mask is None)
+    if not bare or (len(bare) == len(samples) and loss.prior_weight == 0):
+        return
+    if len(bare) == len(samples):
+        remedy = "The prior never applies: prepare with data.mask_dir, or choose loss=plain."
+    else:
+        remedy = "They train on the whole picture, background included. Add masks, or set data.require_mask=true."
+    yield Finding("missing", "warning", "No mask", remedy, bare, ("",) * len(bare))
+
+
+def _settings(loss: MaskedPriorLoss) -> Iterator[Finding]:
+    if advice := loss.advice():
+        remedy = "Allowed, and rarely meant."
+        yield Finding("settings", "warning", "Settings of the loss", remedy, lines=tuple(advice))
+
+
+def _duplicates(samples: Sequence[Sample]) -> Iterator[Finding]:
+    groups = alike([sample.print for sample in samples], [sample.entry.origin for sample in samples])
+    notes: dict[int, str] = {}
+    for group in groups:
+        for number in group:
+            others = [samples[n] for n in group if samples[n].entry.origin != samples[number].entry.origin]
+            names = [f"{o.entry.key}{_across(samples[number], o)}" for o in others[:_NAMED]]
+            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+            notes[number] = f"like {', '.join(names)}{more}"
+    if notes:
+        remedy = (
+            "Each counts as a sample of its own, so this picture weighs more; in validation it is no test. Keep one."
+        )
+        numbers = tuple(number for group in groups for number in group)
+        texts = tuple(notes[n] for n in numbers)
+        yield Finding("duplicate", "warning", "Near duplicate", remedy, numbers, texts)
+
+
+def _across(sample: Sample, other: Sample) -> str:
+    if sample.entry.split == other.entry.split:
+        return ""
+    return " (in validation)" if other.entry.split == "val" else " (in training)"
+
+
+def _own(sample: Sample) -> MaskFacts | None:
+    """Facts about a mask that the sample has itself."""
+    return sample.mask if sample.entry.mask is not None else None
+
+
+def _unreadable(sample: Sample, _: MaskedPriorLoss) -> str | None:
+    return sample.problem
+
+
+def _empty(sample: Sample, _: MaskedPriorLoss) -> str | None:
+    mask = _own(sample)
+    return "" if mask and mask.highest < 1 - WHITE else None
+
+
+def _below_threshold(sample: Sample, loss: MaskedPriorLoss) -> str | None:
+    """All of a mask that is not empty lies below the threshold."""
+    mask, threshold = _own(sample), loss.prior_threshold
+    if mask is None or loss.prior_weight == 0 or threshold is None or _empty(sample, loss) is not None:
+        return None
+    return f"highest value {mask.highest:.2f}" if mask.highest < threshold else None
+
+
+def _above_threshold(sample: Sample, loss: MaskedPriorLoss) -> str | None:
+    """None of a mask that is not full lies below the threshold."""
+    mask, threshold = _own(sample), loss.prior_threshold
+    if mask is None or loss.prior_weight == 0 or threshold is None or _full(sample, loss) is not None:
+        return None
+    return f"lowest value {mask.lowest:.2f}" if mask.lowest >= threshold else None
+
+
+def _full(sample: Sample, _: MaskedPriorLoss) -> str | None:
+    mask = _own(sample)
+    return "" if mask and mask.lowest > WHITE else None
+
+
+def _tiny(sample: Sample, loss: MaskedPriorLoss) -> str | None:
+    mask = _own(sample)
+    if mask is None or _empty(sample, loss) is not None or _below_threshold(sample, loss) is not None:
+        return None
+    if mask.learned >= _TINY_SHARE and mask.cells >= _TINY_CELLS:
+        return None
+    return f"{mask.learned:.2%} of the area, {mask.cells:.1f} latent cells"
+
+
+def _inverted(sample: Sample, _: MaskedPriorLoss) -> str | None:
+    mask = _own(sample)
+    if mask is None or 1 - mask.centre < max(_CENTRE, _CONTRAST * (1 - mask.border)):
+        return None
+    return f"border {mask.border:.0%} learned, centre {mask.centre:.0%}"
+
+
+def _still_mask(sample: Sample, _: MaskedPriorLoss) -> str | None:
+    mask = _own(sample)
+    if mask is None or not mask.still or sample.motion is None or sample.motion < _MOTION:
+        return None
+    return "" if mask.lowest <= WHITE and mask.highest >= 1 - WHITE else None
+
+
+def _no_caption(sample: Sample, _: MaskedPriorLoss) -> str | None:
+    return None if any(text.strip() for text in (sample.entry.caption, *sample.entry.variants)) else ""
+
+
+def _no_preview(sample: Sample, _: MaskedPriorLoss) -> str | None:
+    lacking = [view.name for view in sample.views if view.picture is None]
+    return ", ".join(lacking) if lacking else None
+
+
+_RULES = (
+    _Rule(
+        "unreadable",
+        "error",
+        "Cannot be read",
+        "Training would stop here. Run prepare again.",
+        _unreadable,
+    ),
+    _Rule(
+        "empty",
+        "error",
+        "Empty mask",
+        "All black: nothing is learned from the picture. Draw the mask, or drop the picture.",
+        _empty,
+    ),
+    _Rule(
+        "below_threshold",
+        "error",
+        "All below the threshold",
+        "The whole mask lies below loss.prior_threshold. Lower the threshold, or raise the mask's values.",
+        _below_threshold,
+    ),
+    _Rule(
+        "above_threshold",
+        "warning",
+        "Nothing below the threshold",
+        "No part of the mask lies below loss.prior_threshold, so the teacher is skipped. A floor may be baked into the "
+        "mask: remove it, or raise the threshold above it.",
+        _above_threshold,
+    ),
+    _Rule(
+        "full",
+        "warning",
+        "Full mask",
+        "All white: the background is learned too, nothing is preserved, the teacher is skipped.",
+        _full,
+    ),
+    _Rule(
+        "tiny",
+        "warning",
+        "Tiny mask",
+        "Less than 0.5 % of the area or 2 latent cells learn, and each counts for very much. Choose a higher "
+        "resolution, crop the picture, or set loss.area_scale_beta=0.5.",
+        _tiny,
+    ),
+    _Rule(
+        "inverted",
+        "warning",
+        "Looks inverted",
+        "The border learns and the centre is preserved, while white is what is learned. Invert the mask "
+        "(data.invert_mask=true for all of them), unless it is meant.",
+        _inverted,
+    ),
+    _Rule(
+        "still_mask",
+        "info",
+        "Still mask on a moving clip",
+        "The clip changes while its mask is the same in all frames. A video as the mask follows the subject.",
+        _still_mask,
+    ),
+    _Rule(
+        "no_caption",
+        "info",
+        "No caption",
+        "Trained with the empty prompt. Add a caption, such as NAME.txt beside the picture.",
+        _no_caption,
+    ),
+    _Rule(
+        "no_preview",
+        "info",
+        "No preview picture",
+        "The page shows the masks alone. Prepare again to have the pictures; imported caches may have none.",
+        _no_preview,
+    ),
+)

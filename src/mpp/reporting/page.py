@@ -1,0 +1,233 @@
+"""One self-contained HTML page from samples, findings and charts."""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mpp import __version__
+from mpp.core.loss import MaskedPriorLoss
+from mpp.coverage import Coverage, mode_of, step_cost
+from mpp.data.cache import Cache, Manifest
+from mpp.reporting.charts import bins_of, charts_of
+from mpp.reporting.findings import Finding
+from mpp.reporting.samples import Sample, used_for_training, weights_of
+
+MARK = '<meta name="generator" content="mpp report">'
+_PARTS = Path(__file__).parent / "page"
+_STYLES = ("page.css", "samples.css")
+_SCRIPTS = ("data.js", "draw.js", "charts.js", "cards.js", "detail.js", "overview.js", "controls.js", "main.js")
+_PIXELS = 60e6  # of all pictures together: about 12 MB of JPEG
+_SIDES = 112, 512
+_QUALITY = 75
+_LINES = 500  # of one finding
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a page is about.
+
+    Attributes:
+        cache: The cache.
+        manifest: Its manifest.
+        loss: Whose regions are shown.
+        loss_name: The preset's name, where it is known.
+        total: Samples in the cache.
+        made: When, in words.
+    """
+
+    cache: Cache
+    manifest: Manifest
+    loss: MaskedPriorLoss
+    loss_name: str | None
+    total: int
+    made: str
+
+
+def render(subject: Subject, samples: Sequence[Sample], findings: Sequence[Finding], shown: Sequence[int]) -> str:
+    """The page.
+
+    Args:
+        subject: What it is about.
+        samples: All samples that were looked at, at least one.
+        findings: About them.
+        shown: Numbers of those that the page holds, ascending.
+    """
+    charts = charts_of(samples, subject.loss)
+    buckets = {label: number for number, label in enumerate(charts[-1].labels)}
+    pictures, weights = _Lines(), _Lines()
+    side = picture_side(sum(view.picture is not None for number in shown for view in samples[number].views))
+    said = _said(findings)
+    rows = []
+    for number in tqdm(shown, desc="pictures", unit="sample", disable=None):
+        sample = samples[number]
+        row = _row(subject, sample, side, pictures, weights)
+        rows.append(row | {"bins": bins_of(sample, buckets), "findings": said.get(number, [])})
+    data = _summary(subject, samples) | {
+        "charts": [asdict(chart) for chart in charts],
+        "findings": [_finding(finding, set(shown)) for finding in findings],
+        "samples": rows,
+    }
+    return _fill(data, pictures, weights)
+
+
+def picture_side(count: int) -> int:
+    """Longest side in pixels at which `count` pictures are embedded: the more, the smaller."""
+    low, high = _SIDES
+    return int(min(high, max(low, math.sqrt(_PIXELS / max(1, count)))))
+
+
+class _Lines(list[str]):
+    """Lines of a text block, referred to by their numbers."""
+
+    def put(self, content: bytes) -> int:
+        """Add a line; returns its number."""
+        self.append(base64.b64encode(content).decode())
+        return len(self) - 1
+
+
+def _summary(subject: Subject, samples: Sequence[Sample]) -> dict[str, Any]:
+    training = used_for_training(samples)
+    coverage = Coverage.of(training) if training else None
+    kinds = [sample.entry.mask or "none" for sample in samples]
+    splits = [sample.entry.split for sample in samples]
+    return {
+        "cache": str(subject.cache.folder),
+        "family": subject.manifest.family,
+        "version": __version__,
+        "made": subject.made,
+        "loss": {"name": subject.loss_name, "mode": mode_of(subject.loss), "settings": vars(subject.loss)},
+        "total": subject.total,
+        "scanned": len(samples),
+        "coverage": None if coverage is None else {"learn": coverage.learn, "preserve": coverage.preserve},
+        "teacher": _teacher(coverage),
+        "masks": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "splits": {split: splits.count(split) for split in ("train", "val")},
+    }
+
+
+def _teacher(coverage: Coverage | None) -> dict[str, Any]:
+    if coverage is None:
+        return {"share": None, "text": "no training sample could be measured"}
+    if coverage.taught == 0:
+        return {"share": 0.0, "text": "it costs nothing"}
+    least, most = step_cost(coverage.taught, gradient_checkpointing=True)
+    bare_least, bare_most = step_cost(coverage.taught, gradient_checkpointing=False)
+    text = (
+        f"steps take about {least:.2f}x (long videos) to {most:.2f}x (small pictures) as long; {bare_least:.2f}x to "
+        f"{bare_most:.2f}x without gradient checkpointing"
+    )
+    return {"share": coverage.taught, "text": text}
+
+
+def _said(findings: Sequence[Finding]) -> dict[int, list[tuple[int, str, int]]]:
+    """For each sample the findings that concern it: which, its note, and its place among the samples concerned."""
+    said: dict[int, list[tuple[int, str, int]]] = {}
+    for place, finding in enumerate(findings):
+        for rank, (number, note) in enumerate(zip(finding.samples, finding.notes, strict=True)):
+            said.setdefault(number, []).append((place, note, rank))
+    return said
+
+
+def _finding(finding: Finding, shown: set[int]) -> dict[str, Any]:
+    lines = finding.lines[:_LINES]
+    if len(finding.lines) > _LINES:
+        lines += (f"and {len(finding.lines) - _LINES} more",)
+    return {
+        "kind": finding.kind,
+        "severity": finding.severity,
+        "title": finding.title,
+        "remedy": finding.remedy,
+        "count": finding.count,
+        "lines": lines,
+        "hidden": sum(number not in shown for number in finding.samples),
+    }
+
+
+def _row(subject: Subject, sample: Sample, side: int, pictures: _Lines, weights: _Lines) -> dict[str, Any]:
+    """A sample as the page's script reads it; its pictures and weights go into the text blocks."""
+    entry, coverage, mask = sample.entry, sample.coverage, sample.mask
+    own = mask is not None and entry.mask is not None
+    clip = entry.shape[1] > 1 and not subject.manifest.latents.layered
+    stride = subject.manifest.latents.spatial_stride
+    planes = weights_of(subject.cache, sample, subject.loss, subject.manifest.given_frames)
+    if planes is not None:
+        planes = zlib.compress((planes.numpy() * 255).round().astype(np.uint8).tobytes(), 9)
+    return {
+        "key": entry.key,
+        "origin": entry.origin,
+        "split": entry.split,
+        "caption": entry.caption,
+        "variants": entry.variants,
+        "mask": entry.mask,
+        "flip": entry.flip,
+        "repeats": entry.repeats,
+        "clip": entry.shape[1] if clip else 0,
+        "cells": entry.shape[2:],
+        "size": [entry.shape[3] * stride, entry.shape[2] * stride],
+        "learn": None if coverage is None else coverage.learn,
+        "preserve": None if coverage is None else coverage.preserve,
+        "taught": None if coverage is None else coverage.taught,
+        "problem": sample.problem,
+        "range": [mask.lowest, mask.highest] if own else None,
+        "values": [(n, round(share, 4)) for n, share in enumerate(mask.values) if share] if own else [],
+        "frames": [[round(value, 4) for value in pair] for pair in mask.frames] if mask and clip else None,
+        "views": [
+            {
+                "name": view.name,
+                "frame": view.frame,
+                "given": view.given,
+                "picture": _picture(view.picture, side, pictures),
+            }
+            for view in sample.views
+        ],
+        "weights": None if planes is None else weights.put(planes),
+    }
+
+
+def _picture(path: Path | None, side: int, pictures: _Lines) -> int | None:
+    """Embed a preview; None where it cannot be read."""
+    if path is None:
+        return None
+    content = io.BytesIO()
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (side, side))
+            small = image.convert("RGB")
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        small.save(content, "JPEG", quality=_QUALITY, optimize=True)
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return pictures.put(content.getvalue())
+
+
+def _fill(data: dict[str, Any], pictures: Sequence[str], weights: Sequence[str]) -> str:
+    """The template with everything in it; nothing in the data can end its script element."""
+    style = "\n".join((_PARTS / name).read_text("utf-8") for name in _STYLES)
+    script = '"use strict";\n' + "\n".join((_PARTS / name).read_text("utf-8") for name in _SCRIPTS)
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return Template((_PARTS / "page.html").read_text("utf-8")).substitute(
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+        data=text,
+        pictures="\n".join(pictures),
+        weights="\n".join(weights),
+    )
+
+
+def _hash(text: str) -> str:
+    """As a content security policy names an inline element."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

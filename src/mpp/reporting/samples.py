@@ -1,0 +1,215 @@
+"""What the page knows about each sample: its pictures, and what its mask comes to under a loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mpp.core.loss import MaskedPriorLoss
+from mpp.coverage import SampleCoverage, cover, effective_weights
+from mpp.data.cache import Cache, Manifest, key_frames
+from mpp.data.index import Entry
+from mpp.models.base import LatentSpec
+from mpp.reporting.likeness import Print, motion, open_small, print_of
+
+WHITE = 1 - 1 / 510  # a raw value that would be saved as 255, and below `1 - WHITE` as 0
+BINS = 20  # of raw values between black and white
+_RING = 0.1  # width of the border over the picture's shorter side
+_SMALL_SIDE = 64
+_STILL = 1e-3
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture of a sample: itself, a key frame of a clip, or a layer.
+
+    Attributes:
+        name: How it is called; "" where it is the only one.
+        frame: Its latent frame.
+        picture: Its preview; None where the cache has none.
+        given: Whether the model is given this frame, which then belongs to neither region.
+    """
+
+    name: str
+    frame: int
+    picture: Path | None
+    given: bool
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    """What findings ask about a raw mask, all over the frames that are not given.
+
+    Attributes:
+        lowest: Its lowest value.
+        highest: Its highest value.
+        border: Mean over the outer tenth of the picture.
+        centre: Mean over the middle half of its width and height.
+        learned: Mean target weight, leaving out the loss's floor.
+        cells: Sum of these weights in the frame where it is largest.
+        still: Whether all frames are equal; False for one frame.
+        values: Share of the cells that are black, that fall into each of `BINS` bins between, and that are white.
+        frames: Mean target and prior weight of each frame.
+    """
+
+    lowest: float
+    highest: float
+    border: float
+    centre: float
+    learned: float
+    cells: float
+    still: bool
+    values: tuple[float, ...]
+    frames: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of the report.
+
+    Attributes:
+        entry: Its row in the index.
+        bucket: Size in pixels and number of frames or layers, in words.
+        views: Its pictures.
+        coverage: What its mask comes to; None where that cannot be said.
+        mask: Facts about the mask; None as above.
+        problem: Why there is no coverage.
+        print: Of its picture; None where there is none, or nothing to compare.
+        motion: How far a clip's frames are from its first; None where that is not known.
+    """
+
+    entry: Entry
+    bucket: str
+    views: tuple[View, ...]
+    coverage: SampleCoverage | None = None
+    mask: MaskFacts | None = None
+    problem: str | None = None
+    print: Print | None = None
+    motion: float | None = None
+
+
+def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, manifest: Manifest) -> Sample:
+    """One sample; a mask or preview that cannot be read is said in the record.
+
+    Args:
+        cache: The cache.
+        entry: The sample.
+        loss: Whose regions are measured.
+        manifest: The cache's.
+    """
+    given = manifest.given_frames
+    views = views_of(cache, entry, manifest)
+    sample = Sample(entry, bucket_of(entry, manifest.latents), views)
+    sample = _with_pictures(sample, layered=manifest.latents.layered)
+    if entry.shape[1] <= given:
+        return replace(sample, problem=f"all {entry.shape[1]} latent frames are given to the model: nothing to learn")
+    try:
+        mask = cache.mask(entry)[None, :, given:]
+    except ValueError as error:
+        return replace(sample, problem=str(error))
+    if not torch.isfinite(mask).all():
+        return replace(sample, problem=f"{cache.mask_path(entry.key)} holds NaN or infinity")
+    return replace(sample, coverage=cover(loss, mask, entry), mask=_mask_facts(mask, loss))
+
+
+def views_of(cache: Cache, entry: Entry, manifest: Manifest) -> tuple[View, ...]:
+    """A sample's pictures: one for each layer, or for each key frame of a clip."""
+    frames = entry.shape[1]
+    if manifest.latents.layered:
+        names = ["whole", *(f"layer {n}" for n in range(frames - 1))]
+        paths = [cache.preview_path(entry.key, n - 1 if n else None) for n in range(frames)]
+        numbers = list(range(frames))
+    else:
+        numbers = key_frames(frames)
+        names = [f"latent frame {n}" for n in numbers] if frames > 1 else [""]
+        paths = [cache.frame_path(entry.key, n) for n in numbers]
+    return tuple(
+        View(name, number, path if path.is_file() else None, number < manifest.given_frames)
+        for name, number, path in zip(names, numbers, paths, strict=True)
+    )
+
+
+def weights_of(cache: Cache, sample: Sample, loss: MaskedPriorLoss, given: int) -> Tensor | None:
+    """Raw mask, target and prior weights of the views that are not given, `(3, views, h, w)`; None with a problem."""
+    if sample.coverage is None:
+        return None
+    weights = effective_weights(loss, cache.mask(sample.entry)[None, :, given:])
+    frames = [view.frame - given for view in sample.views if not view.given]
+    return torch.stack([field[0, 0, frames] for field in (weights.raw, weights.target, weights.prior)])
+
+
+def bucket_of(entry: Entry, spec: LatentSpec) -> str:
+    """Width and height in pixels, with the number of layers or frames where there are several."""
+    _, frames, height, width = entry.shape
+    size = f"{width * spec.spatial_stride}x{height * spec.spatial_stride}"
+    if frames == 1:
+        return size
+    if spec.layered:
+        return f"{size}, {frames - 1} {'layers' if frames > 2 else 'layer'}"
+    return f"{size}, {(frames - 1) * spec.temporal_stride + 1} frames"
+
+
+def _with_pictures(sample: Sample, *, layered: bool) -> Sample:
+    """With print and motion, and without the pictures that cannot be read."""
+    small = [_small(view.picture) for view in sample.views]
+    views = tuple(
+        view if picture is not None else replace(view, picture=None)
+        for view, picture in zip(sample.views, small, strict=True)
+    )
+    clip = len(views) > 1 and not layered
+    shown = small[len(small) // 2 if clip else 0]  # clips often begin with a black frame
+    moved = motion(small) if clip and None not in small else None
+    return replace(sample, views=views, print=None if shown is None else print_of(shown), motion=moved)
+
+
+def _small(path: Path | None) -> Image.Image | None:
+    try:
+        return None if path is None else open_small(path, _SMALL_SIDE)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _mask_facts(mask: Tensor, loss: MaskedPriorLoss) -> MaskFacts:
+    weights = effective_weights(loss, mask)
+    raw = weights.raw[0, 0]
+    learned = effective_weights(replace(loss, mask_min_weight=0.0), mask).target[0, 0]
+    still = raw.shape[0] > 1 and bool((raw - raw[:1]).abs().max() < _STILL)
+    frames = zip(weights.target.mean((0, 1, 3, 4)).tolist(), weights.prior.mean((0, 1, 3, 4)).tolist(), strict=True)
+    border, centre = _border_and_centre(raw.mean(0))
+    return MaskFacts(
+        lowest=float(raw.min()),
+        highest=float(raw.max()),
+        border=border,
+        centre=centre,
+        learned=float(learned.mean()),
+        cells=float(learned.sum((1, 2)).max()),
+        still=still,
+        values=value_shares(raw),
+        frames=tuple(frames),
+    )
+
+
+def _border_and_centre(raw: Tensor) -> tuple[float, float]:
+    """Means over the outer ring and the middle of a mask `(h, w)`."""
+    height, width = raw.shape
+    ring = max(1, round(_RING * min(height, width)))
+    inner = torch.zeros_like(raw, dtype=torch.bool)
+    inner[ring : height - ring, ring : width - ring] = True
+    top, left = height // 4, width // 4
+    return float(raw[~inner].mean()), float(raw[top : height - top, left : width - left].mean())
+
+
+def value_shares(raw: Tensor) -> tuple[float, ...]:
+    """Share of the cells that are black, in each of `BINS` equal bins between, and white."""
+    values = raw.flatten()
+    black, white = values < 1 - WHITE, values > WHITE
+    between = torch.histc(values[~(black | white)], bins=BINS, min=0.0, max=1.0).tolist()
+    return tuple(count / len(values) for count in (float(black.sum()), *between, float(white.sum())))
+
+
+def used_for_training(samples: Sequence[Sample]) -> list[SampleCoverage]:
+    """Coverage of the training samples that have one."""
+    return [s.coverage for s in samples if s.entry.split == "train" and s.coverage is not None]
