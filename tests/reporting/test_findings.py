@@ -7,6 +7,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.media import check_aspect
 from mpp.reporting.findings import find
+from mpp.reporting.likeness import alike
 from mpp.reporting.samples import look_at
 from tests.reporting.drawn import STRIDE, Drawn, disc, smooth
 
@@ -231,6 +232,25 @@ def test_near_duplicates_name_each_other_and_say_where_validation_is_touched(dra
     notes = only(findings(drawn), "duplicate", "warning", ["photo", "again", "@val/photo"])
     assert notes["photo"] == "like again, @val/photo (in validation)"
     assert notes["@val/photo"] == "like again (in training), photo (in training)"
+
+
+def test_of_many_duplicates_a_few_are_named_and_the_rest_counted(drawn):
+    keys = [f"copy{number}" for number in range(8)]
+    for key in keys:
+        drawn.add(key, picture=smooth(52))
+    drawn.add("other@flip", picture=smooth(53), flip=True)
+    notes = only(findings(drawn), "duplicate", "warning", keys)
+    assert notes["copy0"] == "like copy1, copy2, copy3, copy4, copy5 and 2 more"
+
+
+def test_a_chain_of_small_changes_is_one_group(drawn):
+    steps = [Image.blend(smooth(54), smooth(55), number / 12) for number in range(13)]
+    for number in (6, 0, 12, 3, 9, 1, 11, 2, 10, 4, 8, 5, 7):  # ends meet in the middle, and last
+        drawn.add(f"step{number:02}", picture=steps[number])
+    samples = [look_at(drawn.cache, entry, THRESHOLD, drawn.cache.manifest()) for entry in drawn.entries]
+    prints, origins = [s.print for s in samples], [s.entry.origin for s in samples]
+    assert alike(prints, origins) == [[0, 1], list(range(2, 15))]
+    assert alike([prints[3], prints[4]], ["first", "last"]) == []
 
 
 def test_clips_of_one_video_and_mirrors_are_no_duplicates_of_each_other(drawn):

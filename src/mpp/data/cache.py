@@ -201,9 +201,7 @@ class Cache:
         """
         path = self.folder / "index.jsonl"
         if not path.is_file():
-            raise ValueError(
-                f"the cache {self.folder} is not finished: it has no index; {_AGAIN}, on all shards if there are several"
-            )
+            raise ValueError(f"the cache {self.folder} is not finished: it has no index; {_AGAIN}, all shards of it")
         return Index.open(path)
 
     def write_index(self, entries: Sequence[Entry]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpp.data import video
 from mpp.data.clips import Clip, pool_in_time
+from mpp.data.item import Item
 from mpp.data.media import (
     ASPECT_TOLERANCE,
     Geometry,
@@ -23,7 +24,6 @@ from mpp.data.media import (
     read_mask,
     read_picture,
 )
-from mpp.data.item import Item
 from mpp.data.video import Timeline
 from mpp.models.base import LatentSpec, PictureInputs
 

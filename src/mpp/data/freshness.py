@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from mpp.data.cache import Cache, made_from, some
 from mpp.data.index import Entry, Index
-from mpp.data.places import as_path
 from mpp.data.item import Item
+from mpp.data.places import as_path
 from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps
 

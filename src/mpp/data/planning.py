@@ -16,8 +16,8 @@ from mpp.data.frames import (
     transparent,
 )
 from mpp.data.index import Entry
-from mpp.data.media import Buckets, Geometry, picture_size, read_picture
 from mpp.data.item import Item
+from mpp.data.media import Buckets, Geometry, picture_size, read_picture
 from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps, Timelines
 from mpp.models.base import Architecture, Identity
@@ -98,10 +98,8 @@ class Planner:
         cuts = self._clips(item) if item.video else self._whole(item)
         current = [self._latents_current(item, cut) for cut in cuts]
         known = next((record for record in current if record), None)
-        if known and all(current):
-            has_alpha = bool(known["alpha"])
-        else:
-            has_alpha = self._decode(item, cuts[0])
+        prepared = known is not None and all(current)
+        has_alpha = bool(known["alpha"]) if prepared else self._decode(item, cuts[0])
         kind = self._mask_kind(item, has_alpha=has_alpha)
         return [
             self._job(item, cut, record, kind, has_alpha=has_alpha) for cut, record in zip(cuts, current, strict=True)

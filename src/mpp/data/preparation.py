@@ -12,9 +12,9 @@ from tqdm import tqdm
 from mpp.data.cache import Cache, Manifest, Notes, made_from, text_name, write_tensors
 from mpp.data.encoding import LatentWriter
 from mpp.data.frames import first_picture, read_controls, read_mask_frames
+from mpp.data.item import Item
 from mpp.data.planning import Job, Planner, mask_record, mask_sources
 from mpp.data.prompts import Prompts
-from mpp.data.item import Item
 from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps
 from mpp.data.summary import Summary

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mpp.data.planning import Job
 from mpp.data.item import Item
+from mpp.data.planning import Job
 from mpp.data.work import Share
 
 _SHOWN = 20

@@ -1,7 +1,9 @@
 """What looks wrong about a set of masks under a loss, with a remedy for each."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from mpp.core.loss import MaskedPriorLoss
@@ -71,7 +73,7 @@ def find(samples: Sequence[Sample], loss: MaskedPriorLoss, notes: Notes) -> list
 
 def _left_out(notes: Notes) -> Iterator[Finding]:
     aspect = tuple(reason for reason in notes.skipped if "another aspect ratio" in reason)
-    others = tuple(reason for reason in notes.skipped if reason not in aspect)
+    others = tuple(reason for reason in notes.skipped if "another aspect ratio" not in reason)
     if aspect:
         remedy = "These media are not in the cache. Export each mask at its picture's aspect ratio and prepare again."
         yield Finding("off_aspect", "error", "Mask has another shape", remedy, lines=aspect)
@@ -102,20 +104,23 @@ def _settings(loss: MaskedPriorLoss) -> Iterator[Finding]:
 
 def _duplicates(samples: Sequence[Sample]) -> Iterator[Finding]:
     groups = alike([sample.print for sample in samples], [sample.entry.origin for sample in samples])
-    notes: dict[int, str] = {}
-    for group in groups:
-        for number in group:
-            others = [samples[n] for n in group if samples[n].entry.origin != samples[number].entry.origin]
-            names = [f"{o.entry.key}{_across(samples[number], o)}" for o in others[:_NAMED]]
-            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-            notes[number] = f"like {', '.join(names)}{more}"
+    notes = {number: note for group in groups for number, note in _likes(samples, group)}
     if notes:
         remedy = (
             "Each counts as a sample of its own, so this picture weighs more; in validation it is no test. Keep one."
         )
-        numbers = tuple(number for group in groups for number in group)
-        texts = tuple(notes[n] for n in numbers)
-        yield Finding("duplicate", "warning", "Near duplicate", remedy, numbers, texts)
+        yield Finding("duplicate", "warning", "Near duplicate", remedy, tuple(notes), tuple(notes.values()))
+
+
+def _likes(samples: Sequence[Sample], group: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """For each sample of a group which others it is like; a few are named."""
+    origins = Counter(samples[number].entry.origin for number in group)
+    for number in group:
+        own = samples[number]
+        others = (samples[n] for n in group if samples[n].entry.origin != own.entry.origin)
+        names = [f"{other.entry.key}{_across(own, other)}" for other in islice(others, _NAMED)]
+        left = len(group) - origins[own.entry.origin] - len(names)
+        yield number, f"like {', '.join(names)}{f' and {left} more' if left else ''}"
 
 
 def _across(sample: Sample, other: Sample) -> str:

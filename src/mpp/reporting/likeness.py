@@ -17,7 +17,6 @@ from PIL import Image
 _BITS, _LEVELS = 16, 16.0
 _EDGE = 2  # levels by which a neighbour is darker; less is noise of compression
 _EDGES = 32  # of the 128 neighbours that must differ at all, or the picture shows nothing
-_ROWS = 256  # compared at a time
 _MOTION_SIDE = 32
 
 
@@ -64,23 +63,25 @@ def alike(prints: Sequence[Print | None], origins: Sequence[str]) -> list[list[i
         prints: Of each picture.
         origins: Of each: clips of one video, or a picture and its mirror, share one.
     """
-    known = [number for number, one in enumerate(prints) if one is not None]
-    if not known:
+    known = np.array([number for number, one in enumerate(prints) if one is not None], dtype=np.int64)
+    if not len(known):
         return []
     bits = np.stack([prints[number].bits for number in known])
     colours = np.stack([prints[number].colours for number in known]).astype(np.int16)
-    parents = list(range(len(known)))
-    for start in range(0, len(known), _ROWS):
-        differ = np.bitwise_count(bits[start : start + _ROWS, None] ^ bits[None]).sum(-1)
-        for first, second in zip(*np.nonzero(differ <= _BITS), strict=True):
-            one, other = start + int(first), int(second)
-            if one >= other or origins[known[one]] == origins[known[other]]:
-                continue
-            if np.abs(colours[one] - colours[other]).mean() <= _LEVELS:
-                parents[_root(parents, other)] = _root(parents, one)
+    numbers: dict[str, int] = {}
+    own = np.array([numbers.setdefault(origins[number], len(numbers)) for number in known])
+    labels = np.arange(len(known))  # the group of each
+    for place in range(len(known)):
+        others = slice(place + 1, None)
+        near = np.bitwise_count(bits[others] ^ bits[place]).sum(1) <= _BITS
+        found = place + 1 + np.flatnonzero(near & (own[others] != own[place]))
+        found = found[np.abs(colours[found] - colours[place]).mean((1, 2, 3)) <= _LEVELS]
+        joined = np.unique(labels[found])
+        if len(joined) and (joined != labels[place]).any():
+            labels[np.isin(labels, joined)] = labels[place]
     groups: dict[int, list[int]] = {}
-    for place, number in enumerate(known):
-        groups.setdefault(_root(parents, place), []).append(number)
+    for number, label in zip(known.tolist(), labels.tolist(), strict=True):
+        groups.setdefault(label, []).append(number)
     return sorted(group for group in groups.values() if len(group) > 1)
 
 
@@ -93,10 +94,3 @@ def motion(frames: Sequence[Image.Image]) -> float:
     greys = [np.asarray(f.convert("L").resize(size, Image.Resampling.BOX), dtype=np.float32) for f in frames]
     greys = [grey - grey.mean() for grey in greys]
     return max((float(np.abs(grey - greys[0]).mean()) for grey in greys[1:]), default=0.0)
-
-
-def _root(parents: list[int], place: int) -> int:
-    while parents[place] != place:
-        parents[place] = parents[parents[place]]
-        place = parents[place]
-    return place
