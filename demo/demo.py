@@ -74,6 +74,7 @@ def main() -> None:
         "data.flip=true",
         "device=cpu",
     )
+    call("mpp.report", f"data.cache_dir={cache}", "loss=threshold", f"output={out / 'report.html'}")
     results = {preset: train(out, cache, preset) for preset in ("threshold", "masked")}
     print(f"\nValidation on the held-out photo, before -> after {STEPS} steps:")
     for preset, values in results.items():
@@ -86,6 +87,7 @@ def main() -> None:
     run = out / "threshold"
     print(f"LoRA (diffusers format):  {run / 'lora.safetensors'}")
     print(f"TensorBoard logs:         tensorboard --logdir {out}")
+    print(f"Report of the data:       {out / 'report.html'}  (open it in a browser)")
     print(f"Picture to look at:       {run / 'regions.png'}  (photo, mask, what learns, what keeps the base)")
 
 

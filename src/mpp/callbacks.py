@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from mpp.core.loss import MaskedPriorLoss
 from mpp.coverage import Coverage, effective_weights, measure_coverage, mode_of, step_cost
-from mpp.data.cache import Cache
+from mpp.data.cache import Cache, key_frames
 from mpp.data.datamodule import LatentDataModule
 from mpp.data.index import Entry
 from mpp.data.prompts import Painted, Prompts
@@ -285,9 +285,11 @@ def region_strip(
     """
     weights = effective_weights(loss, cache.mask(entry)[None, :, given:])
     rows = []
-    for frame in range(weights.raw.shape[2] if layered else 1):
-        layer = frame + given - 1 if layered and frame + given > 0 else None
-        picture = Image.open(cache.preview_path(entry.key, layer)).convert("RGB")
+    for number in range(weights.raw.shape[2] if layered else 1):
+        layer = number + given - 1 if layered and number + given > 0 else None
+        shown = next((f for f in key_frames(entry.shape[1]) if f >= given), 0)  # of a clip
+        path = cache.preview_path(entry.key, layer) if layered else cache.frame_path(entry.key, shown)
+        picture, frame = Image.open(path).convert("RGB"), number if layered else max(0, shown - given)
         parts = [(entry.key if layer is None else f"{entry.key} layer {layer}", picture)]
         for name, field in (("mask", weights.raw), ("learns", weights.target), ("keeps the base", weights.prior)):
             grey = Image.fromarray((field[0, 0, frame].numpy() * 255).round().astype(np.uint8))

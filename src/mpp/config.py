@@ -101,10 +101,13 @@ def _locate(target: str) -> Any:  # noqa: ANN401
 
 
 def device_of(name: str) -> str:
-    """A device's name; `auto` is the GPU where there is one."""
+    """A device's name; `auto` is the GPU where there is one, and each process of a node has its own."""
     if name != "auto":
         return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    return "cuda" if number is None else f"cuda:{int(number) % torch.cuda.device_count()}"
 
 
 def build(node: DictConfig | None, **extra: Any) -> Any:  # noqa: ANN401

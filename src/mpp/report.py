@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mpp.config import CONFIG_DIR, build, check_config, entry
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.cache import Cache, some
-from mpp.files import write_atomically
+from mpp.files import check_writable, write_atomically
 from mpp.reporting.findings import Finding, find
 from mpp.reporting.page import MARK, Subject, render
 from mpp.reporting.samples import Sample, look_at
@@ -33,13 +33,15 @@ class Report:
         ValueError: A setting is out of its range.
     """
 
-    cache_dir: str
+    cache_dir: str | None
     output: str | None = None
     limit: int = 2000
     scanned: int = 20_000
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
+        if self.cache_dir is None:
+            raise ValueError("data.cache_dir=... is missing: give a cache made by `python -m mpp.prepare`")
         if self.limit < 1 or self.scanned < 1:
             raise ValueError(f"limit and scanned must be at least 1, got {self.limit} and {self.scanned}")
         if self.output is not None and Path(self.output).suffix.lower() not in (".html", ".htm"):
@@ -68,6 +70,7 @@ class Report:
             OSError: The page cannot be written; what was there before is untouched.
         """
         check_replaceable(self.path)
+        check_writable(self.path.parent, "output")
         cache = Cache(self.cache_dir)
         manifest, notes, entries = cache.manifest(), cache.notes(), cache.entries()
         if not len(entries):

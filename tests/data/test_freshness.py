@@ -2,14 +2,18 @@
 
 import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mpp.data.cache import Cache
+from mpp.data.cache import Cache, made_from, write_tensors
 from mpp.data.datamodule import LatentDataModule
 from mpp.data.freshness import MaskChanges, mask_changes
+from mpp.data.index import Entry
 from tests import helpers
 from tests.data import videos
 
@@ -22,9 +26,9 @@ def root(tmp_path, pipeline):
     return tmp_path
 
 
-def changes(root, *, layered=False):
+def changes(root):
     cache = Cache(root / "cache")
-    return mask_changes(cache, cache.entries(), layered=layered)
+    return mask_changes(cache, cache.entries(), cache.manifest().latents)
 
 
 def invert(path):
@@ -116,3 +120,37 @@ def test_training_says_what_changed_and_strict_masks_refuse(root, pipeline, arch
     shutil.move(root / "photos", root / "elsewhere")
     with pytest.raises(ValueError, match="masks cannot be compared with those of the cache"):
         LatentDataModule(architecture=architecture, cache_dir=str(root / "cache"), strict_masks=True).setup()
+
+
+def test_relative_folders_are_compared_from_anywhere(tmp_path, pipeline, monkeypatch):
+    helpers.draw_photos(tmp_path / "photos", tmp_path / "masks", 2)
+    monkeypatch.chdir(tmp_path)
+    helpers.prepare(pipeline, Path())
+    assert changes(tmp_path) == MaskChanges()
+    monkeypatch.chdir("/")
+    assert changes(tmp_path) == MaskChanges()
+
+
+def test_storage_that_cannot_be_reached_is_said_and_is_no_error(root):
+    cache = Cache(root / "cache")
+    record = made_from(cache.mask_path("p0"))
+    record["sources"][0]["source"] = "s3://bucket/p0.png"
+    write_tensors(cache.mask_path("p0"), {"mask": torch.ones(1, 1, 8, 8)}, record)
+    found = changes(root)
+    assert not found
+    assert "s3://bucket/p0.png" in found.unchecked
+
+
+def test_masks_of_layers_that_come_later_are_edits(tmp_path):
+    """A picture's mask held for all layers; now one of the layers has its own."""
+    from mpp.data.freshness import _used_otherwise
+    from mpp.data.item import Item
+    from mpp.models.base import LatentSpec
+
+    layered = LatentSpec(16, 8, 1, (1, 2, 2), layered=True)
+    whole, own = tmp_path / "p.png", tmp_path / "p.layer0.png"
+    known = {"invert": False, "sources": [{"source": str(whole)}]}
+    entry = Entry("p", "train", (16, 2, 8, 8), "t", "", "folder")
+    item = Item("p", "train", whole, whole, "folder", "", captioned=False, layers=(own,), layer_masks=(None,))
+    assert not _used_otherwise(item, entry, known, layered)
+    assert _used_otherwise(replace(item, layer_masks=(own,)), entry, known, layered)

@@ -337,3 +337,54 @@ def test_a_model_of_pictures_takes_no_videos(root, tmp_path):
 
     with pytest.raises(ValueError, match=r"walk\.mkv: this model learns single pictures"):
         Preparation(build(cfg.data), build(cfg.model), "cpu").run()
+
+
+def test_frame_masks_that_cannot_be_read_stop_before_encoding_or_are_skipped(root, pipeline, seen):
+    clip(root, "good")
+    clip(root, "torn", mask="folder")
+    Image.new("RGB", (96, 64), (255, 0, 0)).save(root / "masks" / "torn" / "frame9.png")
+    with pytest.raises(ValueError, match=r"frame9\.png"):
+        prepare(pipeline, root)
+    assert seen == []
+    summary = prepare(pipeline, root, "data.on_error=skip")
+    assert len(summary.skipped) == 1
+    assert list(entries(root)) == ["good@00000-017"]
+
+
+def test_what_file_managers_leave_in_a_folder_of_frames_changes_nothing(root, pipeline):
+    clip(root, mask="folder")
+    prepare(pipeline, root)
+    (root / "masks" / "walk" / ".DS_Store").write_bytes(b"x")
+    (root / "masks" / "walk" / "notes.txt").write_text("x")
+    assert prepare(pipeline, root).masks_written == 0
+
+
+def test_an_index_does_not_outlive_the_samples_that_it_names(root, pipeline, monkeypatch):
+    """Killed between latents and masks of other clips: latents and mask would show different moments."""
+    clip(root, count=40)
+    prepare(pipeline, root, "data.clips.fps=16")
+    from mpp.data.preparation import Preparation
+
+    monkeypatch.setattr(Preparation, "_write_masks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(pipeline, root, "data.clips.fps=8")
+    with pytest.raises(ValueError, match="is not finished"):
+        Cache(root / "cache").entries()
+    monkeypatch.undo()
+    assert prepare(pipeline, root, "data.clips.fps=8").masks_written == 1
+    assert len(entries(root)) == 1
+
+
+def test_a_picture_that_is_called_like_a_clip_is_refused(root, pipeline):
+    clip(root)
+    Image.new("RGB", (96, 64)).save(root / "photos" / "walk@00000-017.png")
+    with pytest.raises(
+        ValueError, match=r"walk@00000-017\.png.* both make the sample walk@00000-017; rename one|walk\.mkv.* both make"
+    ):
+        prepare(pipeline, root)
+
+
+def test_starts_without_chosen_clips_are_refused(root, pipeline):
+    clip(root)
+    with pytest.raises(ValueError, match=r"data.clips.starts=\[3\] is for data.clips.extract=chosen, got head"):
+        prepare(pipeline, root, "data.clips.starts=[3]")

@@ -218,3 +218,17 @@ def test_only_old_leftovers_of_killed_writers_are_removed(tmp_path):
         os.utime(path, (time.time() - 2 * 86400,) * 2)
     remove_leftovers(tmp_path)
     assert [path.exists() for path in (old, young, other)] == [False, True, True]
+
+
+def test_a_sharded_change_of_captions_is_not_half_in_use(pipeline, tmp_path):
+    draw_photos(tmp_path / "photos", tmp_path / "masks", 2)
+    prepare(pipeline, tmp_path)
+    assert len(Cache(tmp_path / "cache").entries()) == 2
+    trigger = "data.caption_variants.trigger=ohwx"
+    prepare(pipeline, tmp_path, trigger, "prepare.shard=0/2")
+    with pytest.raises(ValueError, match="is not finished"):
+        Cache(tmp_path / "cache").entries()
+    prepare(pipeline, tmp_path, trigger, "prepare.shard=1/2")
+    assert all("ohwx" in entry.caption for entry in Cache(tmp_path / "cache").entries())
+    prepare(pipeline, tmp_path, trigger, "prepare.shard=1/2")  # nothing to do: the index stays
+    assert len(Cache(tmp_path / "cache").entries()) == 2

@@ -109,6 +109,8 @@ def test_one_point_takes_the_best_of_the_models_masks_and_more_are_plain(models,
     one = shown(models / "sam2", scene(), points=[(0.3, 0.4, 1)], several=True)
     two = shown(models / "sam2", scene(), points=[(0.3, 0.4, 1), (0.8, 0.8, 0)])
     box = shown(models / "sam2", scene(), box=BOX, points=[(0.3, 0.4, 1)])
+    alone = shown(models / "sam2", scene(), points=[(0.3, 0.4, 1)])
+    assert differing(255 * one.astype(np.uint8), alone) > 0.01
     assert (one != two).any()
     for name, want in (("one", one), ("two", two), ("box", box)):
         assert differing(levels(tmp_path / name / "p.png"), want) < 0.001

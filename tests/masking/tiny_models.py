@@ -87,6 +87,7 @@ def _sam2_parts():
     )  # fmt: skip
     decoder = {
         "hidden_size": 128, "mlp_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "iou_head_hidden_dim": 32,
+        "dynamic_multimask_via_stability": False,  # it would hide whether one mask was asked for or several
     }  # fmt: skip
     prompt = {"hidden_size": 128, "image_size": SIDE, "patch_size": 16, "mask_input_channels": 4}
     return {"vision_config": vision, "prompt_encoder_config": prompt, "mask_decoder_config": decoder}

@@ -72,6 +72,11 @@ class Clips:
             raise ValueError(f"data.clips.frames must name lengths of at least 1, got {list(self.frames)}")
         if self.count < 1:
             raise ValueError(f"data.clips.count must be at least 1, got {self.count}")
+        if self.starts and self.extract != "chosen":
+            raise ValueError(
+                f"data.clips.starts={list(self.starts)} is for data.clips.extract=chosen, got {self.extract}; set "
+                "that, or leave starts out"
+            )
         if any(start < 0 for start in self.starts):
             raise ValueError(f"data.clips.starts must be frame numbers from 0 on, got {list(self.starts)}")
 
@@ -108,6 +113,10 @@ class Clips:
         cutter = _Cutter(timeline, name, rate, sorted(set(self.frames)))
         if self.extract == "chosen":
             return cutter.chosen(starts or self.starts)
+        if starts:
+            raise ValueError(
+                f"{name} names starts {list(starts)}, which are for data.clips.extract=chosen, got {self.extract}"
+            )
         cutter.check_length(0)
         if self.extract == "uniform":
             return cutter.uniform(self.count)

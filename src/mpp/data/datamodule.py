@@ -94,6 +94,7 @@ class LatentDataModule(LightningDataModule):
         self.unchecked: list[str] = []
         self.mask_changes = MaskChanges()
         self._visits: TrainSamples | None = None
+        self._routed: tuple[int, dict[int, int]] = (-1, {})
 
     def setup(self, stage: str | None = None) -> None:
         """Read the index and refuse a cache that does not fit, from manifests and file headers alone.
@@ -169,6 +170,14 @@ class LatentDataModule(LightningDataModule):
 
     def route(self, number: int, epoch: int) -> int:
         """Number of the expert that a visit's sigma falls to in an epoch: the same draw as in the step."""
+        if self._routed[0] != epoch:
+            self._routed = (epoch, {})
+        known = self._routed[1]
+        if number not in known:
+            known[number] = self._draw_route(number, epoch)
+        return known[number]
+
+    def _draw_route(self, number: int, epoch: int) -> int:
         model = self.architecture
         self._visits = self._visits or self.visits()
         _, entry, key, _ = self._visits.find(number)
@@ -186,7 +195,7 @@ class LatentDataModule(LightningDataModule):
         Raises:
             ValueError: With `strict_masks`, there are any, or it cannot be told.
         """
-        changes = self.mask_changes = mask_changes(self.cache, entries, layered=self.architecture.latents.layered)
+        changes = self.mask_changes = mask_changes(self.cache, entries, self.architecture.latents)
         if self.strict_masks and (changes or changes.unchecked):
             what = f"masks changed since the cache {self.cache.folder} was prepared: {changes}"
             if not changes:

@@ -62,6 +62,8 @@ class Decoding(Dataset[Decoded]):
             controls = tuple(read_controls(job.item, job.cut.geometry))
         except (ValueError, OSError) as error:
             return Decoded(job, error=str(error))
+        except Exception as error:  # noqa: BLE001 (in a worker it would end the run without a name)
+            return Decoded(job, error=f"{job.item.media}: {type(error).__name__}: {error}")
         return Decoded(job, frames, controls, tuple(sources))
 
 
@@ -131,10 +133,12 @@ class LatentWriter:
         for index in range(len(jobs)):
             groups.setdefault((*jobs[index].shape, *jobs[index].cut.geometry.size), []).append(index)
         batches = [part for group in groups.values() for part in chunks(group, self.work.batch_size)]
-        workers = min(self.work.workers, len(batches))
-        return iter(
-            DataLoader(Decoding(jobs, self.architecture), batch_sampler=batches, collate_fn=list, num_workers=workers)
-        )
+        remote = any(not isinstance(job.item.media, Path) for job in jobs)
+        # Clients of object storage do not survive a fork.
+        workers = 0 if remote else min(self.work.workers, len(batches))
+        dataset = Decoding(jobs, self.architecture)
+        ahead = {"prefetch_factor": 1} if workers else {}  # clips are large
+        return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=workers, **ahead))
 
     def _encode(self, batch: Sequence[Decoded]) -> list[Tensor]:
         """Latents `(c, f, h, w)` of samples of one shape."""

@@ -4,11 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mpp.data.cache import Cache, made_from, some
+from mpp.data.frames import mask_files
 from mpp.data.index import Entry, Index
 from mpp.data.item import Item
-from mpp.data.places import as_path
+from mpp.data.places import Place, as_path, reaching
 from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps
+from mpp.models.base import LatentSpec
 
 _LISTED = 50_000  # sources of larger sets are not listed at the start of a run
 _SHOWN = 3
@@ -44,7 +46,7 @@ class MaskChanges:
         return ", ".join(found)
 
 
-def mask_changes(cache: Cache, entries: Index, *, layered: bool) -> MaskChanges:
+def mask_changes(cache: Cache, entries: Index, spec: LatentSpec) -> MaskChanges:
     """Compare the masks in a cache with those on disk, by size and time, and by content where these differ.
 
     At most 10,000 samples are looked at, evenly spread. New masks are looked for in sets of at most 50,000.
@@ -52,33 +54,50 @@ def mask_changes(cache: Cache, entries: Index, *, layered: bool) -> MaskChanges:
     Args:
         cache: The cache.
         entries: Its samples.
-        layered: Whether layers have masks.
+        spec: The model's: layers have masks of their own.
     """
     stamps = Stamps()
-    items, unchecked = _items(cache, entries, layered=layered)
-    new, edited, deleted = set(), set(), set()
+    items, unchecked = _items(cache, entries, spec)
+    found: dict[str, list[str]] = {"new": [], "edited": [], "deleted": []}
     for entry in _one_each(some(entries)):
-        item = items.get(entry.origin)
-        if entry.mask is None:
-            if item is not None and (item.mask is not None or (layered and any(item.layer_masks))):
-                new.add(entry.origin)
+        try:
+            change = _change(cache, entry, items, stamps, spec)
+        except (ValueError, OSError) as error:  # storage that cannot be reached
+            unchecked = unchecked or str(error)
             continue
-        known = made_from(cache.mask_path(entry.key))
-        if not known:
-            continue  # the file itself is checked elsewhere
-        paths = [as_path(source["source"]) for source in known["sources"]]
-        if not all(path.exists() for path in paths):
-            # All sources may be out of reach, e.g. on another machine: then nothing was deleted.
-            if items:
-                deleted.add(entry.origin)
-            elif unchecked is None:
-                unchecked = f"{paths[0]} is not on this machine"
-        elif not stamps.unchanged(paths, known["sources"]) or _used_otherwise(item, entry, known, layered=layered):
-            edited.add(entry.origin)
-    return MaskChanges(tuple(sorted(new)), tuple(sorted(edited)), tuple(sorted(deleted)), unchecked)
+        if change is not None:
+            found[change].append(entry.origin)
+    return MaskChanges(*(tuple(sorted(keys)) for keys in found.values()), unchecked)
 
 
-def _items(cache: Cache, entries: Index, *, layered: bool) -> tuple[dict[str, Item], str | None]:
+def _change(cache: Cache, entry: Entry, items: dict[str, Item], stamps: Stamps, spec: LatentSpec) -> str | None:
+    """What happened to one sample's mask.
+
+    Raises:
+        ValueError: Its files cannot be looked at.
+    """
+    item = items.get(entry.origin)
+    if entry.mask is None:
+        return "new" if item is not None and _masks(item, spec) else None
+    known = made_from(cache.mask_path(entry.key))
+    if not known:
+        return None  # the file itself is checked elsewhere
+    paths = [as_path(source["source"]) for source in known["sources"]]
+    for path in paths:
+        with reaching(path):
+            there = path.exists()
+        if not there and items:
+            return "deleted"
+        if not there:  # nothing can be found here, as on another machine
+            raise ValueError(f"{path} is not on this machine")
+    if not stamps.unchanged(paths, known["sources"]) or (
+        item is not None and _used_otherwise(item, entry, known, spec)
+    ):
+        return "edited"
+    return None
+
+
+def _items(cache: Cache, entries: Index, spec: LatentSpec) -> tuple[dict[str, Item], str | None]:
     """The media and masks there are now, by key; or why they cannot be listed."""
     record = cache.notes().sources
     if not record:
@@ -86,20 +105,25 @@ def _items(cache: Cache, entries: Index, *, layered: bool) -> tuple[dict[str, It
     if len(entries) > _LISTED:
         return {}, f"new masks are not looked for in sets of more than {_LISTED:,} samples"
     try:
-        return {item.key: item for item in FolderSource.from_record(record).items(layered=layered)}, None
+        return {item.key: item for item in FolderSource.from_record(record).items(layered=spec.layered)}, None
     except (ValueError, OSError) as error:
         return {}, str(error)
 
 
-def _used_otherwise(item: Item | None, entry: Entry, known: dict[str, object], *, layered: bool) -> bool:
-    """Whether another file, or another reading of it, is the mask now."""
-    if item is None:
-        return False
-    if known["invert"] != item.invert:
-        return True
-    if layered or entry.mask == "alpha":
-        return item.mask is not None and not layered
-    return item.mask is None or str(item.mask) != known["sources"][0]["source"]
+def _used_otherwise(item: Item, entry: Entry, known: dict[str, object], spec: LatentSpec) -> bool:
+    """Whether other files, or another reading of them, are the mask now."""
+    files = _masks(item, spec)
+    if entry.mask == "alpha":
+        return bool(files) or known["invert"] != item.invert
+    return [str(path) for path in files] != [s["source"] for s in known["sources"]] or known["invert"] != item.invert
+
+
+def _masks(item: Item, spec: LatentSpec) -> tuple[Place, ...]:
+    """Its mask files; where only some layers have one, those."""
+    try:
+        return mask_files(item, spec)
+    except ValueError:
+        return tuple(path for path in item.layer_masks if path is not None)
 
 
 def _one_each(entries: Iterable[Entry]) -> Iterable[Entry]:

@@ -207,13 +207,13 @@ def stamp(place: Place) -> dict[str, Any]:
             states = [(name, path.stat()) for name, path in inside]
         digest = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in states]).encode())
         return {
-            "source": str(place),
+            "source": absolute(str(place)),
             "bytes": sum(state.st_size for _, state in states),
             "mtime_ns": max((state.st_mtime_ns for _, state in states), default=0),
             "inode": digest.hexdigest(),
         }
     return {
-        "source": str(place),
+        "source": absolute(str(place)),
         "bytes": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "inode": status.st_ino,  # files of one size and time may trade names

@@ -19,7 +19,7 @@ from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps
 from mpp.data.summary import Summary
 from mpp.data.work import Part, Parts, Work
-from mpp.files import check_writable, remove_leftovers
+from mpp.files import check_writable, is_out_of_space, remove_leftovers
 from mpp.models.base import Architecture, Encoders, Identity, Prompt
 
 _TEXT_BATCH = 16
@@ -75,8 +75,9 @@ class Preparation:
         self.summary.spent("check", start)
         encoders = self.architecture.load_encoders(self.device)
         self._encode_text(jobs, encoders)
+        self._retire_index(jobs, items)
         jobs = self._encode_latents(jobs, encoders, identity)
-        self._write_masks(jobs)
+        jobs = self._write_masks(jobs)
         self._finish(jobs, items)
         if self.share.index == 0:
             self._encode_prompts(encoders, identity)
@@ -107,9 +108,26 @@ class Preparation:
             more = f"\n(and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
             raise ValueError("\n".join(problems[:_SHOWN]) + more + "\n(data.on_error=skip leaves such media out)")
         self.summary.skipped += problems
+        _check_keys(jobs)
         if not jobs and problems and self.share.count == 1:
             raise ValueError(f"none of {len(items)} pictures and videos could be used; first problem: {problems[0]}")
         return jobs
+
+    def _retire_index(self, jobs: Sequence[Job], items: Sequence[Item]) -> None:
+        """Remove an index before anything that it names is written anew: it vouches for samples that are whole.
+
+        Where several processes share the work it goes before any of them has finished, unless all had already.
+        """
+        stale = any(
+            (not job.latents_current and self.cache.latents_path(job.key).exists())
+            or (job.mask_kind is not None and not job.mask_current and self.cache.mask_path(job.key).exists())
+            for job in jobs
+        )
+        if stale or (self.share.count > 1 and self._parts(items).missing()):
+            (self.cache.folder / "index.jsonl").unlink(missing_ok=True)
+
+    def _parts(self, items: Sequence[Item]) -> Parts:
+        return Parts(self.cache.folder, self._plan_name(items), self.share.count)
 
     def _encode_text(self, jobs: Sequence[Job], encoders: Encoders) -> None:
         start = time.monotonic()
@@ -163,7 +181,8 @@ class Preparation:
         self.summary.spent("latents", start)
         return kept
 
-    def _write_masks(self, jobs: Sequence[Job]) -> None:
+    def _write_masks(self, jobs: Sequence[Job]) -> list[Job]:
+        """Write stale masks; returns the jobs whose masks are there now."""
         start = time.monotonic()
         masked = [job for job in jobs if job.mask_kind is not None]
         stale = [job for job in masked if not job.mask_current]
@@ -171,13 +190,31 @@ class Preparation:
         with ThreadPoolExecutor(_MASKS_AT_ONCE) as pool:  # most of the time is waiting for the disk
             done = pool.map(self._write_mask, stale)
             try:
-                for _ in tqdm(done, total=len(stale), desc="masks", unit="mask", disable=None):
-                    pass
+                failed = {
+                    job.key: problem
+                    for job, problem in zip(
+                        stale, tqdm(done, total=len(stale), desc="masks", disable=None), strict=True
+                    )
+                    if problem is not None
+                }
             finally:  # after an error the rest is not waited for
                 pool.shutdown(cancel_futures=True)
+        self.summary.skipped += failed.values()
+        self.summary.masks_written -= len(failed)
         self.summary.spent("masks", start)
+        return [job for job in jobs if job.key not in failed]
 
-    def _write_mask(self, job: Job) -> None:
+    def _write_mask(self, job: Job) -> str | None:
+        """Write one mask; returns why not, where such samples are skipped."""
+        try:
+            self._average_mask(job)
+        except (ValueError, OSError) as error:
+            if self.source.on_error == "stop" or is_out_of_space(error):
+                raise
+            return str(error)
+        return None
+
+    def _average_mask(self, job: Job) -> None:
         sources = self.stamps.record(mask_sources(job.item, self.architecture))
         record = mask_record(job.item, job.cut, str(job.mask_kind), job.shape) | {"sources": sources}
         mask = read_mask_frames(job.item, job.cut, job.shape, self.architecture.latents)
@@ -192,7 +229,7 @@ class Preparation:
         """Write the index, or this process's part of it."""
         entries, skipped = [job.entry() for job in jobs], tuple(self.summary.skipped)
         if self.share.count > 1:
-            parts = Parts(self.cache.folder, self._plan_name(items), self.share.count)
+            parts = self._parts(items)
             parts.write(self.share.index, Part(entries, skipped))
             self.summary.waiting = tuple(parts.missing())
             if self.summary.waiting:
@@ -209,3 +246,16 @@ class Preparation:
         """The same for all processes that prepare the same things in the same way."""
         described = (self.share.count, self.source.sources_record(), [repr(item) for item in items])
         return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+
+
+def _check_keys(jobs: Sequence[Job]) -> None:
+    """Refuse two samples of one key, such as a picture that is called like a clip.
+
+    Raises:
+        ValueError: Names both.
+    """
+    known: dict[str, Job] = {}
+    for job in jobs:
+        other = known.setdefault(job.key, job)
+        if other is not job:
+            raise ValueError(f"{other.item.media} and {job.item.media} both make the sample {job.key}; rename one")

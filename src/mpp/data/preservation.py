@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mpp.data.cache import Cache, text_name
+from mpp.data.cache import Cache, some, text_name
 from mpp.data.index import Entry
 
 
@@ -116,7 +116,7 @@ class Preservation(OtherCaptions):
             for entry in entries
             for caption in self.of(entry.caption)
         ]
-        for entry in {entry.text: entry for _, entry in found}.values():
+        for entry in some(list({entry.text: entry for _, entry in found}.values())):
             if not cache.text_path(entry.text).is_file():
                 raise ValueError(
                     f"the cache {cache.folder} has no embeddings of the caption {entry.caption!r}; run "

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpp.data.places import stamp
+from mpp.data.media import SUFFIXES
+from mpp.data.places import absolute, stamp
 from mpp.data.video import Timeline, read_timeline
 from mpp.files import content_hash, read_record, write_json
 
@@ -84,15 +85,20 @@ class Timelines:
         return timeline
 
 
+def _frames(path: Path) -> list[Path]:
+    """The frames in a folder, as a timeline takes them: nothing that file managers leave there."""
+    return [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
+
+
 def _folder_stamp(path: Path) -> Record:
-    found = [stamp(file) for file in sorted(path.iterdir()) if file.is_file()]
+    found = [stamp(file) for file in _frames(path)]
     return {
-        "source": str(path),
+        "source": absolute(str(path)),
         "bytes": sum(one["bytes"] for one in found),
         "files": hashlib.sha256(repr([sorted(one.items()) for one in found]).encode()).hexdigest()[:32],
     }
 
 
 def _folder_content(path: Path) -> str:
-    files = [(file.name, content_hash(file)) for file in sorted(path.iterdir()) if file.is_file()]
+    files = [(file.name, content_hash(file)) for file in _frames(path)]
     return hashlib.sha256(repr(files).encode()).hexdigest()

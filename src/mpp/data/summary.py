@@ -80,7 +80,9 @@ class Summary:
             found.insert(0, f"shard {self.share} (from {self.share.said_by})")
         found += [f"skipped: {reason}" for reason in self.skipped]
         if self.unused:
-            found.append(f"masks or control pictures without a picture: {', '.join(self.unused[:_SHOWN])}")
+            found.append(
+                f"without media, by their names (masks, control pictures, captions): {', '.join(self.unused[:_SHOWN])}"
+            )
         if self.waiting:
             found.append(f"the index is written when these shards have finished too: {_shards(self)}")
         return found

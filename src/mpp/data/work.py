@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,9 @@ class Parts:
 
         Returns:
             What was skipped, over all parts.
+
+        Raises:
+            ValueError: There is no sample, or two have one key.
         """
         entries: list[Entry] = []
         skipped: list[str] = []
@@ -118,6 +122,12 @@ class Parts:
             header, *rows = self._path(index).read_bytes().splitlines(keepends=True)
             skipped += json.loads(header)["skipped"]
             entries += Index.read(rows, self._path(index))
+        keys = {entry.key for entry in entries}
+        if not entries:
+            raise ValueError(f"no picture or video could be used; first problem: {(skipped or ['none was there'])[0]}")
+        if len(keys) < len(entries):
+            key, _ = Counter(entry.key for entry in entries).most_common(1)[0]
+            raise ValueError(f"two pictures or videos make the sample {key}; rename one of them")
         write_index(self.cache / "index.jsonl", entries)
         return tuple(skipped)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpp.data.media import SUFFIXES, VIDEO_SUFFIXES, Picture, read_picture
-from mpp.data.places import reaching
+from mpp.data.places import list_files, reaching
 from mpp.files import content_hash
 from mpp.masking.frames import Mask, read_alpha, read_mask_frame
 from mpp.masking.video import video_masks, video_pictures
@@ -107,7 +107,8 @@ def find_clips(
     if not path.is_dir():
         raise ValueError(f"{option}={root} is no folder, and no picture or video")
     inner = None if without is None else Path(without).expanduser().resolve()
-    files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in known and p.is_file()]
+    # as prepare lists them: links are followed, hidden ones are left out
+    files = [p for p in (path / listed.name for listed in list_files(path)) if p.suffix.lower() in known]
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     if inner is not None and inner != path.resolve():
         files = [p for p in files if not p.resolve().is_relative_to(inner)]
@@ -130,7 +131,7 @@ def pair(clips: Mapping[str, Clip], others: Mapping[str, Clip]) -> list[tuple[Cl
         parent = key.rpartition("/")[0]
         if key in others:
             pairs.append((clip, others[key]))
-        elif parent in others and not clip.moving and parent not in other_folders:
+        elif parent in others and parent not in clips and not clip.moving and parent not in other_folders:
             if parent in folders:  # once for all of its frames
                 pairs.append((folders.pop(parent), others[parent]))
         else:

@@ -93,7 +93,8 @@ def check_targets(tasks: Sequence[Task]) -> None:
     Raises:
         ValueError: As said.
     """
-    inputs = {file.resolve() for task in tasks for file in task.clip.files}
+    read = [clip for task in tasks for clip in (task.clip, task.other) if clip is not None]
+    inputs = {file.resolve() for clip in read for file in clip.files}
     folders = {task.target for task in tasks if task.form == "frames"}
     for task in tasks:
         if task.target.resolve() in inputs:

@@ -189,6 +189,8 @@ class Tiers(Tool):
             raise ValueError(f"tool.other must be between 0 and 1, got {self.other}")
         levels = sorted(level for level, _ in self.entries())
         for low, high in itertools.pairwise(levels):
+            if high == low:
+                raise ValueError(f"tool.table names the level {low} twice; it can have one value")
             if high - low <= 2 * self.tolerance:
                 raise ValueError(
                     f"tool.tolerance={self.tolerance} is too much for a table with {low} and {high}: a level between "

@@ -81,7 +81,7 @@ def _left_out(notes: Notes) -> Iterator[Finding]:
         remedy = "These media are not in the cache. Mend or remove them and prepare again."
         yield Finding("skipped", "error", "Left out by prepare", remedy, lines=others)
     if notes.unused:
-        remedy = "Or a control picture. Most often a misspelt name: masks are named like their picture or video."
+        remedy = "Masks, control pictures, caption files or rows of a table. Most often a misspelt name."
         yield Finding("unused", "warning", "Mask without media", remedy, lines=notes.unused)
 
 
