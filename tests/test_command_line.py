@@ -34,7 +34,7 @@ def test_pictures_to_lora_by_the_two_commands(tmp_path):
         "data.resolution=64", cwd=tmp_path,
     )  # fmt: skip
     assert prepared.returncode == 0, prepared.stderr
-    assert "pictures: 4 (4 encoded" in prepared.stdout
+    assert "samples: 4 (4 encoded" in prepared.stdout
     trained = run("mpp.train", *TRAIN, "loss=threshold", "data.cache_dir=c", "output_dir=out", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert (tmp_path / "out" / "lora.safetensors").is_file()

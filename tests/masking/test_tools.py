@@ -223,7 +223,7 @@ def test_deep_masks_have_deep_levels(places):
         ({"table": {255: 1}, "tolerance": -1}, "tool.tolerance must be at least 0, got -1"),
         ({"table": {255: 1}, "other": 2.0}, "tool.other must be between 0 and 1"),
         ({"table": {255: 1, 128: 0.5, 120: 0}, "tolerance": 4}, "too much for a table with 120 and 128.*at most 3"),
-        ({"table": {255: 1, "a": [255, 0]}}, "with 255 and 255"),
+        ({"table": {255: 1, "a": [255, 0]}}, "names the level 255 twice"),
         ({"table": {255: 1}, "values": "colour"}, "tool.values must be grey or index, got 'colour'"),
     ],
 )

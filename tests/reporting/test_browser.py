@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mpp.report import Report
 from tests.reporting.browsing import (
     ALL,
     ARROW_RIGHT,
@@ -17,7 +18,7 @@ from tests.reporting.browsing import (
     cells_of,
     needs_chromium,
 )
-from tests.reporting.drawn import disc
+from tests.reporting.drawn import Drawn, disc
 
 pytestmark = needs_chromium
 
@@ -245,6 +246,21 @@ def test_of_many_samples_only_those_near_the_window_hold_pictures(browser, many)
     )
     assert seconds < 1.0
     assert browser.keys()[0] == "s249"
+
+
+def test_what_is_not_on_the_page_is_said(browser, page, tmp_path):
+    browser.open(page)
+    assert not browser.find("#notice").is_displayed()
+    drawn = Drawn(tmp_path / "large")
+    for number in range(12):
+        drawn.add(f"s{number:02}", mask=None if number < 8 else disc(4, 4), cells=(4, 4), picture=None)
+    drawn.write()
+    browser.open(Report(str(drawn.cache.folder), limit=6).run(THRESHOLD)[0])
+    shown = [key for key in browser.keys() if key < "s08"]  # noqa: SIM118 (no dict)
+    assert browser.find("#notice").text.startswith("6 of 12 samples are on this page: some with each finding")
+    remedy = browser.find(".findings > li:first-child .remedy").text
+    assert remedy.endswith(f"{8 - len(shown)} samples of these not on this page.")
+    assert browser.find(".finding[data-kind='missing'] .number").text == "8"
 
 
 @pytest.mark.parametrize("size", [(1280, 900), (420, 900)])

@@ -72,13 +72,13 @@ class Clips:
             raise ValueError(f"data.clips.frames must name lengths of at least 1, got {list(self.frames)}")
         if self.count < 1:
             raise ValueError(f"data.clips.count must be at least 1, got {self.count}")
+        if any(start < 0 for start in self.starts):
+            raise ValueError(f"data.clips.starts must be frame numbers from 0 on, got {list(self.starts)}")
         if self.starts and self.extract != "chosen":
             raise ValueError(
                 f"data.clips.starts={list(self.starts)} is for data.clips.extract=chosen, got {self.extract}; set "
                 "that, or leave starts out"
             )
-        if any(start < 0 for start in self.starts):
-            raise ValueError(f"data.clips.starts must be frame numbers from 0 on, got {list(self.starts)}")
 
     def check(self, spec: LatentSpec) -> None:
         """Refuse lengths that the model's VAE cannot encode whole.
