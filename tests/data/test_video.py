@@ -369,8 +369,10 @@ def test_opaque_alpha_counts_as_none(tmp_path):
     timeline = read_timeline(path)
     assert not timeline.transparent
     assert all((alpha == 1).all() for alpha in read_alpha_frames(path, timeline, range(4)))
-    (mask,) = read_mask_frames(path, timeline, [0])
-    assert mask.shape == (64, 96)
+    grey = [np.full((64, 96, 4), 255, np.uint8)] * 2
+    path = videos.write_video(tmp_path / "m.mkv", grey, codec="ffv1", pix_fmt="bgra")
+    (mask,) = read_mask_frames(path, read_timeline(path), [0])
+    assert (mask == 1).all()
     plain = lossless(tmp_path / "v.mov", videos.number_frames(2))
     assert all((alpha == 1).all() for alpha in read_alpha_frames(plain, read_timeline(plain), [0, 1]))
 
@@ -412,6 +414,12 @@ def test_grey_levels_of_a_mask_video_keep_their_values(tmp_path):
     path = videos.write_video(tmp_path / "m.mp4", [ramp], options={"crf": "4"})
     (mask,) = read_mask_frames(path, read_timeline(path), [0])
     np.testing.assert_allclose(mask, ramp / 255, atol=5 / 255)
+
+
+def test_mask_videos_with_colours_are_refused(tmp_path):
+    path = videos.write_video(tmp_path / "m.mp4", videos.number_frames(3))  # with a red square
+    with pytest.raises(ValueError, match=r"m.mp4: this mask has colours"):
+        list(read_mask_frames(path, read_timeline(path), [0]))
 
 
 def test_masks_are_turned_as_their_own_file_says(tmp_path):
@@ -577,6 +585,60 @@ def test_truncated_files_with_their_head_in_front_are_refused(tmp_path, movflags
             read_timeline(path)
 
 
+def test_a_fragment_that_ffmpeg_would_skip_is_noticed(tmp_path):
+    path = tmp_path / "v.mp4"
+    frames, movflags = videos.number_frames(24), "frag_keyframe+empty_moov"
+    videos.write_video(path, frames, options={"g": "8"}, container={"movflags": movflags})
+    content = path.read_bytes()
+    for name in (b"moof", b"traf", b"trun", b"tfhd", b"mdat"):
+        assert content.count(name) == 3
+        at = content.index(name, content.index(name) + 4)
+        path.write_bytes(content[:at] + b"x" + content[at + 1 :])
+        with pytest.raises(ValueError, match=r"v.mp4 is damaged at byte"):
+            read_timeline(path)
+
+
+def test_the_rest_of_a_cut_fragment_is_noticed(tmp_path):
+    path = tmp_path / "v.mp4"
+    movflags = "frag_keyframe+empty_moov"
+    videos.write_video(path, videos.number_frames(24), options={"g": "8"}, container={"movflags": movflags})
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"moof") + 2])
+    with pytest.raises(ValueError, match=r"v.mp4 is damaged at byte"):
+        read_timeline(path)
+
+
+def test_a_block_that_became_another_element_is_noticed(written, tmp_path):
+    path = tmp_path / "v.webm"
+    content = (written / "vp9.webm").read_bytes()
+    at = videos.packets(written / "vp9.webm")[20][0]
+    block = content.rindex(b"\xa3", 0, at + 1)
+    for name in (b"\xab", b"\xa7", b"\xe7"):  # previous size, position, timestamp
+        path.write_bytes(content[:block] + name + content[block + 1 :])
+        with pytest.raises(ValueError, match=r"v.webm is damaged at byte"):
+            read_timeline(path)
+
+
+def test_a_frame_that_an_avi_gives_to_another_stream_is_missed(written, tmp_path):
+    path = tmp_path / "v.avi"
+    content = (written / "mjpeg.avi").read_bytes()
+    at = content.index(b"00dc", content.index(b"movi") + 20_000)
+    path.write_bytes(content[:at] + b"01dc" + content[at + 4 :])
+    with pytest.raises(ValueError, match=rf"v.avi is truncated: {COUNT} frames by its head, \d+ found"):
+        read_timeline(path)
+
+
+def test_an_avi_without_its_length_is_counted_by_its_head(written, tmp_path):
+    path = tmp_path / "v.avi"
+    content = bytearray((written / "mjpeg.avi").read_bytes())
+    content[4:8] = bytes(4)
+    path.write_bytes(content)
+    assert read_timeline(path).count == COUNT
+    path.write_bytes(content[: content.rindex(b"00dc", 0, len(content) // 2)])
+    with pytest.raises(ValueError, match=rf"v.avi is truncated: {COUNT} frames by its head, \d+ found"):
+        read_timeline(path)
+
+
 DAMAGED = sorted(CODECS.keys() - {"mpeg2.mpg", "wmv.wmv", "refreshed.mp4"})  # of some, packets are not found by place
 
 
@@ -697,6 +759,29 @@ def test_a_video_that_changed_after_it_was_checked_is_refused(written, tmp_path)
     videos.write_video(path, videos.number_frames(40, (64, 64)))
     with pytest.raises(ValueError, match=r"v.mp4 is no longer the video that it was"):
         list(read_frames(path, timeline, [1]))
+
+
+@pytest.mark.parametrize(("dropped", "numbers"), [(26, [30]), (32, [30, 35])])
+def test_frames_that_vanish_behind_a_key_frame_are_noticed(written, monkeypatch, dropped, numbers):
+    path = written / "ffv1.mkv"
+    timeline = read_timeline(path)
+    want = list(read_frames(path, timeline, numbers))
+    passes = []
+    original = OpenVideo.frames
+
+    def frames(self):
+        passes.append(self._begin)
+        for frame in original(self):
+            if self._begin is None or frame.pts != timeline.timestamp(dropped):
+                yield frame
+
+    monkeypatch.setattr(OpenVideo, "frames", frames)
+    if dropped < numbers[0]:  # before any is given, the file is read from its start instead
+        assert list(read_frames(path, timeline, numbers)) == want
+        assert passes[-1] is None
+    else:
+        with pytest.raises(ValueError, match="no longer the video that it was"):
+            list(read_frames(path, timeline, numbers))
 
 
 def test_frames_too_large_for_memory_are_refused(written, tmp_path, monkeypatch, decoded):

@@ -109,7 +109,7 @@ class Browser:
         Select(self.find(f"#{name}")).select_by_value(value)
         self.js("arguments[0].focus()", self.find(f"#{name}"))
 
-    def keys(self):
+    def shown(self):
         """Names of the samples on the grid, in order."""
         return self.js("[...document.querySelectorAll('.card')].map((card) => card.dataset.key)")
 

@@ -17,6 +17,7 @@ from mpp.data.media import SUFFIXES, read_mask, read_picture
 from mpp.data.places import Place
 
 _LONGEST_PAUSE = 600.0
+_GREY_TOLERANCE = 32  # of 255: what codecs may do to the colours of a grey mask
 _Item = TypeVar("_Item")
 
 
@@ -134,7 +135,7 @@ def read_mask_frames(path: Place, timeline: Timeline | None, numbers: Sequence[i
         numbers: As above.
 
     Raises:
-        ValueError: As above, or a mask has an alpha that is not opaque.
+        ValueError: As above, or a mask has colours, or an alpha that is not opaque.
     """
     if timeline is None:
         still = read_mask(path)
@@ -146,7 +147,14 @@ def read_mask_frames(path: Place, timeline: Timeline | None, numbers: Sequence[i
         )
 
     def of_frame(video: OpenVideo, frame: VideoFrame) -> np.ndarray:
-        return np.asarray(video.picture(frame).convert("L"), dtype=np.float32) / 255
+        image = video.picture(frame)
+        pixels = np.asarray(image, dtype=np.int16)
+        if (pixels.max(2) - pixels.min(2)).max() > _GREY_TOLERANCE:
+            raise ValueError(
+                f"{path}: this mask has colours, as maps of labels have, and it is unclear which of them are to be "
+                "learned; save it as plain greyscale: white is learned, black is kept"
+            )
+        return np.asarray(image.convert("L"), dtype=np.float32) / 255
 
     return _read(path, timeline, numbers, read_mask, of_frame)
 
