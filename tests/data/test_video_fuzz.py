@@ -40,10 +40,11 @@ MEMORY = 2 << 30  # more than is needed by far
 
 
 def write_sources(folder):
+    grey = [frame[..., :1].repeat(3, axis=2) for frame in videos.number_frames(COUNT, SIZE)]  # good for masks too
     for name, (codec, pixels, options, container) in SOURCES.items():
         videos.write_video(
             folder / name,
-            videos.number_frames(COUNT, SIZE),
+            grey,
             codec=codec,
             pix_fmt=pixels,
             options=options,
@@ -183,7 +184,7 @@ def test_mutated_videos_are_refused_by_name_or_read_whole(tmp_path):
 
 @pytest.mark.slow
 def test_many_mutated_videos_are_refused_by_name_or_read_whole(tmp_path):
-    for seed in range(10, 15):
+    for seed in range(10, 14):
         check(fuzz(tmp_path, seed, count=3000))
 
 
