@@ -201,14 +201,6 @@ def test_bucket_settings_out_of_range_are_refused():
 # ---------------------------------------------------------------- masks that mean something else than their grey
 
 
-@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
-def test_inverted_masks_are_one_where_the_file_is_black(tmp_path, mode):
-    tiers = np.array([[0, 80, 255]], np.uint8)
-    image = Image.fromarray(tiers.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(tiers).convert(mode)
-    image.save(tmp_path / "m.png")
-    np.testing.assert_allclose(read_mask(tmp_path / "m.png", invert=True), [[1, 175 / 255, 0]], atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("array", "brightest", "white"),
     [

@@ -292,5 +292,5 @@ def test_a_video_and_a_folder_of_its_name_are_not_mixed(tmp_path):
 def test_a_mask_video_with_a_transparent_alpha_is_refused(tmp_path):
     arrays = [np.dstack([array, array, array, array]) for array in frames(2)]
     write_video(tmp_path / "in" / "v.mkv", arrays, form="bgra", layout="rgba")
-    with pytest.raises(ValueError, match="make masks of its alpha with tool=from_alpha"):
+    with pytest.raises(ValueError, match="tool=from_alpha` make masks of its alpha"):
         run("invert", tmp_path / "in", tmp_path / "out")

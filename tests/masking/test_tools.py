@@ -184,7 +184,9 @@ def test_palette_indices_are_labels_where_that_is_said(places, tmp_path):
     source.mkdir()
     image.save(source / "m.png")
     table = "tool.table={background:[0,0],hat:[1,0.2],hair:[2,0.4],face:[13,1]}"
-    with pytest.raises(ValueError, match=r"m\.png has colours instead of greys; set tool.values=index"):
+    with pytest.raises(
+        ValueError, match=r"m\.png: this mask has colours.*palettes' indices \(tool=tiers tool.values=index\)"
+    ):
         run("tiers", source, output, table)
     run("tiers", source, output, table, "tool.values=index")
     assert levels(output / "m.png").tolist() == [[0, 51, 102, 255]]

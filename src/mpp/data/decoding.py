@@ -18,6 +18,7 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from mpp.data.containers import check_container
+from mpp.data.mask import RawMask
 from mpp.data.places import Place, reaching, short
 from mpp.data.upright import View, check_look, find_turn
 
@@ -26,6 +27,7 @@ _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,asf,flv"
 _STRICT = "crccheck+bitstream+buffer+explode"
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders leave the alpha out
 _ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "libaom-av1"})
+_LOSSLESS = frozenset({"ffv1", "rawvideo", "png", "apng", "qtrle", "huffyuv", "ffvhuff", "utvideo", "msrle"})
 _MAX_PIXEL_ASPECT = 8
 
 
@@ -163,6 +165,16 @@ class OpenVideo:
         """
         with explained(self.path, f"frames of pixel format {frame.format.name} cannot be read"):
             return self._view(frame).alpha(frame)
+
+    def raw_mask(self, frame: VideoFrame) -> RawMask:
+        """A frame of a mask as it is; `mpp.data.mask` says what it means.
+
+        Raises:
+            ValueError: Its pixels cannot be converted.
+        """
+        with explained(self.path, f"frames of pixel format {frame.format.name} cannot be read"):
+            colours, white = self._view(frame).colours(frame)
+        return RawMask(self.path, colours, white, self.alpha(frame), self._codec not in _LOSSLESS)
 
     def _view(self, frame: VideoFrame) -> View:
         rotation = frame.rotation

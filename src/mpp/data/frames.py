@@ -201,7 +201,7 @@ def read_mask_frames(item: Item, cut: Cut, shape: Sequence[int], spec: LatentSpe
 
 
 def check_masks(item: Item, cut: Cut, spec: LatentSpec) -> None:
-    """Decode masks and refuse those of another shape or length than their media.
+    """Refuse masks of another shape or length than their media; those that stand still are decoded for that.
 
     Raises:
         ValueError: As above.
@@ -211,8 +211,6 @@ def check_masks(item: Item, cut: Cut, spec: LatentSpec) -> None:
         if cut.mask is not None:
             video.check_counts(cut.media, cut.mask, str(item.media), str(path))
             mask_size = cut.mask.size
-            for _ in video.read_mask_frames(path, cut.mask, cut.clip.frames):
-                pass
         else:
             mask = read_mask(path)
             mask_size = (mask.shape[1], mask.shape[0])

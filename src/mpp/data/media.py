@@ -8,7 +8,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mpp.data.picture_files import check_grey, decode, grey, is_deep, open_picture, orientation, reading, with_alpha
+from mpp.data.mask import grey, judged
+from mpp.data.picture_files import (
+    decode,
+    is_deep,
+    open_picture,
+    orientation,
+    read_deep,
+    read_raw_mask,
+    reading,
+    white_of,
+    with_alpha,
+)
 from mpp.data.places import Place
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
@@ -121,33 +132,30 @@ def read_picture(path: Place) -> Picture:
     """Decode a picture whole.
 
     Raises:
-        ValueError: The file is no readable picture, is truncated or damaged, or holds several pictures.
+        ValueError: The file is no readable picture, is truncated or damaged, holds several pictures, or numbers out of
+            range.
     """
     with reading(path, "not a readable picture, or truncated") as handle:
         image, alpha = with_alpha(decode(handle, path))
-        if is_deep(image):
-            return Picture(Image.fromarray((grey(image, path) * 255).round().astype(np.uint8)).convert("RGB"), alpha)
-        if alpha is not None:
-            return Picture(Image.merge("RGB", image.split()[:3]), alpha)
+        deep = read_deep(handle, path)
+    if is_deep(image):
+        values = grey(np.asarray(image), white_of(image), path)
+        return Picture(Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB"), alpha)
+    if alpha is None:
         return Picture(image.convert("RGB"), None)
+    if deep is not None and deep.shape[2] in (2, 4):
+        alpha = (deep[..., -1] / 65535).astype(np.float32)
+    return Picture(Image.merge("RGB", image.split()[:3]), alpha)
 
 
-def read_mask(path: Place, *, invert: bool = False) -> np.ndarray:
+def read_mask(path: Place) -> np.ndarray:
     """Decode a mask to `(height, width)` float32 in [0, 1]; 1 = learn.
 
-    Args:
-        path: A grey picture; white is 1.
-        invert: White is 0 instead.
-
     Raises:
-        ValueError: The file is no readable picture, is truncated or damaged, holds several pictures, has an alpha
-            channel that is not opaque, has colours, or holds label numbers instead of grey.
+        ValueError: The file is no readable picture, is truncated or damaged, holds several pictures, or is no mask by
+            the rule in `mpp.data.mask`.
     """
-    with reading(path, "not a readable mask, or truncated") as handle:
-        image, alpha = with_alpha(decode(handle, path))
-        check_grey(image, alpha, path)
-        values = grey(image, path)
-    return 1 - values if invert else values
+    return next(judged([read_raw_mask(path)])).values
 
 
 def check_aspect(mask: tuple[int, int], picture: tuple[int, int], name: str) -> None:

@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+import av
 import numpy as np
 from PIL import Image
 
+from mpp.data.mask import RawMask
 from mpp.data.places import Place, reaching, short
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # Pillow has others that start programs, such as EPS
-_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
+_LOSSY = ("JPEG", "MPO", "AVIF")
+_DEEP_CHANNELS = {"rgb48be": 3, "ya16be": 2, "rgba64be": 4}
 _UPRIGHT = {  # EXIF's orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -22,7 +25,6 @@ _UPRIGHT = {  # EXIF's orientations
     8: Image.Transpose.ROTATE_90,
 }
 _TELLING = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp")  # PNG's texts that may say an orientation
-_GREY_TOLERANCE = 32  # of 255: what lossy formats may do to the colours of a grey mask
 
 
 class _RefusedError(ValueError):
@@ -112,56 +114,67 @@ def with_alpha(image: Image.Image) -> tuple[Image.Image, np.ndarray | None]:
     return image, None
 
 
-def grey(image: Image.Image, path: Place) -> np.ndarray:
-    """Luminance in [0, 1], float32, from 8, 16 or 32 bits.
+def read_deep(handle: BinaryIO, path: Place) -> np.ndarray | None:
+    """A PNG of 16 bits with alpha or colours, which Pillow cuts to 8 bits; None for all other files.
+
+    Returns:
+        `(height, width, channels)` uint16, upright: grey and alpha, RGB, or RGBA.
+    """
+    handle.seek(0)
+    head = handle.read(26)
+    handle.seek(0)
+    if head[:8] != b"\x89PNG\r\n\x1a\n" or head[24] != 16 or head[25] not in (2, 4, 6):
+        return None
+    method = _UPRIGHT.get(orientation(open_picture(handle, path)))
+    handle.seek(0)
+    with av.open(handle) as container:
+        frame = next(iter(container.decode(video=0)))
+    channels = _DEEP_CHANNELS[frame.format.name]
+    rows = np.frombuffer(frame.planes[0], ">u2").reshape(frame.height, -1)[:, : frame.width * channels]
+    planes = rows.reshape(frame.height, frame.width, channels).astype(np.uint16)
+    if method is None:
+        return planes
+    turned = [Image.fromarray(planes[..., n].copy()).transpose(method) for n in range(channels)]
+    return np.stack([np.asarray(plane) for plane in turned], axis=-1)
+
+
+def read_raw_mask(path: Place) -> RawMask:
+    """A mask file as it is, at its full depth; `mpp.data.mask` says what it means.
 
     Raises:
-        ValueError: The values of 32 bits are out of range.
+        ValueError: It is no readable picture, is truncated or damaged, or holds several pictures.
     """
-    if not is_deep(image):
-        return np.asarray(image.convert("RGB").convert("L"), dtype=np.float32) / 255
-    values = np.asarray(image, dtype=np.float32)
-    most = _white(image)
-    if not (values.min() >= 0 and values.max() <= most):  # NaN is neither
-        raise _RefusedError(
-            f"{path} has values from {values.min():g} to {values.max():g}, and those of its kind go from 0 to {most}; "
-            "save it with 8 or 16 bits"
-        )
-    return values / most
+    with reading(path, "not a readable mask, or truncated") as handle:
+        image = decode(handle, path)
+        lossy = _is_lossy(image, handle)
+        deep = read_deep(handle, path)
+        if deep is not None:
+            alpha = (deep[..., -1] / 65535).astype(np.float32) if deep.shape[2] in (2, 4) else None
+            colours = deep[..., 0] if deep.shape[2] == 2 else np.moveaxis(deep[..., :3], 2, 0)
+            return RawMask(path, colours, 65535, alpha, lossy)
+        image, alpha = with_alpha(image)
+        grey = is_deep(image) or image.mode == "L"
+        colours = np.asarray(image) if grey else np.moveaxis(np.asarray(image.convert("RGB")), 2, 0)
+        return RawMask(path, colours, white_of(image), alpha, lossy)
 
 
-def check_grey(image: Image.Image, alpha: np.ndarray | None, path: Place) -> None:
-    """Refuse a mask that means something else than its grey.
-
-    Raises:
-        ValueError: It has an alpha channel that is not opaque, has colours, or holds label numbers.
-    """
-    if alpha is not None and alpha.min() < 1:
-        raise _RefusedError(
-            f"{path}: this mask has a transparent alpha channel, so it is unclear whether its grey or its alpha "
-            "is meant; save it as plain greyscale"
-        )
-    if not is_deep(image) and image.mode not in ("1", "L"):
-        rgb = np.asarray(image.convert("RGB"), dtype=np.int16)
-        if int((rgb.max(2) - rgb.min(2)).max()) > _GREY_TOLERANCE:
-            raise _RefusedError(
-                f"{path}: this mask has colours, as maps of labels have, and it is unclear which of them are to be "
-                "learned; save it as plain greyscale: white is learned, black is kept"
-            )
-    if image.mode != "F" and image.format not in _LOSSY:
-        white = _white(image)
-        brightest = round(float(grey(image, path).max()) * white)
-        if 0 < brightest <= (255 if is_deep(image) else 1):  # nobody draws that dark, and next to nothing would learn
-            raise _RefusedError(
-                f"{path}: the brightest value of this mask is {brightest} of {white}, as in maps of labels; save it so "
-                f"that what is learned is white ({white})"
-            )
-
-
-def _white(image: Image.Image) -> int:
+def white_of(image: Image.Image) -> int:
+    """The number that means 1 in a picture."""
     if image.mode == "F":
         return 1
     return 65535 if is_deep(image) else 255
+
+
+def _is_lossy(image: Image.Image, handle: BinaryIO) -> bool:
+    """Whether a picture's format changes numbers."""
+    if image.format == "TIFF":
+        return image.info.get("compression") in ("jpeg", "webp")
+    if image.format != "WEBP":
+        return image.format in _LOSSY
+    place, name = 12, b""
+    while name not in (b"VP8 ", b"VP8L") and (handle.seek(place), head := handle.read(8))[1]:
+        name, place = head[:4], place + 8 + -(-int.from_bytes(head[4:], "little") // 2) * 2
+    return name != b"VP8L"
 
 
 def _says_late(image: Image.Image) -> bool:

@@ -121,7 +121,7 @@ class Planner:
         model = self.architecture
         self._check_lengths(item)
         timeline = self.timelines.of(item.media)
-        mask = self.timelines.of(item.mask) if moves(item.mask) else None
+        mask = self.timelines.of(item.mask, mask=True) if moves(item.mask) else None
         fps = self.source.clips.fps or model.fps
         clips = self.source.clips.of(timeline, str(item.media), fps, item.starts)
         geometries = self._geometries(item, timeline.size)

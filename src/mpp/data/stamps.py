@@ -62,25 +62,25 @@ class Timelines:
         self.folder, self.stamps = folder, stamps
         self._known: dict[str, Timeline] = {}
 
-    def of(self, path: Path) -> Timeline:
-        """Of a video or a folder of frames.
+    def of(self, path: Path, *, mask: bool = False) -> Timeline:
+        """Of a video or a folder of frames, perhaps one of masks.
 
         Raises:
-            ValueError: It cannot be read to its end.
+            ValueError: It cannot be read to its end, or is no mask.
         """
-        name = str(path)
+        name = f"{path}{' as a mask' if mask else ''}"
         if name not in self._known:
-            self._known[name] = self._find(path)
+            self._known[name] = self._find(path, name, mask=mask)
         return self._known[name]
 
-    def _find(self, path: Path) -> Timeline:
-        file = self.folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    def _find(self, path: Path, name: str, *, mask: bool) -> Timeline:
+        file = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
         now = self.stamps.of(path)
         known = read_record(file)
         if known is not None and known.get("source") == now:
             with contextlib.suppress(KeyError, ValueError):  # of an older format
                 return Timeline.from_json(known["timeline"])
-        timeline = read_timeline(path)
+        timeline = read_timeline(path, mask=mask)
         write_json(file, {"source": now, "timeline": timeline.to_json()})
         return timeline
 

@@ -1,5 +1,6 @@
-"""Decoded frames as they are meant to be seen: turned and mirrored, with square pixels, 8-bit RGB of full range."""
+"""Decoded frames as they are meant to be seen: turned and mirrored, with square pixels, RGB of full range."""
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -10,6 +11,8 @@ from PIL import Image
 
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _HDR = {16: "PQ", 18: "HLG"}  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
+_NUMBERS = re.compile(r"(gray|gbra?p)(9|1[0246])?([bl]e)?")  # formats with the numbers of a picture in planes
+_WIDE = {"rgb48": "gbrp16le", "bgr48": "gbrp16le", "rgba64": "gbrp16le", "bgra64": "gbrp16le", "ya16": "gray16le"}
 _TURNS = {  # by the signs of a display matrix: x' = a x + c y, y' = b x + d y, where y points down
     (1, 0, 0, 1): None,
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # Pillow turns the other way round
@@ -47,12 +50,37 @@ class View:
         """
         return self._upright(frame.to_image(interpolation=_EXACT, dst_color_range=ColorRange.JPEG))
 
+    def colours(self, frame: VideoFrame) -> tuple[np.ndarray, int]:
+        """A frame as it is seen, of as many bits as its greys, or red, green and blue, have; of 8 where it has others.
+
+        Returns:
+            Greys `(height, width)`, or red, green and blue `(3, height, width)`; and the number that means white.
+        """
+        if frame.format.components[0].bits < 8 and not frame.format.has_palette:
+            frame = frame.reformat(format="rgb24")
+        if not _NUMBERS.fullmatch(frame.format.name):
+            form = _WIDE.get(frame.format.name[:-2], "gbrp")
+            frame = frame.reformat(format=form, interpolation=_EXACT, dst_color_range=ColorRange.JPEG)
+        bits = frame.format.components[0].bits
+        order = (0,) if frame.format.name.startswith("gray") else (2, 0, 1)
+        planes = [self._numbers(_plane(frame, number, bits)) for number in order]
+        return planes[0] if len(planes) == 1 else np.stack(planes), 2**bits - 1
+
     def alpha(self, frame: VideoFrame) -> np.ndarray | None:
         """A frame's alpha as it is seen, `(height, width)` float32 in [0, 1]; None where it has none."""
-        if not any(component.is_alpha for component in frame.format.components):
+        bits = [component.bits for component in frame.format.components if component.is_alpha]
+        if not bits and not frame.format.has_palette:
             return None
-        plane = np.ascontiguousarray(frame.to_ndarray(format="rgba", dst_color_range=ColorRange.JPEG)[..., 3])
-        return np.asarray(self._upright(Image.fromarray(plane)), dtype=np.float32) / 255
+        deep = bits == [16]
+        colours = frame.to_ndarray(format="rgba64le" if deep else "rgba", dst_color_range=ColorRange.JPEG)
+        return self._numbers(colours[..., 3]).astype(np.float32) / (65535 if deep else 255)
+
+    def _numbers(self, numbers: np.ndarray) -> np.ndarray:
+        """Numbers of pixels, `(height, width)` uint8 or uint16, as they are seen."""
+        if numbers.dtype == np.uint16 and self.pixel_aspect != 1:
+            scaled = self._upright(Image.fromarray(numbers.astype(np.float32)))  # Pillow scales no others
+            return np.asarray(scaled).clip(0, 65535).round().astype(np.uint16)
+        return np.asarray(self._upright(Image.fromarray(np.ascontiguousarray(numbers))))
 
     def _upright(self, image: Image.Image) -> Image.Image:
         size = self._square(image.size)
@@ -65,6 +93,13 @@ class View:
         width, height = size
         aspect = self.pixel_aspect
         return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+
+
+def _plane(frame: VideoFrame, number: int, bits: int) -> np.ndarray:
+    """One plane's numbers, `(height, width)` uint8 or uint16."""
+    kind = np.uint8 if bits == 8 else ">u2" if frame.format.name.endswith("be") else "<u2"
+    rows = np.frombuffer(frame.planes[number], kind).reshape(frame.height, -1)
+    return rows[:, : frame.width].astype(np.uint8 if bits == 8 else np.uint16)
 
 
 def find_turn(frame: VideoFrame) -> Image.Transpose | None:

@@ -13,11 +13,12 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from mpp.data.decoding import OpenVideo, open_video
+from mpp.data.mask import Judge
 from mpp.data.media import SUFFIXES, read_mask, read_picture
+from mpp.data.picture_files import read_raw_mask
 from mpp.data.places import Place
 
 _LONGEST_PAUSE = 600.0
-_GREY_TOLERANCE = 32  # of 255: what codecs may do to the colours of a grey mask
 _Item = TypeVar("_Item")
 
 
@@ -68,16 +69,22 @@ class Timeline:
         return first + round(self.times[number] * denominator / numerator)
 
 
-def read_timeline(path: Place) -> Timeline:
+def read_timeline(path: Place, *, mask: bool = False) -> Timeline:
     """Decode a video, or a folder of frames, once from start to end.
+
+    Args:
+        path: Which one.
+        mask: Also see to it that all frames together are a mask.
 
     Raises:
         ValueError: It cannot be read, holds no frames, a frame is damaged or missing, frames differ in size or are
-            interlaced, timestamps run backwards or stand still for minutes; see `mpp.data.decoding`.
+            interlaced, timestamps run backwards or stand still for minutes, see `mpp.data.decoding`; or it is no mask,
+            see `mpp.data.mask`.
     """
     if path.is_dir():
-        return _folder_timeline(path)
+        return _folder_timeline(path, mask=mask)
     timestamps, keys, transparent, size, end = [], [], False, None, 0
+    judge = Judge()
     with open_video(path, whole=True) as video:
         for number, frame in enumerate(video.frames()):
             found = video.upright_size(frame)
@@ -87,22 +94,15 @@ def read_timeline(path: Place) -> Timeline:
             timestamps.append(frame.pts)
             keys += [number] if frame.key_frame else []
             end = frame.duration or 0
-            if not transparent:
-                alpha = video.alpha(frame)
-                transparent = alpha is not None and bool(alpha.min() < 1)
+            if mask:
+                judge.mask(video.raw_mask(frame))
+            else:
+                transparent = transparent or _is_transparent(video.alpha(frame))
+        judge.close()
         if size is None:
             raise ValueError(f"{path} holds no frames; drop it or replace it")
         video.check_complete(timestamps)
-        counted = video.counts_frames and not _ascending(timestamps)
-        base = video.time_base
-        if counted:
-            base, timestamps = Fraction(video.rate or 1 / base).limit_denominator(1 << 20) ** -1, range(len(timestamps))
-        times = _times(path, timestamps, base)
-        duration = times[-1] + _last_shown(times, end * video.time_base, video.rate)
-    if counted:
-        return Timeline(size, len(times), times, duration, transparent)
-    clock = (timestamps[0], base.numerator, base.denominator)
-    return Timeline(size, len(times), times, duration, transparent, tuple(keys), clock)
+        return _timeline(video, size, timestamps, tuple(keys), end, transparent=transparent)
 
 
 def read_frames(path: Place, timeline: Timeline, numbers: Sequence[int]) -> Iterator[Image.Image]:
@@ -127,7 +127,9 @@ def read_frames(path: Place, timeline: Timeline, numbers: Sequence[int]) -> Iter
 
 
 def read_mask_frames(path: Place, timeline: Timeline | None, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-    """The same for masks: luminance of the chosen frames, `(height, width)` float32 in [0, 1].
+    """The same for masks: values of the chosen frames, `(height, width)` float32 in [0, 1].
+
+    That all frames together are a mask was found by `read_timeline`.
 
     Args:
         path: A mask video, a folder of masks, or, without a timeline, one picture that holds for all frames.
@@ -135,28 +137,19 @@ def read_mask_frames(path: Place, timeline: Timeline | None, numbers: Sequence[i
         numbers: As above.
 
     Raises:
-        ValueError: As above, or a mask has colours, or an alpha that is not opaque.
+        ValueError: As above, or a frame is none of a mask.
     """
     if timeline is None:
         still = read_mask(path)
         return (still for _ in numbers)
-    if timeline.transparent:
-        raise ValueError(
-            f"{path}: this mask has a transparent alpha channel, so it is unclear whether its grey or its alpha is "
-            "meant; save it as plain greyscale"
-        )
+
+    def of_file(file: Place) -> np.ndarray:
+        return read_raw_mask(file).mask().values
 
     def of_frame(video: OpenVideo, frame: VideoFrame) -> np.ndarray:
-        image = video.picture(frame)
-        pixels = np.asarray(image, dtype=np.int16)
-        if (pixels.max(2) - pixels.min(2)).max() > _GREY_TOLERANCE:
-            raise ValueError(
-                f"{path}: this mask has colours, as maps of labels have, and it is unclear which of them are to be "
-                "learned; save it as plain greyscale: white is learned, black is kept"
-            )
-        return np.asarray(image.convert("L"), dtype=np.float32) / 255
+        return video.raw_mask(frame).mask().values
 
-    return _read(path, timeline, numbers, read_mask, of_frame)
+    return _read(path, timeline, numbers, of_file, of_frame)
 
 
 def read_alpha_frames(path: Place, timeline: Timeline, numbers: Sequence[int]) -> Iterator[np.ndarray]:
@@ -286,7 +279,29 @@ def _picked(
     raise ValueError(changed)
 
 
-def _folder_timeline(folder: Place) -> Timeline:
+def _timeline(
+    video: OpenVideo,
+    size: tuple[int, int],
+    timestamps: Sequence[int | None],
+    keys: tuple[int, ...],
+    end: int,
+    *,
+    transparent: bool,
+) -> Timeline:
+    """Of a file that is whole, where `end` is its last frame's duration."""
+    base = video.time_base
+    counted = video.counts_frames and not _ascending(timestamps)
+    if counted:
+        base, timestamps = Fraction(video.rate or 1 / base).limit_denominator(1 << 20) ** -1, range(len(timestamps))
+    times = _times(video.path, timestamps, base)
+    duration = times[-1] + _last_shown(times, end * video.time_base, video.rate)
+    if counted:
+        return Timeline(size, len(times), times, duration, transparent)
+    clock = (timestamps[0], base.numerator, base.denominator)
+    return Timeline(size, len(times), times, duration, transparent, keys, clock)
+
+
+def _folder_timeline(folder: Place, *, mask: bool) -> Timeline:
     names = [p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
     if not names:
         raise ValueError(f"the folder {folder} holds no frames ({', '.join(sorted(SUFFIXES))})")
@@ -294,14 +309,22 @@ def _folder_timeline(folder: Place) -> Timeline:
     for name, other in pairwise(names):
         if _in_order(name)[0] == _in_order(other)[0]:
             raise ValueError(f"{folder / name} and {folder / other} are the same frame by number; remove one of them")
-    size, transparent = None, False
+    size, transparent, judge = None, False, Judge()
     for name in names:
-        picture = read_picture(folder / name)
-        if size not in (None, picture.rgb.size):
-            raise ValueError(_other_size(folder, name, picture.rgb.size, size))
-        size = picture.rgb.size
-        transparent = transparent or (picture.alpha is not None and bool(picture.alpha.min() < 1))
+        if mask:
+            found = judge.mask(read_raw_mask(folder / name)).size
+        else:
+            picture = read_picture(folder / name)
+            found, transparent = picture.rgb.size, transparent or _is_transparent(picture.alpha)
+        if size not in (None, found):
+            raise ValueError(_other_size(folder, name, found, size))
+        size = found
+    judge.close()
     return Timeline(size, len(names), None, None, transparent=transparent, files=tuple(names))
+
+
+def _is_transparent(alpha: np.ndarray | None) -> bool:
+    return alpha is not None and bool(alpha.min() < 1)
 
 
 def _in_order(name: str) -> tuple[list[object], str]:

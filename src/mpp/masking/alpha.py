@@ -7,9 +7,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from mpp.data.mask import Mask
 from mpp.data.media import check_aspect
 from mpp.masking.clips import Clip
-from mpp.masking.frames import Mask, Pixels, enlarge, fit, read_rgb
+from mpp.masking.frames import Pixels, enlarge, fit, read_rgb
 from mpp.masking.tools import Tool, needs_masks, one_of, together
 
 _RED = np.array([230, 30, 30], np.float32)

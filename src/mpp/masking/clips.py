@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpp.data.mask import Mask, judged
 from mpp.data.media import SUFFIXES, VIDEO_SUFFIXES, Picture, read_picture
+from mpp.data.picture_files import read_raw_mask
 from mpp.data.places import list_files, reaching
 from mpp.files import content_hash
-from mpp.masking.frames import Mask, read_alpha, read_mask_frame
+from mpp.masking.frames import read_alpha
 from mpp.masking.video import video_masks, video_pictures
 
 _BESIDE = re.compile(r"-masklabel$|\.mask$|\.mask(?=/)")  # masks that lie beside their media
@@ -45,13 +47,18 @@ class Clip:
         """Its files."""
         return self.frames or (self.path,)
 
-    def masks(self) -> Iterator[Mask]:
+    def masks(self, *, labels: bool = False) -> Iterator[Mask]:
         """Its frames as masks; a single file gives one.
 
+        Args:
+            labels: Whether numbers of labels are wanted, which are no masks otherwise.
+
         Raises:
-            ValueError: A file is unreadable; names it.
+            ValueError: A file is unreadable, or no mask; names it.
         """
-        return video_masks(self.path) if self.is_video else map(read_mask_frame, self.files)
+        if self.is_video:
+            return video_masks(self.path, labels=labels)
+        return judged(map(read_raw_mask, self.files), labels=labels)
 
     def pictures(self) -> Iterator[Picture]:
         """Its frames as 8-bit pictures; a single file gives one.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mpp.data.mask import Mask
 from mpp.masking.clips import Clip
-from mpp.masking.frames import Mask
 from mpp.masking.tools import Tool, one_of
 
 _REACH = 4.0  # sigmas: what is left outside is below 1/255

@@ -3,49 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
-from mpp.data.media import check_aspect, read_mask, read_picture
-from mpp.data.picture_files import decode, grey, is_deep, open_picture, orientation, reading
-
-_COLOURFUL = 32  # of 255: less may be what lossy formats do to greys
-_DEEP = {"rgb48be": 3, "ya16be": 2, "rgba64be": 4}
-_TURNS = {  # EXIF orientation to upright
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: np.swapaxes(a, 0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: np.swapaxes(np.rot90(a, 2), 0, 1),
-    8: np.rot90,
-}
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A mask of one frame.
-
-    Attributes:
-        values: `(height, width)` float32 in [0, 1]; 1 = learn.
-        bits: 8 or 16 per pixel, of its file.
-    """
-
-    values: np.ndarray
-    bits: int = 8
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height."""
-        return self.values.shape[1], self.values.shape[0]
-
-    def levels(self) -> np.ndarray:
-        """As whole numbers from 0 to 255 or 65535; exact for what was read from a file of that depth."""
-        top = 2**self.bits - 1
-        return np.rint(self.values.clip(0, 1).astype(np.float64) * top).astype(
-            np.uint8 if self.bits == 8 else np.uint16
-        )
+from mpp.data.mask import Mask, grey
+from mpp.data.media import check_aspect, read_picture
+from mpp.data.picture_files import decode, is_deep, open_picture, read_deep, read_raw_mask, reading
 
 
 @dataclass(frozen=True)
@@ -61,44 +24,17 @@ class Pixels:
     icc: bytes | None = None
 
 
-def read_mask_frame(path: Path) -> Mask:
-    """A mask file.
+def read_indices(path: Path) -> np.ndarray:
+    """A label map's numbers: the indices of its palette, `(height, width)` uint8.
 
     Raises:
-        ValueError: As `read_mask`.
-    """
-    values = read_mask(path)
-    return Mask(values, 16 if is_deep(_header(path)) else 8)
-
-
-def read_levels(path: Path, *, index: bool) -> tuple[np.ndarray, int]:
-    """A label map's or mask's whole numbers `(height, width)`, and the bits per pixel of its file.
-
-    Args:
-        path: A picture file.
-        index: Take the indices of its palette; else its greys.
-
-    Raises:
-        ValueError: It is unreadable, has no palette, or has colours where greys are asked for.
+        ValueError: It is unreadable, or has no palette.
     """
     with reading(path, "not a readable mask, or truncated") as handle:
         image = decode(handle, path)
-        values = grey(image, path)
-    if index:
-        if image.mode != "P":
-            raise ValueError(f"{path} has no palette, so it has no indices; set tool.values=grey")
-        return np.asarray(image), 8
-    if not is_deep(image):
-        rgb = np.asarray(image.convert("RGB"), dtype=np.int16)
-        if int((rgb.max(2) - rgb.min(2)).max()) > _COLOURFUL:
-            remedy = (
-                "set tool.values=index if its palette's indices are labels"
-                if image.mode == "P"
-                else "use tool=from_color"
-            )
-            raise ValueError(f"{path} has colours instead of greys; {remedy}, or save it as greyscale")
-    mask = Mask(values, 16 if is_deep(image) else 8)
-    return mask.levels(), mask.bits
+    if image.mode != "P":
+        raise ValueError(f"{path} has no palette, so it has no indices; set tool.values=grey")
+    return np.asarray(image)
 
 
 def read_alpha(path: Path) -> Mask | None:
@@ -107,10 +43,8 @@ def read_alpha(path: Path) -> Mask | None:
     Raises:
         ValueError: As `read_picture`.
     """
-    picture, deep = read_picture(path), _read_deep(path)
-    if deep is not None and deep.shape[2] in (2, 4):
-        return Mask((deep[..., -1] / 65535).astype(np.float32), 16)
-    return None if picture.alpha is None else Mask(picture.alpha)
+    alpha, deep = read_picture(path).alpha, _read_deep(path)
+    return None if alpha is None else Mask(alpha, 8 if deep is None else 16)
 
 
 def read_rgb(path: Path) -> Pixels:
@@ -124,7 +58,8 @@ def read_rgb(path: Path) -> Pixels:
     if deep is not None and deep.shape[2] >= 3:
         return Pixels(deep[..., :3], icc)
     if is_deep(header):
-        levels, _ = read_levels(path, index=False)
+        raw = read_raw_mask(path)
+        levels = Mask(grey(raw.colours, raw.white, path), 16).levels()
         return Pixels(np.repeat(levels[..., None], 3, axis=2))
     return Pixels(np.asarray(picture.rgb), icc)
 
@@ -164,16 +99,5 @@ def _header(path: Path) -> Image.Image:
 
 
 def _read_deep(path: Path) -> np.ndarray | None:
-    """`(height, width, channels)` uint16 of a PNG with 16 bits per colour, which Pillow cuts to 8; else None."""
-    with path.open("rb") as handle:
-        head = handle.read(26)
-    if head[:8] != b"\x89PNG\r\n\x1a\n" or head[24] != 16 or head[25] not in (2, 4, 6):
-        return None
-    with av.open(str(path)) as container:
-        frame = next(iter(container.decode(video=0)))
-    channels = _DEEP[frame.format.name]
-    rows = np.frombuffer(frame.planes[0], ">u2").reshape(frame.height, -1)[:, : frame.width * channels]
-    array = rows.reshape(frame.height, frame.width, channels).astype(np.uint16)
     with reading(path, "not a readable picture") as handle:
-        turn = _TURNS.get(orientation(open_picture(handle, path)))
-    return np.ascontiguousarray(turn(array)) if turn else array
+        return read_deep(handle, path)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
+from mpp.data.mask import Mask
 from mpp.masking.clips import Clip
-from mpp.masking.frames import Mask
 from mpp.masking.segment import check_tiers, device_of, enlarged, load_model, load_processor, needs_model
 from mpp.masking.tools import Tool
 

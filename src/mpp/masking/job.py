@@ -9,11 +9,12 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from mpp import __version__
+from mpp.data.mask import Mask
 from mpp.data.media import SUFFIXES, VIDEO_SUFFIXES
 from mpp.files import check_writable
 from mpp.masking.alpha import Preview
 from mpp.masking.clips import Clip
-from mpp.masking.frames import Mask, Pixels
+from mpp.masking.frames import Pixels
 from mpp.masking.plan import Task, check_outside, check_targets, find_pairs, task_for
 from mpp.masking.tools import Tool, one_of
 from mpp.masking.video import read_times

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Sam2Model, Sam2VideoInferenceSession, Sam2VideoModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from mpp.data.mask import Mask
 from mpp.masking.clips import Clip
-from mpp.masking.frames import Mask
 from mpp.masking.prompts import Prompt, from_mask, from_settings, read_prompts
 from mpp.masking.segment import device_of, enlarged, load_model, load_processor, needs_model
 from mpp.masking.tools import Tool, one_of, together

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
+from mpp.data.mask import Mask
 from mpp.masking.clips import Clip
-from mpp.masking.frames import Mask, Pixels, fit, read_levels
+from mpp.masking.frames import Pixels, fit, read_indices
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -221,15 +222,15 @@ class Tiers(Tool):
     def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
         """The masks with their new values."""
         del other
-        if not clip.is_video:
-            for file in clip.files:
-                levels, bits = read_levels(file, index=self.values == "index")
-                yield Mask(self._mapped(levels, file), bits)
+        if self.values == "grey":
+            for number, mask in enumerate(clip.masks(labels=True)):
+                where = f"{clip.path}, frame {number}" if clip.is_video else clip.files[number]
+                yield Mask(self._mapped(mask.levels(), where), mask.bits)
             return
-        if self.values == "index":
+        if clip.is_video:
             raise ValueError(f"{clip.path} is a video, which has no palette; set tool.values=grey")
-        for number, mask in enumerate(clip.masks()):
-            yield Mask(self._mapped(mask.levels(), f"{clip.path}, frame {number}"), mask.bits)
+        for file in clip.files:
+            yield Mask(self._mapped(read_indices(file), file))
 
     def _mapped(self, levels: np.ndarray, where: object) -> np.ndarray:
         count = np.bincount(levels.ravel(), minlength=65536)

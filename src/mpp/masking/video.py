@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-
 from mpp.data.decoding import open_video
+from mpp.data.mask import Mask, judged
 from mpp.data.media import Picture
 from mpp.data.video import read_timeline
-from mpp.masking.frames import Mask
 
 _MICROSECOND = Fraction(1, 1_000_000)
 
@@ -46,21 +44,18 @@ def read_times(path: Path) -> Times:
     return Times(pts, Fraction(numerator, denominator), rate)
 
 
-def video_masks(path: Path) -> Iterator[Mask]:
-    """A mask video's frames: luminance, 8 bits deep.
+def video_masks(path: Path, *, labels: bool = False) -> Iterator[Mask]:
+    """A mask video's frames.
+
+    Args:
+        path: A video file.
+        labels: Whether numbers of labels are wanted, which are no masks otherwise.
 
     Raises:
-        ValueError: The video is damaged, or has a transparent alpha; frames before that were given.
+        ValueError: The video is damaged, or no mask; frames before that were given.
     """
     with open_video(path) as video:
-        for frame in video.frames():
-            alpha = video.alpha(frame)
-            if alpha is not None and alpha.min() < 1:
-                raise ValueError(
-                    f"{path}: this mask has a transparent alpha channel, so it is unclear whether its grey or its "
-                    "alpha is meant; save it as plain greyscale, or make masks of its alpha with tool=from_alpha"
-                )
-            yield Mask(np.asarray(video.picture(frame).convert("L"), dtype=np.float32) / 255)
+        yield from judged(map(video.raw_mask, video.frames()), labels=labels)
 
 
 def video_pictures(path: Path) -> Iterator[Picture]:

@@ -16,14 +16,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from mpp.data.mask import Mask
 from mpp.files import write_atomically
-from mpp.masking.frames import Mask, Pixels
+from mpp.masking.frames import Pixels
 from mpp.masking.video import Times
 
 T = TypeVar("T")
 
 _MADE = "mpp"  # the text chunk of a PNG; videos have it in their comment
-_FORMATS = {1: ("gray", "gray"), 3: ("rgb24", "bgr0"), 4: ("rgba", "bgra")}  # by channels: of arrays, of FFV1
+_FORMATS = {3: ("rgb24", "bgr0"), 4: ("rgba", "bgra")}  # by channels: of arrays, of FFV1
 _LOSSLESS = {"level": "3", "g": "1", "slicecrc": "1"}  # FFV1 with checksums, every frame a key frame
 
 
@@ -40,7 +41,7 @@ def write_png(path: Path, frame: Mask | Pixels, made: str) -> None:
 def write_video(path: Path, frames: Iterator[Mask | Pixels], times: Times, made: str) -> int:
     """Write frames at the times of another video: FFV1 in Matroska, or H.264 where `path` ends in `.mp4`.
 
-    They have 8 bits per colour. Matroska counts in milliseconds, so times are rounded to that.
+    Masks keep their depth, colours have 8 bits. Matroska counts in milliseconds, so times are rounded to that.
 
     Returns:
         How many frames were written.
@@ -163,9 +164,10 @@ def _encode(path: Path, lossy: bool, frames: Iterator[Mask | Pixels], times: Tim
 
 
 def _layout(frame: Mask | Pixels) -> tuple[np.ndarray, str, str]:
-    """8 bits of a frame, in rows; how they lie, and how the lossless codec has them."""
+    """A frame as numbers; how they lie, and how the lossless codec has them."""
     if isinstance(frame, Mask):
-        return Mask(frame.values).levels(), *_FORMATS[1]
+        form = "gray" if frame.bits == 8 else "gray16le"
+        return frame.levels(), form, form
     array = frame.array if frame.array.dtype == np.uint8 else (frame.array >> 8).astype(np.uint8)
     return array, *_FORMATS[array.shape[2]]
 
