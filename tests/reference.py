@@ -4,7 +4,7 @@ import math
 
 
 def blur(mask, kernel):
-    """Gaussian over rows and columns of a nested list `[h][w]`, edges replicated."""
+    """Gaussian over rows and columns of a nested list `[h][w]`, edges replicated; what is constant stays as it is."""
     if kernel == 0:
         return mask
     sigma = 0.3 * ((kernel - 1) / 2 - 1) + 0.8
@@ -14,13 +14,15 @@ def blur(mask, kernel):
     for y in range(height):
         for x in range(width):
             total = weight = 0.0
+            seen = set()
             for dy in range(-reach, reach + 1):
                 for dx in range(-reach, reach + 1):
                     g = math.exp(-(dy * dy + dx * dx) / (2 * sigma * sigma))
                     yy, xx = min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)
                     total += g * mask[yy][xx]
                     weight += g
-            out[y][x] = min(max(total / weight, 0.0), 1.0)
+                    seen.add(mask[yy][xx])
+            out[y][x] = mask[y][x] if len(seen) == 1 else min(max(total / weight, 0.0), 1.0)
     return out
 
 
@@ -38,7 +40,7 @@ def weights(mask, *, threshold, gamma, floor, kernel, prior_applies):
                 keep = 0.0
                 if prior_applies:
                     if threshold is None:
-                        keep = 1 - processed
+                        keep = 1 - processed if 1 - processed >= 1e-6 else 0.0
                     elif value < threshold:
                         keep, processed = 1.0, 0.0
                 target_row.append(processed)

@@ -152,7 +152,10 @@ def test_a_part_of_the_batch_gives_the_loss_of_the_whole(architecture):
     assert part.prior > 0
 
 
-@pytest.mark.parametrize("loss", [THRESHOLD, CONTINUOUS])
+BLURRED = [replace(CONTINUOUS, mask_blur=kernel) for kernel in (7, 13, 31, 33)]
+
+
+@pytest.mark.parametrize("loss", [THRESHOLD, CONTINUOUS, *BLURRED])
 def test_full_masks_and_no_prior_run_no_teacher(architecture, loss):
     data = batch(torch.ones(2, 1, 1, 8, 8))
     built = module(architecture, loss)
@@ -258,6 +261,15 @@ def test_drift_is_the_relative_squared_distance_over_the_prior_region(architectu
     outside = (data.mask < 0.1).expand_as(pred)
     want = ((pred - base)[outside] ** 2).sum() / (base[outside] ** 2).sum()
     assert built.val_metrics.compute()["drift"] == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", BLURRED)
+def test_a_blurred_white_mask_has_no_drift(architecture, loss):
+    built = module(architecture, loss)
+    built.validation_step(batch(torch.ones(1, 1, 1, 8, 8)), 0)
+    found = built.val_metrics.compute()
+    assert (found["prior_mask_mean"], found["teacher_fraction"], found["prior_loss"]) == (0, 0, 0)
+    assert "drift" not in found
 
 
 def test_the_module_keeps_only_the_adapter_in_its_state(architecture):

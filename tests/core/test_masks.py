@@ -1,7 +1,10 @@
+import random
+
 import pytest
 import torch
 
-from mpp.core.masks import as_mask, blur_mask, process_mask, split_regions
+from mpp.core.loss import MaskedPriorLoss
+from mpp.core.masks import NEGLIGIBLE, as_mask, blur_mask, process_mask, split_regions
 from tests import reference
 
 
@@ -25,6 +28,61 @@ def test_blur_matches_plain_loops(kernel):
         for f in range(3):
             want = torch.tensor(reference.blur(mask[b, 0, f].tolist(), kernel), dtype=torch.float64)
             torch.testing.assert_close(got[b, 0, f], want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("number", range(18))
+def test_a_constant_stays_exactly_what_it_is_and_rounding_makes_no_region(number):
+    chance = random.Random(number)
+    dtype = [torch.float32, torch.float64, torch.float16, torch.bfloat16][number % 4]
+    value = [1.0, 0.0, chance.random()][number % 3]
+    shape = (chance.randint(1, 2), 1, chance.randint(1, 3), chance.randint(1, 9), chance.randint(1, 9))
+    mask = torch.full(shape, value).to(dtype)
+    raw = as_mask(mask, torch.promote_types(dtype, torch.float32))
+    for kernel in (7, 13, 31, 33, 1 + 2 * chance.randint(1, 40)):
+        assert torch.equal(blur_mask(raw, kernel), raw)
+        loss = MaskedPriorLoss(
+            prior_weight=1.0,
+            prior_threshold=chance.choice([None, None, 0.1]),
+            mask_gamma=chance.choice([0.1, 0.7, 1.0, 3.0]),
+            mask_min_weight=chance.choice([0.0, 0.02, 0.05, 0.3]),
+            mask_blur=kernel,
+        )
+        weights = loss.weights(mask)
+        unblurred = MaskedPriorLoss(**{**vars(loss), "mask_blur": 0})
+        assert torch.equal(weights.target, unblurred.weights(weights.raw).target)
+        if value == 1:
+            assert (weights.target == 1).all()
+            assert (weights.prior == 0).all()
+            assert not loss.needs_prior(mask).any()
+
+
+@pytest.mark.parametrize("kernel", [3, 7, 13])
+def test_cells_that_see_nothing_but_white_have_no_prior_and_all_others_have_one(kernel):
+    mask = torch.zeros(1, 1, 1, 40, 40)
+    mask[..., 10:] = 1
+    prior = MaskedPriorLoss(prior_weight=1.0, mask_blur=kernel).weights(mask).prior[0, 0, 0]
+    want = reference.weights(
+        mask[0].tolist()[0], threshold=None, gamma=1.0, floor=0.0, kernel=kernel, prior_applies=True
+    )[2]
+    assert torch.equal(prior > 0, torch.tensor(want[0]) > 0)
+    assert (prior[:, 10 + kernel // 2 :] == 0).all()
+    assert (prior[:, : 10 + kernel // 2] > 0).all()
+
+
+def test_a_prior_weight_counts_from_a_millionth_on():
+    processed = torch.tensor([1 - 2**-24, 1 - 2 * NEGLIGIBLE, 1 + 2**-23]).view(1, 1, 1, 1, 3)
+    prior = split_regions(processed.clamp(0, 1), processed, threshold=None).prior.flatten()
+    assert prior[0] == 0
+    assert float(prior[1]) == pytest.approx(2 * NEGLIGIBLE, rel=0.05)
+    assert prior[2] == 0
+
+
+def test_autocast_does_not_round_the_blur():
+    mask = torch.rand(1, 1, 2, 9, 9, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = blur_mask(mask, 5)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, blur_mask(mask, 5))
 
 
 def test_blur_keeps_frames_and_samples_apart():

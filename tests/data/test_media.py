@@ -41,6 +41,19 @@ def test_latent_masks_match_a_slow_area_average(source, size, flip):
     np.testing.assert_allclose(got.numpy(), want[:, ::-1] if flip else want, rtol=0, atol=1e-6)
 
 
+def test_a_cell_beside_an_area_takes_no_trace_of_it_and_a_constant_stays_what_it_is():
+    width, height, cells = 208, 215, (10, 8)
+    geometry = Geometry((width, height), (64, 80))
+    mask = np.zeros((height, width), np.float32)
+    for edge in range(width):  # the area ends at some of the cells' edges
+        mask[:, edge] = 1
+        found = latent_mask(mask, geometry, cells)
+        assert found[(found > 0) & (found < 1)].tolist() == found[(found > 1e-6) & (found < 1 - 1e-6)].tolist()
+    for value in np.array([1, 128 / 255, 80 / 255, 0.3], np.float32):
+        constant = latent_mask(np.full((height, width), value), geometry, cells)
+        assert (constant == torch.tensor(value)).all()
+
+
 def test_a_mask_at_another_resolution_covers_the_same_cells():
     big = np.zeros((300, 400), np.float32)
     big[60:180, 100:300] = 1

@@ -47,6 +47,13 @@ def test_coverage_of_a_sample_is_the_mean_over_its_cells(tmp_path, name):
     assert found.lowest == 0
 
 
+def test_a_white_mask_preserves_nothing_whatever_blurs_it(tmp_path):
+    for kernel in (7, 13, 31, 33):
+        loss = MaskedPriorLoss(prior_weight=1.0, mask_gamma=0.7, mask_blur=kernel)
+        found = cover(loss, torch.ones(1, 1, 1, 6, 9), entry_of(tmp_path, mask=torch.ones(1, 6, 9)))
+        assert (found.learn, found.preserve, found.taught) == (1.0, 0.0, False)
+
+
 def test_a_sample_counts_as_often_as_it_repeats():
     samples = [SampleCoverage(0.2, 0.8, True, 0.1, 3), SampleCoverage(1.0, 0.0, False, None, 1)]
     found = Coverage.of(samples)

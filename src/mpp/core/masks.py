@@ -13,6 +13,10 @@ from torch.nn import functional
 
 Mask = Float[Tensor, "b 1 f h w"]
 
+# A prior weight below this is rounding, not a wish: a region is normalised by itself, so the residue of one that is
+# empty would count as much as a real one.
+NEGLIGIBLE = 1e-6
+
 
 @dataclass(frozen=True)
 class MaskWeights:
@@ -48,9 +52,11 @@ def as_mask(mask: Shaped[Tensor, "..."], dtype: torch.dtype = torch.float32) -> 
 
 
 def blur_mask(raw: Mask, kernel_size: int) -> Mask:
-    """Spatial Gaussian over latent cells, each frame alone, edges replicated, result clamped to [0, 1].
+    """Spatial Gaussian over latent cells, each frame alone, edges replicated.
 
-    The width follows the kernel: `sigma = 0.3 * ((k - 1) / 2 - 1) + 0.8`.
+    The width follows the kernel: `sigma = 0.3 * ((k - 1) / 2 - 1) + 0.8`. A mean lies between the smallest and the
+    largest value under the kernel; holding it there keeps what is constant exactly as it is. Computed in the mask's
+    own precision also under autocast, which would convolve in half of it.
 
     Args:
         raw: Mask in [0, 1].
@@ -65,9 +71,17 @@ def blur_mask(raw: Mask, kernel_size: int) -> Mask:
     reach = kernel_size // 2
     frames = raw.transpose(1, 2).flatten(0, 1)  # (b * f, 1, h, w)
     padded = functional.pad(frames, (reach, reach, reach, reach), mode="replicate")
-    soft = functional.conv2d(padded, kernel.view(1, 1, 1, -1))
-    soft = functional.conv2d(soft, kernel.view(1, 1, -1, 1))
-    return soft.unflatten(0, (raw.shape[0], raw.shape[2])).transpose(1, 2).clamp(0, 1)
+    with torch.autocast(raw.device.type, enabled=False):
+        soft = functional.conv2d(padded, kernel.view(1, 1, 1, -1))
+        soft = functional.conv2d(soft, kernel.view(1, 1, -1, 1))
+    soft = soft.clamp(-_largest(-padded, kernel_size), _largest(padded, kernel_size))
+    return soft.unflatten(0, (raw.shape[0], raw.shape[2])).transpose(1, 2)
+
+
+def _largest(frames: Float[Tensor, "n 1 y x"], size: int) -> Float[Tensor, "n 1 h w"]:
+    """Largest value in each window of `size` by `size` cells."""
+    rows = functional.max_pool2d(frames, (1, size), stride=1)
+    return functional.max_pool2d(rows, (size, 1), stride=1)
 
 
 def process_mask(raw: Mask, *, gamma: float, min_weight: float, blur: int) -> Mask:
@@ -84,8 +98,9 @@ def split_regions(
 ) -> MaskWeights:
     """Divide the cells between target and prior.
 
-    Continuous (no threshold): `prior = 1 - processed`. With a threshold: `prior = raw < threshold` as 0/1, decided
-    on the raw mask, and those cells leave the target, so that a cell either learns or is preserved, never both.
+    Continuous (no threshold): `prior = 1 - processed`, and 0 where that is negligible. With a threshold: `prior = raw <
+    threshold` as 0/1, decided on the raw mask, and those cells leave the target, so that a cell either learns or is
+    preserved, never both.
 
     Args:
         raw: Mask in [0, 1].
@@ -96,6 +111,7 @@ def split_regions(
     """
     if threshold is None:
         prior, target = 1 - processed, processed
+        prior = torch.where(prior < NEGLIGIBLE, 0, prior)
     else:
         prior = (raw < threshold).to(raw.dtype)
         target = processed * (1 - prior)

@@ -204,9 +204,12 @@ def latent_mask(mask: np.ndarray, geometry: Geometry, cells: tuple[int, int]) ->
 
 
 def overlaps(start: float, stop: float, cells: int, pixels: int) -> np.ndarray:
-    """Share of each pixel in each of `cells` equal cells from `start` to `stop`: `(cells, pixels)`; rows sum to 1."""
+    """Share of each pixel in each of `cells` equal cells from `start` to `stop`: `(cells, pixels)`; rows sum to 1.
+
+    A pixel that a cell touches by rounding alone has no share, so that no cell beside an area takes a trace of it.
+    """
     edges = np.linspace(start, stop, cells + 1)
     pixel = np.arange(pixels)
     inside = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    covered = inside.clip(min=0)
+    covered = np.where(inside > 1e-9, inside, 0)
     return covered / covered.sum(1, keepdims=True)
