@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import mpp.prepare
-from mpp.config import CONFIG_DIR, build
+from mpp.config import build, compose
 from mpp.data.cache import Cache, Manifest, text_name, write_tensors
 from mpp.data.datamodule import LatentDataModule
 from mpp.data.index import Entry, Index, write_index
@@ -88,8 +87,7 @@ def prepare(folder: Path, pipeline: str, *overrides: str) -> mpp.prepare.Summary
         f"data.mask_dir={folder / 'masks'}", f"data.cache_dir={folder / 'cache'}", "data.resolution=64", "device=cpu",
         *overrides,
     ]  # fmt: skip
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return mpp.prepare.run(compose("prepare", settings))
+    return mpp.prepare.run(compose("prepare", settings))
 
 
 def measure_masks(folder: Path, count: int = 1000) -> dict[str, float]:
@@ -113,8 +111,7 @@ def measure_masks(folder: Path, count: int = 1000) -> dict[str, float]:
 
 def measure_reading(folder: Path, count: int = 32) -> dict[str, float]:
     """Samples per second from a cache of real shapes (832 x 480, 81 frames and 1 frame) by the DataModule's loader."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = compose("train", ["model=wan", "data.cache_dir=x"])
+    cfg = compose("train", ["model=wan", "data.cache_dir=x"])
     model = build(cfg.model)
     found = {}
     for name, shape in {"clips": (16, 21, 60, 104), "pictures": (16, 1, 60, 104)}.items():

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import mpp.prepare
 import mpp.train
-from mpp.config import CONFIG_DIR, build
+from mpp.config import build, compose
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.batch import Batch
 from mpp.models.adapters import Adapter
@@ -40,8 +39,7 @@ def unchecked_errors(setup, expressions):
 def config(name, overrides):
     """A composed configuration, as the command line makes it; preparing without worker processes of its own."""
     overrides = ["prepare.workers=0", *overrides] if name == "prepare" else overrides
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(name, list(overrides))
+    return compose(name, overrides)
 
 
 def architecture(pipeline, *overrides):

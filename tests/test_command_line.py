@@ -60,6 +60,29 @@ def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, messa
     assert "Error executing job" not in result.stderr
 
 
+def test_short_words_of_a_command_are_enough_and_nothing_else_is_made(tmp_path):
+    draw_photos(tmp_path / "photos", tmp_path / "masks", count=1)
+    done = run("mpp.masks", "tool=invert", "input=masks", "output=out", "overwrite=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["masks", "out", "photos"]
+
+
+def test_preparing_what_is_a_cache_already_is_an_error_with_the_way(tmp_path):
+    refused = run("mpp.prepare", "data=musubi", "data.cache_dir=c", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(
+        "error: data=musubi is a cache, which training reads as it lies: python -m mpp.train"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_settings_that_stand_in_no_yaml(tmp_path):
+    shown = run("mpp.prepare", "--help", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "data.clips.extract=head" in shown.stdout
+    assert "source: folder" in shown.stdout
+
+
 def test_an_installed_wheel_finds_its_configs_in_another_folder(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
     subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)

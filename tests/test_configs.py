@@ -7,9 +7,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from mpp.config import CONFIG_DIR, build, check_config
+from mpp.data.clips import Clips
+from mpp.settings import default_settings, locate
 from tests.helpers import config
 
-GROUPS = sorted(path.relative_to(CONFIG_DIR).with_suffix("").as_posix() for path in CONFIG_DIR.glob("*/*.yaml"))
+FILES = sorted(path.relative_to(CONFIG_DIR).with_suffix("").as_posix() for path in CONFIG_DIR.rglob("*.yaml"))
+GROUPS = [name for name in FILES if "/" in name]
 PRESETS = {  # prior_weight, threshold, gamma, floor, normalization
     "plain": (0.0, None, 1.0, 0.0, "global"),
     "masked": (0.0, None, 1.0, 0.05, "global"),
@@ -22,13 +25,12 @@ PRESETS = {  # prior_weight, threshold, gamma, floor, normalization
 @pytest.mark.parametrize("choice", GROUPS)
 def test_every_group_option_composes_and_fits_its_class(choice):
     group, name = choice.split("/")
-    root = "prepare" if name == "folder" else "train"
-    needed = ["data.cache_dir=x"] + (["data.image_dir=y"] if root == "prepare" else [])
-    # the tiny model, or checking would look for nothing more than types
     if group == "tool":
         cfg = config("masks", [f"tool={name}"])
+    elif group == "source":
+        cfg = config("prepare", [f"data={name}", "device=cpu", "data.cache_dir=x", "data.image_dir=y"])
     else:
-        cfg = config(root, [f"{group}={name}", "output_dir=o" if root == "train" else "device=cpu", *needed])
+        cfg = config("train", [f"{group}={name}", "output_dir=o", "data.cache_dir=x"])
     try:
         check_config(cfg)
     except ValueError as error:
@@ -42,11 +44,89 @@ def test_presets_are_the_documented_table(preset):
     assert got == PRESETS[preset]
 
 
+# ---------------------------------------------------------------- every setting can be typed
+
+
+def typed(command, *words):
+    needed = {
+        "train": ["data.cache_dir=x", "output_dir=o"],
+        "prepare": ["data.cache_dir=x", "data.image_dir=y"],
+        "export": ["lora=l", "export.format=peft"],
+        "masks": ["tool=invert", "input=i", "output=o"],
+    }
+    return config(command, [*needed[command], *words])
+
+
+def test_a_setting_that_stands_in_no_yaml_can_be_typed():
+    words = ["optimizer.betas=[0.8,0.9]", "trainer.benchmark=true", "loss.mask_blur=3", "teacher.eval_mode=true"]
+    cfg = typed("train", *words)
+    check_config(cfg)
+    assert build(cfg.optimizer).keywords["betas"] == [0.8, 0.9]
+    assert cfg.trainer.benchmark is True
+    assert build(cfg.loss).mask_blur == 3
+    assert build(cfg.teacher).eval_mode
+
+
+def test_settings_of_a_record_inside_another_can_be_typed():
+    words = ["data.clips.fps=24.0", "data.caption_variants={trigger: zarp}", "data.preservation.caption=''"]
+    cfg = typed("prepare", *words)
+    check_config(cfg)
+    source = build(cfg.data)
+    assert (source.clips.fps, list(source.clips.frames)) == (24.0, list(Clips().frames))
+    assert (source.caption_variants.trigger, source.caption_variants.keep_tags) == ("zarp", 1)
+    assert source.preservation.caption == ""
+    cfg = typed("train", "data.preservation.rate=0.5", "data.preservation.caption=''")
+    assert build(cfg.data.preservation).rate == 0.5
+    assert build(typed("train", "model=toy", "model.sigma.shift=5.0").model).sigma.shift == 5.0
+
+
+def test_a_class_that_is_typed_brings_its_own_settings():
+    cfg = typed("train", "optimizer.momentum=0.9", "optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1")
+    assert build(cfg.optimizer).keywords["momentum"] == 0.9
+    assert "betas" not in cfg.optimizer
+    cfg = typed("train", "model=wan", "model.sigma.shift={_target_: mpp.core.flow.LinearShift, max_mu: 2.0}")
+    assert build(cfg.model).sigma.shift.max_mu == 2.0
+
+
+def test_a_plus_before_a_known_setting_changes_nothing():
+    assert build(typed("train", "+optimizer.betas=[0.8,0.9]").optimizer).keywords["betas"] == [0.8, 0.9]
+    assert typed("train", "++loss.mask_blur=3", "+lora.rank=4").lora.rank == 4
+
+
+def test_values_that_refer_to_others_are_left_as_they_are():
+    cfg = typed("train", "trainer.max_steps=7", "schedule=cosine", "lora.alpha=${lora.rank}")
+    assert cfg.schedule.num_training_steps == 7
+    assert cfg.lora.alpha == 16
+    assert OmegaConf.is_interpolation(cfg.lora, "alpha")
+
+
+def test_what_is_switched_off_stays_off():
+    cfg = typed("train", "callbacks.learning_rate=null", "schedule=constant", "lora=none")
+    assert (cfg.callbacks.learning_rate, cfg.schedule, cfg.lora) == (None, None, None)
+
+
+def test_the_configuration_holds_all_settings_for_the_record():
+    cfg = typed("train")
+    assert set(cfg.loss) - {"_target_"} == set(default_settings(locate(cfg.loss._target_)))
+    assert set(cfg.data.preservation) - {"_target_"} == {"rate", "replace", "caption", "cache_dir"}
+
+
 def test_every_trainer_flag_can_be_set_and_none_is_invented():
     flags = set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self"}
     ours = {"logger", "callbacks", "plugins", "default_root_dir"}  # made from other groups
     cfg = config("train", ["data.cache_dir=x"])
     assert set(cfg.trainer) - {"_target_"} == flags - ours
+
+
+def test_a_configuration_from_another_folder_is_completed_too(tmp_path):
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "mine.yaml").write_text("_target_: mpp.core.loss.MaskedPriorLoss\nprior_weight: 0.5\n")
+    words = [f"hydra.searchpath=[file://{tmp_path}]", "loss=mine", "loss.mask_gamma=0.5"]
+    loss = build(typed("train", *words).loss)
+    assert (loss.prior_weight, loss.mask_gamma) == (0.5, 0.5)
+
+
+# ---------------------------------------------------------------- mistakes
 
 
 def test_all_mistakes_are_named_at_once_with_their_path():
@@ -58,14 +138,51 @@ def test_all_mistakes_are_named_at_once_with_their_path():
     assert "lora.rank should be a valid integer, got '8'" in str(e.value)
 
 
+def test_unknown_settings_of_other_packages_are_named_too():
+    cfg = typed("train", "+trainer.max_step=3", "+trainer.callbacks=[]", "+optimizer.beta=1")
+    with pytest.raises(ValueError, match=r"trainer.max_step is not a setting of lightning.Trainer; nearest") as caught:
+        check_config(cfg)
+    assert "trainer.callbacks is not a setting" in str(caught.value)
+    assert "optimizer.beta is not a setting of torch.optim.AdamW; nearest is betas" in str(caught.value)
+
+
+def test_a_class_that_is_not_there_is_named():
+    cfg = typed("train", "model._target_=mpp.models.nothing.Nothing")
+    with pytest.raises(ValueError, match="model: _target_=mpp.models.nothing.Nothing names no class"):
+        check_config(cfg)
+
+
 def test_a_package_that_is_missing_is_named_with_its_extra():
     cfg = config("train", ["data.cache_dir=x"])
     OmegaConf.update(cfg, "optimizer._target_", "bitsandbytes_missing.optim.AdamW8bit")
     with pytest.raises(ValueError, match="optimizer needs the package bitsandbytes_missing, which is not installed"):
         check_config(cfg)
+    with pytest.raises(Exception, match="optimizer needs the package bitsandbytes_missing"):
+        typed("train", "optimizer._target_=bitsandbytes_missing.optim.AdamW8bit", "optimizer.optim_bits=32")
 
 
-@pytest.mark.parametrize("override", ["los=threshold", "loss.prior_wieght=1", "loss=treshold", "trainer.max_step=3"])
-def test_misspelt_groups_options_and_keys_are_errors(override):
-    with pytest.raises(Exception, match=r"(?s)(not in struct|Could not (find|override)|In 'train')"):
-        config("train", [override, "data.cache_dir=x"])
+@pytest.mark.parametrize(
+    ("command", "word", "message"),
+    [
+        ("train", "los=threshold", r"los is not a setting of this command; nearest is loss; it has .*trainer"),
+        ("train", "loss=treshold", r"Could not find 'loss/treshold'(?s:.*)threshold"),
+        ("train", "loss.prior_wieght=1", r"loss.prior_wieght is not .*Loss; nearest is prior_weight; .*mask_blur"),
+        ("train", "trainer.max_step=3", r"trainer.max_step is not .*lightning.Trainer; nearest is max_steps"),
+        ("train", "trainer.callbacks=[]", r"trainer.callbacks is not a setting of lightning.Trainer"),
+        ("train", "callbacks.sample=null", r"callbacks.sample is not a setting of callbacks; nearest is samples"),
+        ("train", "model.sigma.shfit=5", r"model.sigma.shfit is not .*flow.SigmaLaw; nearest is shift"),
+        ("train", "optimzer._target_=torch.optim.SGD", r"optimzer is not .*this command; nearest is optimizer"),
+        ("prepare", "data.clips.fsp=24", r"data.clips.fsp is not a setting of mpp.data.clips.Clips; nearest is fps"),
+        ("prepare", "data.batch_size=2", r"data.batch_size is not .*FolderSource; it has cache_dir"),
+        ("export", "export.fromat=kohya", r"export.fromat is not a setting of mpp.export.Export; nearest is format"),
+        ("masks", "tool.sigma=3", r"tool.sigma is not a setting of mpp.masking.tools.Invert; it has none"),
+    ],
+)  # fmt: skip
+def test_misspelt_groups_options_and_keys_are_errors_that_name_the_nearest(command, word, message):
+    with pytest.raises(Exception, match=message):
+        typed(command, word)
+
+
+def test_a_setting_of_what_is_switched_off_is_an_error():
+    with pytest.raises(Exception, match="lora.rank is not a setting of lora; it has none"):
+        typed("train", "lora=none", "lora.rank=8")

@@ -18,7 +18,7 @@ LAYERS = [  # each may import from those before it
     {"metrics", "coverage"},
     {"module", "painting"},
     {"checkpoint", "callbacks", "reporting"},
-    {"config"},
+    {"cli", "settings", "config"},
     {"prepare", "train", "sample", "export", "report", "masks"},
 ]
 LIGHTNING = {"data/datamodule", "module", "metrics", "callbacks", "checkpoint", "train"}

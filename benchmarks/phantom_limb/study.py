@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from benchmarks.phantom_limb.world import (
     render,
     subject_scenes,
 )
-from mpp.config import CONFIG_DIR
+from mpp.config import compose
 from mpp.core import draws
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.cache import Cache
@@ -130,8 +129,7 @@ def prompts_of(name: str, rules: DictConfig) -> dict[str, list[str]]:
 
 def configured(name: str, overrides: Sequence[str]) -> DictConfig:
     """The configuration that the command line would make."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(name, list(overrides))
+    return compose(name, list(overrides))
 
 
 def prepare(folder: Path, base: Path, more: Sequence[str], cache: str = "cache") -> None:

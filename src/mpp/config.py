@@ -1,30 +1,145 @@
-"""From configuration to objects: where the configs lie, what is checked before anything runs, how errors read."""
+"""From what is typed to objects: where the configs lie, what is checked before anything runs, how errors read.
 
+The class is the schema and the default, a YAML says only what differs. Each node is completed from its class before
+overrides are applied, so that every setting can be typed, is shown by `--cfg job`, and is recorded.
+"""
+
+import difflib
 import functools
 import importlib.util
 import inspect
 import json
 import logging
 import os
-import re
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
-from hydra.errors import HydraException
-from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+
+from mpp import cli
+from mpp.settings import default_settings, explained, locate
 
 log = logging.getLogger("mpp")
 
 _PACKAGED = Path(__file__).parent / "configs"  # in an installed wheel
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
 _EXTRAS = {"bitsandbytes": "adamw8bit", "prodigyopt": "prodigy", "schedulefree": "schedulefree", "wandb": "wandb"}
+_FROM_ELSEWHERE = {  # made from other groups, so nobody can set them here
+    "lightning.Trainer": ("logger", "callbacks", "plugins", "default_root_dir"),
+}
+
+# ---------------------------------------------------------------- composing
+
+
+def compose(command: str, words: Sequence[str]) -> DictConfig:
+    """The configuration of a command as its command line makes it.
+
+    Args:
+        command: Its name, e.g. `train`.
+        words: What is typed after it.
+    """
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return hydra.compose(command, cli.overrides(command, words))
+
+
+def complete(node: DictConfig) -> None:
+    """Add to a node, and all nodes in it, what their classes have defaults for and the YAML leaves out.
+
+    A node with its own `_target_` is made anew from that class's defaults. One without, in the place of a setting that
+    is a record by default, changes that record's values.
+    """
+    target = node.get("_target_")
+    with open_dict(node):
+        for name, default in _defaults(target).items() if isinstance(target, str) else ():
+            value = node[name] if name in node.keys() and not _is_open(node, name) else None  # noqa: SIM118 (??? too)
+            if name not in node.keys():  # noqa: SIM118
+                node[name] = default
+            elif isinstance(value, DictConfig) and _has_target(default) and "_target_" not in value:
+                node[name] = OmegaConf.merge(default, value)
+    for name in node:
+        if not _is_open(node, name) and isinstance(node[name], DictConfig):
+            complete(node[name])
+
+
+def _is_open(node: DictConfig, name: Any) -> bool:  # noqa: ANN401
+    """Whether a value is not there yet, or stands elsewhere."""
+    return OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)
+
+
+def _defaults(target: str) -> dict[str, Any]:
+    package = target.split(".", maxsplit=1)[0]
+    if importlib.util.find_spec(package) is None:
+        return {}
+    try:
+        found = default_settings(locate(target))
+    except ValueError:  # no such class, which `check_config` says
+        return {}
+    return {name: value for name, value in found.items() if name not in _FROM_ELSEWHERE.get(target, ())}
+
+
+def _override(overrides: Sequence[Override], cfg: DictConfig) -> None:
+    """Complete the configuration, and apply what was typed; classes first, as the other settings are theirs.
+
+    Raises:
+        ConfigCompositionException: A key is not known; names those that are, and the nearest.
+    """
+    typed = [replace(o, type=OverrideType.FORCE_ADD) if o.is_add() else o for o in overrides]
+    classes = [o for o in typed if o.key_or_group.endswith("_target_")]
+    try:
+        _apply_overrides(classes, cfg)
+        for name in cfg:
+            if name != "hydra" and not _is_open(cfg, name) and isinstance(cfg[name], DictConfig):
+                complete(cfg[name])
+        _apply_overrides([o for o in typed if o not in classes], cfg)
+    except ConfigCompositionException as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+            raise ConfigCompositionException(_unknown_key(str(cause.full_key), cause.parent_node)) from None
+        raise
+
+
+_apply_overrides = ConfigLoaderImpl._apply_overrides_to_config  # noqa: SLF001
+# Hydra has no hook between reading all YAML and applying what was typed.
+ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_override)  # noqa: SLF001
+
+
+def _unknown_key(key: str, parent: DictConfig) -> str:
+    above, _, name = key.rpartition(".")
+    settings = typing.cast(dict[str, Any] | None, OmegaConf.to_container(parent)) or {}
+    target = settings.get("_target_")
+    options = [str(option) for option in settings if not str(option).startswith("_") and option != "hydra"]
+    missing = _missing_package(above, target) if target else None
+    return missing or _unknown(key, name, options, target or above or "this command")
+
+
+def _unknown(path: str, name: str, options: Iterable[str], owner: str) -> str:
+    options = list(options)
+    near = difflib.get_close_matches(name, options, 1)
+    hint = f"nearest is {near[0]}; " if near else ""
+    return f"{path} is not a setting of {owner}; {hint}it has {', '.join(options) or 'none'}"
+
+
+def _help(_root_: DictConfig) -> str:
+    """A template for Hydra's `--help`: the settings as they are now, explained by their classes."""
+    record = typing.cast(dict[str, Any], OmegaConf.to_container(_root_, resolve=False))
+    lines = explained({name: value for name, value in record.items() if name != "hydra"})
+    head = "Settings are typed as KEY=VALUE, groups as GROUP=OPTION:\n\n$APP_CONFIG_GROUPS\n"
+    return head + "\n".join(lines).replace("$", "$$")
+
+
+OmegaConf.register_new_resolver("explained_settings", _help, replace=True)
 
 
 def as_record(cfg: DictConfig) -> dict[str, Any]:
@@ -32,23 +147,21 @@ def as_record(cfg: DictConfig) -> dict[str, Any]:
     return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
-def check_config(cfg: DictConfig) -> None:
-    """Refuse values of the wrong type and packages that are not installed, all of them at once.
+# ---------------------------------------------------------------- checking
 
-    The constructors' signatures are the schema: every node with an mpp `_target_` is compared with its type hints.
+
+def check_config(cfg: DictConfig) -> None:
+    """Refuse settings that are unknown or of the wrong type, and packages that are not installed, all of them at once.
+
+    The constructors' signatures are the schema: names are compared with them for every node with a `_target_`, and
+    values with the type hints where the class is of mpp.
 
     Raises:
         ValueError: Names each setting, what it must be, and what it is.
     """
-    record = as_record(cfg)
     problems = []
-    for path, node in _targets(record, ""):
-        package = node["_target_"].split(".")[0]
-        if importlib.util.find_spec(package) is None:
-            extra = f"; pip install 'mpp[{_EXTRAS[package]}]'" if package in _EXTRAS else ""
-            problems.append(f"{path} needs the package {package}, which is not installed{extra}")
-        elif package == "mpp":
-            problems += _type_problems(path, node)
+    for path, node in _targets(as_record(cfg), ""):
+        problems += _problems(path, node)
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -61,21 +174,37 @@ def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:  # n
             yield from _targets(child, f"{path}.{name}" if path else name)
 
 
-def _type_problems(path: str, node: dict[str, Any]) -> list[str]:
+def _problems(path: str, node: dict[str, Any]) -> Iterator[str]:
     target = node["_target_"]
-    function = get_class(target) if inspect.isclass(_locate(target)) else _locate(target)
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    missing = _missing_package(path, target)
+    if missing:
+        yield missing
+        return
+    try:
+        function = locate(target)
+    except ValueError as error:
+        yield f"{path}: {error}"
+        return
     known = inspect.signature(function).parameters
-    problems = []
+    options = [option for option in known if option not in _FROM_ELSEWHERE.get(target, ())]
+    ours = target.split(".")[0] == "mpp"
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function) if ours else {}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for name, value in node.items():
-        if name.startswith("_") or _has_target(value):
+        if name.startswith("_"):
             continue
-        if name not in known:
-            options = ", ".join(p for p in known if p != "self")
-            problems.append(f"{path}.{name} is not a setting of {target}; it has {options}")
-            continue
-        problems += [f"{path}.{name} {problem}" for problem in _mismatch(hints.get(name), value)]
-    return problems
+        if name not in options and not open_ended:
+            yield _unknown(f"{path}.{name}", name, options, target)
+        elif ours and not _has_target(value):
+            yield from (f"{path}.{name} {problem}" for problem in _mismatch(hints.get(name), value))
+
+
+def _missing_package(path: str, target: str) -> str | None:
+    package = target.split(".", maxsplit=1)[0]
+    if importlib.util.find_spec(package) is not None:
+        return None
+    extra = f"; pip install 'mpp[{_EXTRAS[package]}]'" if package in _EXTRAS else ""
+    return f"{path} needs the package {package}, which is not installed{extra}"
 
 
 def _mismatch(hint: Any, value: Any) -> list[str]:  # noqa: ANN401
@@ -95,11 +224,6 @@ def _has_target(value: Any) -> bool:  # noqa: ANN401
     return isinstance(value, dict) and "_target_" in value
 
 
-def _locate(target: str) -> Any:  # noqa: ANN401
-    module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def device_of(name: str) -> str:
     """A device's name; `auto` is the GPU where there is one, and each process of a node has its own."""
     if name != "auto":
@@ -110,6 +234,9 @@ def device_of(name: str) -> str:
     return "cuda" if number is None else f"cuda:{int(number) % torch.cuda.device_count()}"
 
 
+# ---------------------------------------------------------------- building and running
+
+
 def build(node: DictConfig | None, **extra: Any) -> Any:  # noqa: ANN401
     """Instantiate a configuration node; errors of the constructor come out as they are.
 
@@ -118,8 +245,11 @@ def build(node: DictConfig | None, **extra: Any) -> Any:  # noqa: ANN401
     """
     if node is None:
         return None
+    complete(node)
     try:
-        return instantiate(node, _convert_="all", **extra)
+        if extra:  # as arguments of `instantiate`, dataclasses would be taken for configuration
+            return instantiate(node, _convert_="all", _partial_=True)(**extra)
+        return instantiate(node, _convert_="all")
     except HydraException as error:
         if isinstance(error.__cause__, ValueError | OSError):
             raise error.__cause__ from None
@@ -131,18 +261,14 @@ def build_all(node: DictConfig | None) -> list[Any]:
     return [build(child) for child in (node or {}).values() if child is not None]
 
 
-def accept_lora() -> None:
-    """Let `lora=FILE` name a LoRA on the command line.
+def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], None]:
+    """The entry of a command: its words become a configuration, and that is what `task` gets.
 
-    It is a group of the training configs, so Hydra would look for a config of that name.
-    """
-    sys.argv[1:] = [re.sub("^lora=", "lora_path=", word) for word in sys.argv[1:]]
+    Bad input ends it with one message and exit code 1, not a traceback; `MPP_TRACEBACK=1` shows the traceback.
 
-
-def entry(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
-    """Run a task from the command line: bad input ends it with one message and exit code 1, not a traceback.
-
-    `MPP_TRACEBACK=1` shows the traceback.
+    Args:
+        name: The command's, and its configuration's.
+        task: What it does.
     """
 
     @functools.wraps(task)
@@ -155,4 +281,9 @@ def entry(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
-    return run
+    def main() -> None:
+        """Command line entry."""
+        cli.rewrite_arguments(name)
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(run)()
+
+    return main

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import hydra
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import snapshot_download
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpp import __version__
-from mpp.config import CONFIG_DIR, accept_lora, build, check_config, entry
+from mpp.config import build, check_config, command
 from mpp.files import content_hash, is_out_of_space, write_atomically, write_json
 from mpp.models.base import Architecture
 from mpp.models.experts import parts_of
@@ -52,7 +51,7 @@ class Export:
         ValueError: Settings that do not go together.
     """
 
-    lora: str | None
+    lora: str | None = None
     format: Literal["diffusers", "comfyui", "kohya", "peft"] | None = None
     merge: bool = False
     output: str | None = None
@@ -268,17 +267,7 @@ def run(cfg: DictConfig) -> list[Path]:
     return written
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="export")
-@entry
-def _main(cfg: DictConfig) -> None:
-    run(cfg)
-
-
-def main() -> None:
-    """Command line entry."""
-    accept_lora()
-    _main()
-
+main = command("export", run)
 
 if __name__ == "__main__":
     main()

@@ -1,9 +1,8 @@
 """`python -m mpp.prepare`: turn pictures, videos, masks and captions into a cache."""
 
-import hydra
 from omegaconf import DictConfig
 
-from mpp.config import CONFIG_DIR, build, check_config, device_of, entry
+from mpp.config import build, check_config, command, device_of
 from mpp.data.cache import Cache
 from mpp.data.musubi_export import MusubiSummary, export_musubi
 from mpp.data.preparation import Preparation
@@ -46,12 +45,7 @@ def export(cfg: DictConfig) -> MusubiSummary:
     return summary
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="prepare")
-@entry
-def main(cfg: DictConfig) -> None:
-    """Command line entry."""
-    run(cfg)
-
+main = command("prepare", run)
 
 if __name__ == "__main__":
     main()

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from mpp.config import CONFIG_DIR, build, check_config, entry
+from mpp.config import build, check_config, command
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.cache import Cache, some
 from mpp.files import check_writable, write_atomically
@@ -33,7 +32,7 @@ class Report:
         ValueError: A setting is out of its range.
     """
 
-    cache_dir: str | None
+    cache_dir: str | None = None
     output: str | None = None
     limit: int = 2000
     scanned: int = 20_000
@@ -141,12 +140,7 @@ def run(cfg: DictConfig) -> Path:
     return path
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="report")
-@entry
-def main(cfg: DictConfig) -> None:
-    """Command line entry."""
-    run(cfg)
-
+main = command("report", run)
 
 if __name__ == "__main__":
     main()

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import hydra
 import torch
 from omegaconf import DictConfig
 
-from mpp.config import CONFIG_DIR, accept_lora, build, check_config, device_of, entry
+from mpp.config import build, check_config, command, device_of
 from mpp.data.cache import Cache
 from mpp.models.experts import parts_of
 from mpp.models.lora_files import attach, find_loras
@@ -54,17 +53,7 @@ def run(cfg: DictConfig) -> list[Path]:
     return written
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="sample")
-@entry
-def _main(cfg: DictConfig) -> None:
-    run(cfg)
-
-
-def main() -> None:
-    """Command line entry."""
-    accept_lora()
-    _main()
-
+main = command("sample", run)
 
 if __name__ == "__main__":
     main()

@@ -4,13 +4,12 @@ import logging
 import warnings
 from pathlib import Path
 
-import hydra
 import lightning
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig
 
 from mpp.checkpoint import AtomicCheckpointIO, read_checkpoint
-from mpp.config import CONFIG_DIR, as_record, build, build_all, check_config, entry
+from mpp.config import as_record, build, build_all, check_config, command
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.datamodule import LatentDataModule
 from mpp.module import MaskedPriorModule, check_checkpoint
@@ -130,12 +129,7 @@ def find_checkpoint(ckpt_path: str | None, folder: Path) -> Path | None:
     return last
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
-@entry
-def main(cfg: DictConfig) -> None:
-    """Command line entry."""
-    run(cfg)
-
+main = command("train", run)
 
 if __name__ == "__main__":
     main()

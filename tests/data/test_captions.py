@@ -24,7 +24,7 @@ def write(root, name, content):
 
 
 def source(root, **settings):
-    return FolderSource(str(root / "photos"), "cache", val_image_dir=str(root / "held"), **settings)
+    return FolderSource(image_dir=str(root / "photos"), cache_dir="cache", val_image_dir=str(root / "held"), **settings)
 
 
 def captions(root, **settings):

@@ -41,7 +41,7 @@ def root(tmp_path):
 
 
 def source(root, **settings):
-    return FolderSource(str(root / "photos"), "cache", mask_dir=str(root / "masks"), **settings)
+    return FolderSource(image_dir=str(root / "photos"), cache_dir="cache", mask_dir=str(root / "masks"), **settings)
 
 
 def items(root, *, layered=True, **settings):

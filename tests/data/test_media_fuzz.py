@@ -155,7 +155,7 @@ def test_damaged_text_files_are_refused_by_name_or_give_sound_items(tmp_path, na
     path, data = tmp_path / name, tables()[name].encode()
     option = {"manifest.jsonl": "manifest", "datasets.yaml": "datasets", "sets.yml": "datasets"}.get(name, "captions")
     settings = {} if name == "a.txt" else {option: str(path)}
-    source = FolderSource(str(tmp_path) if option == "captions" else None, "cache", **settings)
+    source = FolderSource(image_dir=str(tmp_path) if option == "captions" else None, cache_dir="cache", **settings)
     path.write_bytes(data)
     assert source.items()
     read = 0

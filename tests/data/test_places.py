@@ -86,9 +86,9 @@ def test_a_file_system_that_is_not_installed_is_named_with_its_package(monkeypat
     for url in ("s3://b/photos", "simplecache::s3://b/photos"):
         message = f"{url} needs a package that is not installed \\(.*s3fs.*\\); pip install s3fs"
         with pytest.raises(ValueError, match=message):
-            FolderSource(url, "cache").items()
+            FolderSource(image_dir=url, cache_dir="cache").items()
     with pytest.raises(ValueError, match="nosuch://b/photos cannot be reached"):
-        FolderSource("nosuch://b/photos", "cache").items()
+        FolderSource(image_dir="nosuch://b/photos", cache_dir="cache").items()
 
 
 # ---------------------------------------------------------------- listing
@@ -131,7 +131,7 @@ def test_a_remote_folder_is_listed_once_however_many_files_it_has(bucket, monkey
     for name in ("find", "ls", "info", "exists", "isdir", "isfile", "cat", "open"):
         good = getattr(type(bucket.fs), name)
         monkeypatch.setattr(type(bucket.fs), name, lambda *a, _n=name, _f=good, **k: calls.append(_n) or _f(*a, **k))
-    FolderSource(str(bucket / "photos"), "cache", mask_dir=str(bucket / "masks")).items()
+    FolderSource(image_dir=str(bucket / "photos"), cache_dir="cache", mask_dir=str(bucket / "masks")).items()
     assert calls.count("find") == 2
     assert calls.count("cat") == 1
     assert len([name for name in calls if name in ("info", "exists", "isdir", "isfile")]) < 10
@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match=r"photos cannot be read \(Permission denied"):
-        FolderSource(str(tmp_path / "photos"), "cache").items()
+        FolderSource(image_dir=str(tmp_path / "photos"), cache_dir="cache").items()
 
 
 @pytest.mark.parametrize("count", [3, 40])
@@ -326,7 +326,7 @@ def test_a_manifest_over_http(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        found = FolderSource(None, "cache", manifest=f"http://127.0.0.1:{server.server_port}/m.jsonl").items()
+        found = FolderSource(cache_dir="cache", manifest=f"http://127.0.0.1:{server.server_port}/m.jsonl").items()
         assert [item.key for item in found] == ["photos/a", "photos/s/b"]
         for item, name in zip(found, ("photos/a.png", "photos/s/b.png"), strict=True):
             here = read_picture(tmp_path / name)

@@ -21,7 +21,7 @@ def touch(root, *names):
 def source(root, **settings):
     if (root / "masks").is_dir():
         settings = {"mask_dir": str(root / "masks")} | settings
-    return FolderSource(str(root / "photos"), str(root / "cache"), **settings)
+    return FolderSource(image_dir=str(root / "photos"), cache_dir=str(root / "cache"), **settings)
 
 
 def masks(root, **settings):
@@ -156,7 +156,8 @@ def test_invert_repeats_and_requirement_are_said_of_each_item(tmp_path):
 
 def test_validation_around_the_training_folder_leaves_it_out(tmp_path):
     touch(tmp_path, "photos/a.png", "photos/train/b.png")
-    chosen = FolderSource(str(tmp_path / "photos" / "train"), "cache", val_image_dir=str(tmp_path / "photos"))
+    photos = tmp_path / "photos"
+    chosen = FolderSource(image_dir=str(photos / "train"), cache_dir="cache", val_image_dir=str(photos))
     assert [item.key for item in chosen.items()] == ["b", "@val/a"]
 
 
@@ -202,14 +203,14 @@ def test_one_file_under_two_names_is_refused(tmp_path):
 )
 def test_settings_that_cannot_be_are_refused_at_once(settings, message):
     with pytest.raises(ValueError, match=message):
-        FolderSource("photos", "cache", **settings)
+        FolderSource(image_dir="photos", cache_dir="cache", **settings)
 
 
 def test_a_source_without_media_and_a_remote_cache_are_refused():
     with pytest.raises(ValueError, match="set data.image_dir, data.manifest or data.datasets"):
-        FolderSource(None, "cache")
+        FolderSource(cache_dir="cache")
     with pytest.raises(ValueError, match="data.cache_dir=s3://b/c must be a folder on this machine"):
-        FolderSource("photos", "s3://b/c")
+        FolderSource(image_dir="photos", cache_dir="s3://b/c")
 
 
 # ---------------------------------------------------------------- several datasets
@@ -232,7 +233,7 @@ def both(root):
 
 def test_datasets_keep_their_own_settings_and_take_the_others_from_the_top(two):
     chosen = FolderSource(
-        None, "cache", datasets=both(two), repeats=2, caption_variants=CaptionVariants("sks", separator=";")
+        cache_dir="cache", datasets=both(two), repeats=2, caption_variants=CaptionVariants("sks", separator=";")
     )
     clip, photo, held = chosen.items()
     assert [item.key for item in (clip, photo, held)] == ["clips/a", "photos/a", "@val/photos/a"]
@@ -249,8 +250,8 @@ def test_a_yaml_of_datasets_is_relative_to_its_own_folder(two, tmp_path_factory,
         "  caption_variants: {trigger: ohwx}\n"
     )
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    from_file = FolderSource(None, "cache", datasets=str(two / "sets.yaml")).items()
-    assert from_file == FolderSource(None, "cache", datasets=both(two)).items()
+    from_file = FolderSource(cache_dir="cache", datasets=str(two / "sets.yaml")).items()
+    assert from_file == FolderSource(cache_dir="cache", datasets=both(two)).items()
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_a_yaml_of_datasets_is_relative_to_its_own_folder(two, tmp_path_factory,
 )
 def test_datasets_that_cannot_be_are_refused_at_once(datasets, message):
     with pytest.raises(ValueError, match=message):
-        FolderSource(None, "cache", datasets=datasets)
+        FolderSource(cache_dir="cache", datasets=datasets)
 
 
 @pytest.mark.parametrize(
@@ -292,14 +293,14 @@ def test_datasets_that_cannot_be_are_refused_at_once(datasets, message):
 def test_a_damaged_yaml_of_datasets_is_named(tmp_path, text, message):
     (tmp_path / "sets.yaml").write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        FolderSource(None, "cache", datasets=str(tmp_path / "sets.yaml")).items()
+        FolderSource(cache_dir="cache", datasets=str(tmp_path / "sets.yaml")).items()
     assert "sets.yaml" in str(error.value)
 
 
 def test_one_file_in_two_datasets_is_refused_naming_both(two):
     datasets = {"one": {"image_dir": f"{two}/photos"}, "two": {"image_dir": f"{two}/photos"}}
     with pytest.raises(ValueError, match=r"\(data.datasets.one\) and .*\(data.datasets.two\) are the same file"):
-        FolderSource(None, "cache", datasets=datasets).items()
+        FolderSource(cache_dir="cache", datasets=datasets).items()
 
 
 def test_masks_of_one_dataset_inside_the_media_of_another_are_no_media(tmp_path):
@@ -308,7 +309,7 @@ def test_masks_of_one_dataset_inside_the_media_of_another_are_no_media(tmp_path)
         "one": {"image_dir": f"{tmp_path}/photos"},
         "two": {"image_dir": f"{tmp_path}/more", "mask_dir": f"{tmp_path}/photos/m"},
     }
-    assert [item.key for item in FolderSource(None, "cache", datasets=datasets).items()] == ["one/a", "two/b"]
+    assert [item.key for item in FolderSource(cache_dir="cache", datasets=datasets).items()] == ["one/a", "two/b"]
 
 
 # ---------------------------------------------------------------- the record
@@ -339,7 +340,7 @@ def test_the_record_finds_the_same_items_from_any_folder(two, form, tmp_path_fac
 
 
 def test_a_damaged_record_is_refused(two):
-    record = FolderSource(f"{two}/photos", "cache").sources_record()
+    record = FolderSource(image_dir=f"{two}/photos", cache_dir="cache").sources_record()
     for damage in ({"repeats": "2"}, {"new": 1}):
         with pytest.raises(ValueError, match="the record of the sources.(repeats should|new is not known)"):
             FolderSource.from_record(record | damage)

@@ -27,7 +27,7 @@ def root(tmp_path):
 def source(root, *rows, **settings):
     text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
     (root / "set" / "m.jsonl").write_text(text)
-    return FolderSource(None, "cache", manifest=str(root / "set" / "m.jsonl"), **settings)
+    return FolderSource(cache_dir="cache", manifest=str(root / "set" / "m.jsonl"), **settings)
 
 
 def items(root, *rows, layered=False, **settings):
@@ -89,7 +89,7 @@ def test_a_row_may_be_for_validation_and_named_datasets_prefix_its_key(root):
         ("a", "train", 5),
         ("@val/deep/b", "val", 1),
     ]
-    chosen = FolderSource(None, "cache", datasets={"one": {"manifest": str(root / "set" / "m.jsonl")}})
+    chosen = FolderSource(cache_dir="cache", datasets={"one": {"manifest": str(root / "set" / "m.jsonl")}})
     assert [item.key for item in chosen.items()] == ["one/a", "@val/one/deep/b"]
 
 
@@ -101,7 +101,7 @@ def test_two_rows_with_one_key_or_one_media_are_refused_naming_both_lines(root):
     datasets = {"one": {"image_dir": f"{root}/set/deep"}, "two": {"manifest": f"{root}/set/m.jsonl"}}
     source(root, {"media": "deep/b.jpg"})
     with pytest.raises(ValueError, match=r"b\.jpg \(data.datasets.one\) and .*m\.jsonl:1 are the same file"):
-        FolderSource(None, "cache", datasets=datasets).items()
+        FolderSource(cache_dir="cache", datasets=datasets).items()
 
 
 @pytest.mark.parametrize("key", ["", "../x", "/x", "a//b", "a/./b", "x" * 201, "a\0b"])
@@ -149,7 +149,7 @@ def test_a_manifest_without_rows_or_that_is_not_there_is_named(root):
     with pytest.raises(ValueError, match=r"data.manifest=.*m\.jsonl has no rows"):
         items(root)
     with pytest.raises(ValueError, match=r"none\.jsonl cannot be read \(it is not there\)"):
-        FolderSource(None, "cache", manifest=str(root / "none.jsonl")).items()
+        FolderSource(cache_dir="cache", manifest=str(root / "none.jsonl")).items()
 
 
 def test_a_name_that_no_file_can_have_is_refused(root):

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import mpp.masks
+from mpp import cli
 from tests.helpers import config
 
 COLOURS = {2: 3, 4: 2, 6: 4}
@@ -21,7 +22,8 @@ COLOURS = {2: 3, 4: 2, 6: 4}
 def run(tool, source, output, *overrides):
     """The command, in this process; a tool's configuration is composed once, which takes longer than the rest."""
     cfg = copy.deepcopy(_composed(tool))
-    for word in OverridesParser.create().parse_overrides([f"input={source}", f"output={output}", *overrides]):
+    words = cli.overrides("masks", [f"input={source}", f"output={output}", *overrides])
+    for word in OverridesParser.create().parse_overrides(words):
         OmegaConf.update(cfg, word.key_or_group, word.value(), force_add=word.is_add())
     return mpp.masks.run(cfg)
 

@@ -21,7 +21,7 @@ def test_every_example_of_the_guide_is_accepted(line, tmp_path, monkeypatch):
     (tmp_path / "where.json").write_text(re.search(r"```json\n(.+?)```", GUIDE, re.DOTALL)[1])
     cfg = config("masks", [*shlex.split(line), "device=cpu"])
     check_config(cfg)
-    build(cfg.job, _partial_=True)(tool=build(cfg.tool))
+    build(cfg.job, tool=build(cfg.tool))
 
 
 def test_the_guide_has_an_example_of_every_tool():

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 import yaml
@@ -27,7 +27,7 @@ _INSIDE = PLACES[3:]  # folders that hold no training media, wherever they lie
 _NAME = re.compile(r"\w[\w.-]*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dataset:
     """Where the media, masks and captions of a dataset lie.
 
@@ -61,8 +61,7 @@ class Dataset:
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
-    image_dir: str | None
-    _: KW_ONLY
+    image_dir: str | None = None
     manifest: str | None = None
     captions: str | None = None
     mask_dir: str | None = None
@@ -162,7 +161,7 @@ def _read(name: object, settings: object, defaults: Dataset, where: str) -> Data
     variants = own.get("caption_variants")
     if isinstance(variants, Mapping):
         own["caption_variants"] = shared["caption_variants"] | {k: v for k, v in variants.items() if k != "_target_"}
-    dataset = as_record(Dataset, {"image_dir": None} | shared | own, at, below=".")
+    dataset = as_record(Dataset, shared | own, at, below=".")
     if dataset.image_dir is None and dataset.manifest is None:
         raise ValueError(f"{at} has neither image_dir nor manifest")
     return dataset

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from mpp.data.captions import CaptionTable, clean
@@ -26,7 +26,7 @@ class _Named(NamedTuple):
     real: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FolderSource(Dataset):
     """Where media, masks and captions lie, and how they are brought into shape.
 
@@ -49,7 +49,6 @@ class FolderSource(Dataset):
     """
 
     cache_dir: str
-    _: KW_ONLY
     datasets: Mapping[str, Mapping[str, Any]] | str | None = None
     on_error: Literal["stop", "skip"] = "stop"
     resolution: int = 512
@@ -139,7 +138,7 @@ class FolderSource(Dataset):
     def _defaults(self) -> Dataset:
         """What datasets do not say themselves."""
         own = {f.name: getattr(self, f.name) for f in fields(Dataset) if f.name not in PLACES}
-        return Dataset(None, **own)
+        return Dataset(**own)
 
     def _all(self) -> dict[str, Dataset]:
         """The datasets by name; the only one, where there are no several, has none."""

@@ -86,8 +86,8 @@ class MaskJob:
     """
 
     tool: Tool
-    input: str | None
-    output: str | None
+    input: str | None = None
+    output: str | None = None
     overwrite: bool = False
     video_format: Literal["mkv", "frames"] = "mkv"
     frame_folders: bool = False

@@ -1,0 +1,113 @@
+"""What is typed, as Hydra's overrides."""
+
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from lightning.fabric.strategies.launchers import subprocess_script
+
+from mpp import cli
+from mpp.config import CONFIG_DIR
+from tests.helpers import config
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("sample", "lora=a.safetensors", "lora_path=a.safetensors"),
+        ("export", "lora=runs/a=b", "export.lora=runs/a=b"),
+        ("export", "lora_path=a", "export.lora=a"),
+        ("export", "++merge=true", "++export.merge=true"),
+        ("export", "export.format=comfyui", "export.format=comfyui"),
+        ("report", "data.cache_dir=c", "report.cache_dir=c"),
+        ("report", "limit=3", "report.limit=3"),
+        ("masks", "preview=look", "job.preview=look"),
+        ("masks", "tool.masks=input=3", "tool.masks=input=3"),
+        ("prepare", "data=folder", "source@data=folder"),
+        ("prepare", "data.image_dir=data", "data.image_dir=data"),
+        ("train", "lora=dora", "lora=dora"),
+        ("train", "data=musubi", "data=musubi"),
+        ("export", "--cfg", "--cfg"),
+        ("prepare", "data", "data"),  # as after --config-dir
+    ],
+)
+def test_short_words_stand_for_longer_keys(command, typed, meant):
+    assert cli.overrides(command, [typed]) == [meant]
+    assert cli.overrides(command, [meant]) == [meant]  # a process of DDP reads them again
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("train", "loss.prior_weight=1.0  Weight of the prior term, >= 0; 0 is plain masked training."),
+        ("train", "data.preservation.replace=null  Words and what stands for them"),  # said by the class above its own
+        ("train", "data.cache_dir=???  The cache."),
+        ("train", "trainer.max_steps=1000"),
+        ("train", "schedule.num_training_steps=$${trainer.max_steps}"),
+        ("prepare", "data.flip=false  Also prepare each training picture mirrored."),
+        ("prepare", "data.repeats=1  How often an epoch visits each training media, >= 1."),
+    ],
+)
+def test_help_explains_settings_by_what_their_classes_say(command, shown, helps):
+    assert f"\n{shown}" in helps[command]
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """Templates that Hydra's `--help` prints, where `$$` is a dollar sign."""
+    words = {"train": ["schedule=cosine", "--help"], "prepare": ["--help"]}
+    found = {}
+    for command, typed in words.items():
+        asked = [word for word in cli.overrides(command, typed) if word != "--help"]
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            found[command] = compose(command, asked, return_hydra_config=True).hydra.help.template
+    return found
+
+
+@pytest.mark.parametrize("command", cli.SHORT)
+def test_every_short_word_is_a_key_of_its_command(command):
+    words = [f"{short}={'folder' if short == 'data' else 'null'}" for short in cli.SHORT[command]]
+    needed = {"prepare": ["data.cache_dir=x"], "masks": ["tool=invert"], "sample": ["output_dir=o"]}
+    config(command, [*needed.get(command, []), *words])
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "way"),
+    [
+        ("prepare", "data=musubi", r"data=musubi is a cache.*python -m mpp.train data=musubi data.cache_dir=CACHE"),
+        ("prepare", "data=cached", r"data=cached is a cache.*set data.image_dir"),
+        (
+            "train",
+            "data=folder",
+            r"data=folder is what caches are made of: python -m mpp.prepare data.image",
+        ),
+    ],
+)
+def test_kinds_of_data_of_the_other_command_are_refused_with_the_way(command, word, way):
+    with pytest.raises(ValueError, match=way):
+        cli.overrides(command, ["model=wan", word])
+
+
+def test_processes_that_are_started_by_this_one_repeat_what_was_meant(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mpp-export", "lora=a", "model=wan"])
+    cli.rewrite_arguments("export")
+    assert sys.argv == ["mpp-export", "export.lora=a", "model=wan"]
+    assert subprocess_script._basic_subprocess_cmd()[-2:] == ["export.lora=a", "model=wan"]
+
+
+def test_a_mistake_ends_with_one_message(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mpp-train", "data=folder"])
+    with pytest.raises(SystemExit, match=r"^error: data=folder is what caches are made of"):
+        cli.rewrite_arguments("train")
+
+
+def test_reading_words_imports_nothing_heavy_and_makes_nothing(tmp_path):
+    script = (
+        "import sys, mpp.cli; mpp.cli.rewrite_arguments('sample'); "
+        "print(sys.argv[1:], {'torch', 'hydra', 'lightning', 'numpy'} & set(sys.modules))"
+    )
+    words = [sys.executable, "-c", script, "lora=a", "output_dir=out"]
+    run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "['lora_path=a', 'output_dir=out'] set()"
+    assert not list(tmp_path.iterdir())
