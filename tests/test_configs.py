@@ -1,4 +1,4 @@
-"""Every configuration composes, and mistakes in it are said."""
+"""Every configuration composes, says nothing twice, and mistakes in it are said."""
 
 import inspect
 
@@ -19,6 +19,9 @@ PRESETS = {  # prior_weight, threshold, gamma, floor, normalization
     "continuous": (1.0, None, 0.7, 0.0, "per_sample"),
     "threshold": (1.0, 0.1, 1.0, 0.0, "per_sample"),
     "binary": (1.0, None, 1.0, 0.0, "per_sample"),
+}
+PINNED = {  # said although it is the class's default
+    "optimizer/adamw.weight_decay",  # holds for other optimizers as well, chosen by optimizer._target_
 }
 
 
@@ -42,6 +45,84 @@ def test_presets_are_the_documented_table(preset):
     loss = build(config("train", [f"loss={preset}", "data.cache_dir=x"]).loss)
     got = (loss.prior_weight, loss.prior_threshold, loss.mask_gamma, loss.mask_min_weight, loss.normalization)
     assert got == PRESETS[preset]
+
+
+# ---------------------------------------------------------------- a setting is written once
+
+
+def known_to(node, below):
+    """What a node would be without its own values: its class's defaults, over those that its file inherits."""
+    try:
+        defaults = default_settings(locate(node["_target_"])) if "_target_" in node else {}
+    except ValueError:  # a package that is not installed
+        defaults = {}
+    return {**defaults, **below}
+
+
+def merged(over, below):
+    found = dict(below)
+    for name, value in over.items():
+        found[name] = merged(value, found.get(name) or {}) if isinstance(value, dict) else value
+    return found
+
+
+def inherited(name, node):
+    """Settings of the files that a preset names in its `defaults`, complete."""
+    found = {}
+    for parent in node.get("defaults", []):
+        if isinstance(parent, str) and parent != "_self_":
+            file = f"{name.split('/')[0]}/{parent}"
+            above = yaml_of(CONFIG_DIR / f"{file}.yaml")
+            found = merged(above, known_to(above, inherited(file, above)))
+    return found
+
+
+def yaml_of(path):
+    return OmegaConf.to_container(OmegaConf.load(path))
+
+
+def repeated(node, below, path):
+    """Keys whose value is what would be there without it."""
+    known = known_to(node, below)
+    for name, value in node.items():
+        here = f"{path}.{name}"
+        if name == "_target_":
+            if below.get(name) == value:
+                yield here
+        elif isinstance(value, dict):
+            yield from repeated(value, known.get(name) or {} if "_target_" not in value else {}, here)
+        elif name in known and known[name] == value and isinstance(known[name], bool) == isinstance(value, bool):
+            yield here
+
+
+def repetitions(name):
+    node = yaml_of(CONFIG_DIR / f"{name}.yaml")
+    below = inherited(name, node) if "/" in name else {}
+    own = {key: value for key, value in node.items() if key not in ("defaults", "hydra")}
+    return [f"{key} in configs/{name}.yaml" for key in set(repeated(own, below, name)) - PINNED]
+
+
+# an experiment says all that its results depend on, whatever the defaults become
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("experiment/")])
+def test_no_yaml_repeats_a_default_of_its_class(name):
+    found = repetitions(name)
+    assert not found, f"remove what is the default anyway: {', '.join(sorted(found))}"
+
+
+def test_a_repeated_default_is_named_with_file_and_key(tmp_path, monkeypatch):
+    files = {
+        "loss/one.yaml": "_target_: mpp.core.loss.MaskedPriorLoss\nprior_weight: 1.0\nmask_gamma: 1\nmask_blur: 3\n",
+        "loss/two.yaml": "defaults: [one, _self_]\nprior_weight: 1.0\nmask_blur: 0\nprior_threshold: null\n",
+        "data/three.yaml": "_target_: mpp.data.source.FolderSource\nclips: {fps: 24.0, count: 4}\nflip: true\n",
+    }
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    monkeypatch.setattr("tests.test_configs.CONFIG_DIR", tmp_path)
+    found = {name: repetitions(name) for name in ("loss/one", "loss/two", "data/three")}
+    assert found["loss/one"] == ["loss/one.mask_gamma in configs/loss/one.yaml"]
+    assert sorted(key.split()[0] for key in found["loss/two"]) == ["loss/two.prior_threshold", "loss/two.prior_weight"]
+    assert found["data/three"] == ["data/three.clips.count in configs/data/three.yaml"]
 
 
 # ---------------------------------------------------------------- every setting can be typed
