@@ -96,6 +96,14 @@ def test_processes_that_are_started_by_this_one_repeat_what_was_meant(monkeypatc
     assert subprocess_script._basic_subprocess_cmd()[-2:] == ["export.lora=a", "model=wan"]
 
 
+def test_processes_of_one_run_share_its_folder():
+    lightning = ['hydra.run.dir="outputs/2026-01-01_00-00-00"', "hydra.job.name=train_ddp_process_1"]
+    there = config("train", ["data.cache_dir=x", *lightning]).output_dir
+    assert there == "outputs/2026-01-01_00-00-00"
+    assert config("train", ["data.cache_dir=x", "output_dir=mine", *lightning]).output_dir == "mine"
+    assert cli.overrides("train", ["hydra.run.dir=logs"]) == ["hydra.run.dir=logs"]
+
+
 def test_a_mistake_ends_with_one_message(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mpp-train", "data=folder"])
     with pytest.raises(SystemExit, match=r"^error: data=folder is what caches are made of"):
