@@ -9,8 +9,9 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -40,17 +41,19 @@ from mpp.models.base import (
 from mpp.models.musubi_parts import MusubiFormat
 from mpp.models.single_file import SingleFile, read_shapes, strip_prefix
 
+DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(kw_only=True, eq=False)
 class Family(ABC):
-    """Base of the families. Constructing one loads nothing.
+    """Base of the families: the settings that all have. Constructing one loads nothing.
 
     Args:
         pretrained: Diffusers folder, hub id, or (where `single_file` is set) one `.safetensors` of the transformer.
         latents: Shape of the latents.
         sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to.
+        lora_targets: Modules that adapters attach to: names, or one regex over full names.
         vae: Folder or hub id of the VAE; None: `pretrained`.
         text_encoder: Folder or hub id of text encoders, tokenizers and picture encoders; None: `pretrained`.
         dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`. What diffusers keeps in float32 stays.
@@ -61,47 +64,43 @@ class Family(ABC):
         ValueError: An unknown dtype.
     """
 
-    family: str
-    conditioning: type[Conditioning]
+    pretrained: str
+    vae: str | None = None
+    text_encoder: str | None = None
+    dtype: DType = "bfloat16"
+    vae_dtype: DType = "float32"
+    text_dtype: DType = "bfloat16"
+    lora_targets: str | Sequence[str]
+    latents: LatentSpec
+    sigma: SigmaLaw
+
+    family: ClassVar[str]
+    conditioning: ClassVar[type[Conditioning]]
     pictures = PictureInputs()
     given_frames = 0
     least_frames = 1
-    boundaries: tuple[float, ...] = ()
-    native: tuple[NativeRule, ...] = ()
-    musubi: MusubiFormat | None = None
+    boundaries: ClassVar[tuple[float, ...]] = ()
+    native: ClassVar[tuple[NativeRule, ...]] = ()
+    musubi: ClassVar[MusubiFormat | None] = None
     guidance_scale = 1.0
     steps = 30
-    fps: float | None = None
+    fps = None
+    subfolder = "transformer"
 
     transformer_class: ClassVar[type[ModelMixin]]
     single_file: ClassVar[SingleFile | None] = None
-    text_components: tuple[str, ...] = ("text_encoder",)  # folders whose weights make the cached embeddings
-    cached_settings: tuple[str, ...] = ("text_length",)  # of the constructor's settings, those that shape caches
+    text_components = ("text_encoder",)  # folders whose weights make the cached embeddings
+    cached_settings = ("text_length",)  # those that shape caches
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        vae: str | None,
-        text_encoder: str | None,
-        dtype: str,
-        vae_dtype: str,
-        text_dtype: str,
-    ) -> None:
-        for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype), ("text_dtype", text_dtype)):
-            if value not in DTYPES:
-                raise ValueError(f"model.{name} must be one of {', '.join(DTYPES)}, got {value!r}")
-        self.pretrained = pretrained
-        self.vae = vae or pretrained
-        self.text_encoder = text_encoder or pretrained
-        self.subfolder = "transformer"
-        self.latents = latents
-        self.sigma = sigma
-        self.lora_targets = lora_targets if isinstance(lora_targets, str) else tuple(lora_targets)
-        self.dtype, self.vae_dtype, self.text_dtype = DTYPES[dtype], DTYPES[vae_dtype], DTYPES[text_dtype]
+    def __post_init__(self) -> None:
+        """Refuse unknown dtypes; what is not set has its place with the transformer."""
+        for name in ("dtype", "vae_dtype", "text_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"model.{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+        self.vae = self.vae or self.pretrained
+        self.text_encoder = self.text_encoder or self.pretrained
+        if not isinstance(self.lora_targets, str):
+            self.lora_targets = tuple(self.lora_targets)
 
     # ---------------------------------------------------------------- for families to say
 
@@ -116,7 +115,7 @@ class Family(ABC):
     @property
     def cache_settings(self) -> dict[str, object]:
         """Settings that shape what is cached, by name."""
-        return {name: getattr(self, name) for name in self.cached_settings if hasattr(self, name)}
+        return {name: getattr(self, name) for name in self.cached_settings}
 
     @abstractmethod
     def pipeline(self, transformer: nn.Module, encoders: "FamilyEncoders") -> DiffusionPipeline:
@@ -185,7 +184,7 @@ class Family(ABC):
         file = self._file()
         if file is None:
             folder = resolve_folder(self.pretrained, subfolder, "model.pretrained")
-            transformer = self.transformer_class.from_pretrained(folder, torch_dtype=self.dtype)
+            transformer = self.transformer_class.from_pretrained(folder, torch_dtype=DTYPES[self.dtype])
         else:
             transformer = self._load_file(file)
         return transformer.requires_grad_(False)
@@ -236,7 +235,8 @@ class Family(ABC):
             )
         kept = self.transformer_class._keep_in_fp32_modules or ()  # noqa: SLF001 (from_pretrained honours it too)
         for name, parameter in transformer.named_parameters():
-            parameter.data = parameter.data.to(torch.float32 if any(part in name for part in kept) else self.dtype)
+            exact = any(part in name for part in kept)
+            parameter.data = parameter.data.to(torch.float32 if exact else DTYPES[self.dtype])
         return transformer.eval()
 
     # ---------------------------------------------------------------- samples
@@ -295,7 +295,7 @@ class FamilyEncoders:
         """
         if "vae" not in self._loaded:
             folder = resolve_folder(self.model.vae, "vae", "model.vae")
-            vae = self.vae_class.from_pretrained(folder, torch_dtype=self.model.vae_dtype)
+            vae = self.vae_class.from_pretrained(folder, torch_dtype=DTYPES[self.model.vae_dtype])
             self.check_vae(vae)
             vae = vae.to(self.device).eval().requires_grad_(False)
             # Samples are painted under the run's autocast, which would decode a float32 VAE in bfloat16.
@@ -312,7 +312,7 @@ class FamilyEncoders:
         """A text or picture encoder in `text_dtype`, or another."""
         if subfolder not in self._loaded:
             folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
-            model = kind.from_pretrained(folder, dtype=dtype or self.model.text_dtype)
+            model = kind.from_pretrained(folder, dtype=dtype or DTYPES[self.model.text_dtype])
             self._loaded[subfolder] = model.to(self.device).eval().requires_grad_(False)
         return self._loaded[subfolder]
 

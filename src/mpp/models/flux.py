@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from mpp.core.flow import SigmaLaw
+from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, Tensors, pad_text
-from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 _WIDTH = 3072  # of every published FLUX.1, built into diffusers' converter
@@ -124,33 +124,39 @@ def _rules(ours: str, theirs: str, layers: Mapping[str, tuple[str, ...]]) -> tup
     )
 
 
+@dataclass(kw_only=True, eq=False)
 class Flux(Family):
     """FLUX.1 dev, and Kontext, which sees a control picture.
 
     Both are distilled for guidance: it is an input of the transformer, there is no negative prompt.
 
     Args:
-        pretrained: Diffusers folder, hub id, or a single `.safetensors` file of the transformer with original or
-            diffusers keys.
-        latents: Shape of the latents.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to.
-        vae: Folder or hub id of the VAE; None: `pretrained`.
         text_encoder: Folder or hub id of CLIP and T5 with their tokenizers; None: `pretrained`.
         kontext: One control picture per sample, seen as latents after the noisy ones.
         auto_resize: Kontext: control pictures are brought to the nearest of its preferred resolutions (about one
             megapixel), as its pipeline does; False: they keep their size, down to a multiple of 16. Preparing alone
             reads it.
-        guidance: That training tells the transformer; samples are told `guidance_scale`.
-        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
-        vae_dtype: Of the VAE.
-        text_dtype: Of the text encoders, and of the cached embeddings.
+        guidance: That training tells the transformer, as musubi-tuner's flux_kontext_train_network.py does; samples are
+            told `guidance_scale`.
         text_length: T5 tokens of every caption, at most 512. FLUX.1 attends to their padding, so it is part of the
             model.
 
     Raises:
         ValueError: An unknown dtype, or a text length out of range.
     """
+
+    # all linear layers of both kinds of blocks but modulation and norms, as musubi-tuner's networks/lora_flux.py
+    lora_targets: str | Sequence[str] = (
+        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
+        r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)"
+    )
+    latents: LatentSpec = LatentSpec(channels=16, spatial_stride=8, temporal_stride=1, patch=(1, 2, 2))
+    # flux_shift of musubi-tuner's hv_train_network.py: sigmoid of a normal, shifted by resolution
+    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=LinearShift(256, 0.5, 4096, 1.15))
+    text_length: int = 512
+    kontext: bool = False
+    auto_resize: bool = True
+    guidance: float = 1.0
 
     family = "flux"
     conditioning = FluxConditioning
@@ -164,39 +170,12 @@ class Flux(Family):
         *_rules("single_transformer_blocks", "single_blocks", _SINGLE),
     )
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        vae: str | None = None,
-        text_encoder: str | None = None,
-        kontext: bool = False,
-        auto_resize: bool = True,
-        guidance: float = 1.0,
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        text_dtype: str = "bfloat16",
-        text_length: int = 512,
-    ) -> None:
-        super().__init__(
-            pretrained=pretrained,
-            latents=latents,
-            sigma=sigma,
-            lora_targets=lora_targets,
-            vae=vae,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            text_dtype=text_dtype,
-        )
-        if not 1 <= text_length <= _LONGEST_TEXT:
-            raise ValueError(f"model.text_length must be 1 to {_LONGEST_TEXT} for FLUX.1, got {text_length}")
-        self.kontext, self.auto_resize, self.guidance = kontext, auto_resize, guidance
-        self.text_length = text_length
-        if kontext:
+    def __post_init__(self) -> None:
+        """What Kontext has of its own."""
+        super().__post_init__()
+        if not 1 <= self.text_length <= _LONGEST_TEXT:
+            raise ValueError(f"model.text_length must be 1 to {_LONGEST_TEXT} for FLUX.1, got {self.text_length}")
+        if self.kontext:
             self.family = "flux_kontext"
             self.pictures = PictureInputs(least=1, most=1)
             self.cached_settings = ("text_length", "auto_resize")
@@ -290,8 +269,8 @@ class Flux(Family):
         """Text, the embedded guidance, and Kontext's control latents as training sees them."""
         del negative
         arguments = {
-            "prompt_embeds": positive.text.to(self.dtype),  # whose dtype the pipeline gives its latents
-            "pooled_prompt_embeds": positive.pooled.to(self.dtype),
+            "prompt_embeds": positive.text.to(DTYPES[self.dtype]),  # whose dtype the pipeline gives its latents
+            "pooled_prompt_embeds": positive.pooled.to(DTYPES[self.dtype]),
             "guidance_scale": shot.guidance_scale,
         }
         if self.kontext:

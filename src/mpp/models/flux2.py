@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
-from mpp.core.flow import SigmaLaw
+from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, Tensors
-from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.musubi_parts import CONTROLS, Contents, MusubiFormat, control_contents, controls
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
@@ -87,27 +87,33 @@ def _musubi_contents(record: Flux2Conditioning, latents: Tensor) -> dict[str, Te
     return control_contents(record.controls, torch.float32)
 
 
+@dataclass(kw_only=True, eq=False)
 class Flux2(Family):
     """FLUX.2: dev (embedded guidance, Mistral 3) and klein (real guidance, Qwen 3).
 
     Args:
-        pretrained: Diffusers folder, hub id, or a single `.safetensors` file of the transformer with original or
-            diffusers keys.
-        latents: Shape of the latents: the VAE's 32 channels as 2x2 patches, 128 channels at stride 16.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to.
         text: Text encoder: `mistral` (dev) or `qwen3` (klein).
-        guidance: What the embedded guidance is in training; None: the model embeds none.
-        vae: Folder or hub id of the VAE; None: `pretrained`.
-        text_encoder: Folder or hub id of the text encoder and its tokenizer; None: `pretrained`.
-        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
-        vae_dtype: Of the VAE while preparing.
-        text_dtype: Of the text encoder while preparing, and of the cached embeddings.
+        guidance: What the embedded guidance is in training, as musubi-tuner trains dev (flux_2_train_network.py); None:
+            the model embeds none, and samples are painted with a negative prompt (klein).
         text_length: Tokens of every caption. FLUX.2 attends to padding, so it is part of the model.
 
     Raises:
         ValueError: An unknown dtype or text encoder.
     """
+
+    # all linear layers of both kinds of blocks, as musubi-tuner (networks/lora_flux_2.py). diffusers' script
+    # (train_dreambooth_lora_flux2.py) has fewer: to_q, to_k, to_v, to_out.0 and the single blocks' two
+    lora_targets: str | Sequence[str] = (
+        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
+        r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+    )
+    # the VAE's 32 channels as 2x2 patches
+    latents: LatentSpec = LatentSpec(channels=128, spatial_stride=16, temporal_stride=1, patch=(1, 1, 1))
+    # by resolution: musubi-tuner's flux2_shift, which its docs/flux_2.md recommends
+    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=LinearShift(256, 0.5, 4096, 1.15))
+    text_length: int = 512
+    text: Literal["mistral", "qwen3"] = "mistral"
+    guidance: float | None = 1.0
 
     conditioning = Flux2Conditioning
     pictures = PictureInputs(most=10)
@@ -138,39 +144,12 @@ class Flux2(Family):
         NativeRule(r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
     )
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        text: Literal["mistral", "qwen3"],
-        guidance: float | None,
-        vae: str | None = None,
-        text_encoder: str | None = None,
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        text_dtype: str = "bfloat16",
-        text_length: int = 512,
-    ) -> None:
-        super().__init__(
-            pretrained=pretrained,
-            latents=latents,
-            sigma=sigma,
-            lora_targets=lora_targets,
-            vae=vae,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            text_dtype=text_dtype,
-        )
-        if text not in _TEXT:
-            raise ValueError(f"model.text must be one of {', '.join(_TEXT)}, got {text!r}")
-        self.family = "flux2" if text == "mistral" else "flux2_klein"
-        self.text = text
-        self.guidance = guidance
-        self.text_length = text_length
+    def __post_init__(self) -> None:
+        """Dev and klein have texts of their own."""
+        super().__post_init__()
+        if self.text not in _TEXT:
+            raise ValueError(f"model.text must be one of {', '.join(_TEXT)}, got {self.text!r}")
+        self.family = "flux2" if self.text == "mistral" else "flux2_klein"
 
     @property
     def musubi(self) -> MusubiFormat:
@@ -266,14 +245,14 @@ class Flux2(Family):
         """Text embeddings, reference pictures, and guidance: dev's is embedded, klein's needs a negative prompt."""
         arguments = {
             "image": list(shot.controls) or None,
-            "prompt_embeds": positive.text.to(self.dtype),  # the pipeline casts latents, but not the text
+            "prompt_embeds": positive.text.to(DTYPES[self.dtype]),  # the pipeline casts latents, but not the text
             "guidance_scale": shot.guidance_scale,
         }
         if self.text == "qwen3":
             if negative is None:
                 arguments["guidance_scale"] = 1.0
             else:
-                arguments["negative_prompt_embeds"] = negative.text.to(self.dtype)
+                arguments["negative_prompt_embeds"] = negative.text.to(DTYPES[self.dtype])
         return arguments
 
 

@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, CLIPTextModel, CLIPTokenizer, Llama
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, pad_with_mask
-from mpp.models.family import Family, FamilyEncoders, as_pixels
+from mpp.models.family import DType, Family, FamilyEncoders, as_pixels
 from mpp.models.musubi_parts import MusubiFormat
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
@@ -119,16 +119,11 @@ def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return convert_hunyuan_video_transformer_to_diffusers(split)
 
 
+@dataclass(kw_only=True, eq=False)
 class HunyuanVideo(Family):
     """HunyuanVideo, text to video and both forms of image to video.
 
     Args:
-        pretrained: Diffusers folder, hub id, or a single `.safetensors` file of the transformer with Tencent's or
-            diffusers' keys.
-        latents: Shape of the latents.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to.
-        vae: Folder or hub id of the VAE; None: `pretrained`.
         text_encoder: Folder or hub id of Llama (Llava and its image processor for image to video), CLIP and their
             tokenizers; None: `pretrained`.
         image_condition: How the transformer is given the first frame: `latent_concat` (33 channels: noisy latents,
@@ -136,18 +131,28 @@ class HunyuanVideo(Family):
             not, text to video.
         guidance: Guidance that a distilled transformer is told in training, 1 as in finetrainers;
             None: a transformer without guidance embedding, sampled with classifier-free guidance.
-        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
-        vae_dtype: Of the VAE.
-        text_dtype: Of the text encoders, and of the cached embeddings.
 
     Raises:
         ValueError: An unknown dtype or image condition.
     """
 
+    # all linear layers of the double and single blocks but modulation, as musubi-tuner's networks/lora.py
+    lora_targets: str | Sequence[str] = (
+        r"(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
+        r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out))"
+    )
+    latents: LatentSpec = LatentSpec(channels=16, spatial_stride=8, temporal_stride=4, patch=(1, 2, 2))
+    # shift of musubi-tuner's guide and of the sampler; 3.0 where details are poor
+    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=7.0)
+    text_dtype: DType = "float16"  # as diffusers has both text encoders
+    image_condition: Literal["latent_concat", "token_replace"] | None = None
+    guidance: float | None = 1.0
+
     family = "hunyuan_video"
     conditioning = HunyuanVideoConditioning
     transformer_class = HunyuanVideoTransformer3DModel
     text_components = ("text_encoder", "text_encoder_2")
+    cached_settings = ()
     steps = 50
     fps = 24.0  # its sample_video.py saves clips at 24
     native = (
@@ -166,46 +171,20 @@ class HunyuanVideo(Family):
         NativeRule(_SINGLE + r"norm\.linear", r"single_blocks.\1.modulation.linear"),
     )
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        vae: str | None = None,
-        text_encoder: str | None = None,
-        image_condition: Literal["latent_concat", "token_replace"] | None = None,
-        guidance: float | None = 1.0,
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        text_dtype: str = "float16",
-    ) -> None:
-        super().__init__(
-            pretrained=pretrained,
-            latents=latents,
-            sigma=sigma,
-            lora_targets=lora_targets,
-            vae=vae,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            text_dtype=text_dtype,
-        )
-        if image_condition not in (None, *_EVERY):
+    def __post_init__(self) -> None:
+        """What follows from the way of the first frame and from guidance."""
+        super().__post_init__()
+        if self.image_condition not in (None, *_EVERY):
             raise ValueError(
-                f"model.image_condition must be latent_concat, token_replace or null, got {image_condition!r}"
+                f"model.image_condition must be latent_concat, token_replace or null, got {self.image_condition!r}"
             )
-        self.image_condition = image_condition
-        self.guidance = guidance
-        self.guidance_scale = 1.0 if guidance is None else 6.0  # what diffusers' examples paint with
-        config = partial(_config, image_condition=image_condition)
-        self.single_file = SingleFile(_MARKER, config, _convert)
-        if image_condition is not None:  # the two keep another share of the picture's text tokens
-            self.family = "hunyuan_video_i2v" + ("_token_replace" if image_condition == "token_replace" else "")
+        self.guidance_scale = 1.0 if self.guidance is None else 6.0  # what diffusers' examples paint with
+        self.single_file = SingleFile(_MARKER, partial(_config, image_condition=self.image_condition), _convert)
+        if self.image_condition is not None:  # the two keep another share of the picture's text tokens
+            self.family = "hunyuan_video_i2v" + ("_token_replace" if self.image_condition == "token_replace" else "")
             self.pictures = PictureInputs(first_frame=True, in_text=True, in_negative=False)
             self.least_frames = 2
-            self.given_frames = int(image_condition == "token_replace")
+            self.given_frames = int(self.image_condition == "token_replace")
 
     @property
     def musubi(self) -> MusubiFormat | None:

@@ -97,31 +97,38 @@ class _ImageToVideo(HunyuanVideo15ImageToVideoPipeline):
         return self._image_embeds.to(device, dtype)
 
 
+@dataclass(kw_only=True, eq=False)
 class HunyuanVideo15(Family):
     """HunyuanVideo 1.5.
 
     Args:
-        pretrained: Diffusers folder or hub id.
-        latents: Shape of the latents.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to.
-        vae: Folder or hub id of the VAE; None: `pretrained`.
         text_encoder: Folder or hub id of Qwen2.5-VL, ByT5 and, for image to video, SigLIP, with their tokenizers and
             processor; None: `pretrained`.
         task: `t2v` or `i2v`: what the transformer was trained for. An `i2v` model sees a clip's first frame; stills,
             which have nothing to start from, it is shown as text to video, as in its own training.
-        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
-        vae_dtype: Of the VAE.
-        text_dtype: Of the text and picture encoders, and of the cached embeddings.
 
     Raises:
         ValueError: An unknown dtype or task.
     """
 
+    # Attention and feed-forward layers of the blocks, as musubi-tuner (networks/lora_hv_1_5.py: MMDoubleStreamBlock),
+    # without modulation. Nothing comes after the text stream of the last of the 54 blocks, so its queries, output and
+    # feed-forward would never learn.
+    lora_targets: str | Sequence[str] = (
+        r"transformer_blocks\.(\d+\.(attn\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ff\.net\.(0\.proj|2))"
+        r"|(?!53\.)\d+\.(attn\.(add_q_proj|to_add_out)|ff_context\.net\.(0\.proj|2)))"
+    )
+    latents: LatentSpec = LatentSpec(channels=32, spatial_stride=16, temporal_stride=4, patch=(1, 1, 1))
+    # Tencent's train.py: snr_type lognorm, train_timestep_shift 3.0. (Samples are painted with the scheduler's shift: 5
+    # at 480p, 9 at 720p.)
+    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=3.0)
+    task: Literal["t2v", "i2v"] = "t2v"
+
     family = "hunyuan_video15"
     conditioning = HunyuanVideo15Conditioning
     transformer_class = HunyuanVideo15Transformer3DModel
     text_components = ("text_encoder", "text_encoder_2")
+    cached_settings = ()
     guidance_scale = 6.0  # scripts/convert_hunyuan_video1_5_to_diffusers.py saves it as the pipeline's guider
     steps = 50
     fps = 24.0  # its generate.py saves clips at 24
@@ -146,35 +153,12 @@ class HunyuanVideo15(Family):
         NativeRule(r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
     )
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        vae: str | None = None,
-        text_encoder: str | None = None,
-        task: Literal["t2v", "i2v"] = "t2v",
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        text_dtype: str = "bfloat16",
-    ) -> None:
-        super().__init__(
-            pretrained=pretrained,
-            latents=latents,
-            sigma=sigma,
-            lora_targets=lora_targets,
-            vae=vae,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            text_dtype=text_dtype,
-        )
-        if task not in ("t2v", "i2v"):
-            raise ValueError(f"model.task must be t2v or i2v, got {task!r}")
-        self.task = task
-        if task == "i2v":
+    def __post_init__(self) -> None:
+        """Image to video sees a picture."""
+        super().__post_init__()
+        if self.task not in ("t2v", "i2v"):
+            raise ValueError(f"model.task must be t2v or i2v, got {self.task!r}")
+        if self.task == "i2v":
             self.family = "hunyuan_video15_i2v"
             self.pictures = PictureInputs(first_frame=True)
             self.text_components = ("text_encoder", "text_encoder_2", "image_encoder")

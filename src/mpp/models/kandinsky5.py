@@ -41,24 +41,27 @@ class Kandinsky5Conditioning(Conditioning):
         return replace(super().to(device), mask=self.mask)
 
 
+@dataclass(kw_only=True, eq=False)
 class Kandinsky5(Family):
     """Kandinsky 5 text to video, those models with regular attention (5 seconds).
 
     Args:
-        pretrained: Diffusers folder or hub id.
-        latents: Shape of the latents.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to.
-        vae: Folder or hub id of the VAE; None: `pretrained`.
         text_encoder: Folder or hub id of Qwen2.5-VL and CLIP with their tokenizers; None: `pretrained`.
-        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`. What diffusers keeps in float32 stays.
-        vae_dtype: Of the VAE.
-        text_dtype: Of the text encoders, and of the cached embeddings.
         text_length: Qwen tokens that a caption has at most; longer ones are cut as the pipeline cuts them.
 
     Raises:
         ValueError: An unknown dtype, or a text length out of range.
     """
+
+    # all attention and feed-forward layers of both kinds of blocks, as musubi-tuner's networks/lora_kandinsky.py
+    lora_targets: str | Sequence[str] = (
+        r"(text|visual)_transformer_blocks\.\d+\.((self|cross)_attention\.(to_(query|key|value)|out_layer)"
+        r"|feed_forward\.(in|out)_layer)"
+    )
+    latents: LatentSpec = LatentSpec(channels=16, spatial_stride=8, temporal_stride=4, patch=(1, 2, 2))
+    # scheduler_scale of the original's kandinsky/t2v_pipeline.py, and musubi-tuner's shift
+    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=5.0)
+    text_length: int = 512
 
     family = "kandinsky5"
     conditioning = Kandinsky5Conditioning
@@ -68,34 +71,13 @@ class Kandinsky5(Family):
     steps = 50
     fps = 24.0  # its published samples are at 24
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        vae: str | None = None,
-        text_encoder: str | None = None,
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        text_dtype: str = "bfloat16",
-        text_length: int = 512,
-    ) -> None:
-        super().__init__(
-            pretrained=pretrained,
-            latents=latents,
-            sigma=sigma,
-            lora_targets=lora_targets,
-            vae=vae,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            text_dtype=text_dtype,
-        )
-        if not 1 <= text_length < _LONGEST_TEXT:
-            raise ValueError(f"model.text_length must be 1 to {_LONGEST_TEXT - 1} for Kandinsky 5, got {text_length}")
-        self.text_length = text_length
+    def __post_init__(self) -> None:
+        """Refuse texts longer than the model knows."""
+        super().__post_init__()
+        if not 1 <= self.text_length < _LONGEST_TEXT:
+            raise ValueError(
+                f"model.text_length must be 1 to {_LONGEST_TEXT - 1} for Kandinsky 5, got {self.text_length}"
+            )
 
     def expected_config(self) -> dict[str, object]:
         """Channels, and no sparse attention: the 10-second models' masks go with one clip size."""

@@ -24,9 +24,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Gemma3ForConditionalGeneration
 
-from mpp.core.flow import SigmaLaw
+from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.base import Conditioning, LatentSpec, Prompt, Shot, resolve_folder
-from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 _HEAD_DIM, _AUDIO_HEAD_DIM = 128, 64  # of the published LTX-2; single files do not state them
@@ -73,19 +73,12 @@ def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return convert_ltx2_transformer_to_diffusers({k: v for k, v in state.items() if not k.startswith(_OTHERS)})
 
 
+@dataclass(kw_only=True, eq=False)
 class LTX2(Family):
     """LTX-2 text to video without sound (and text to image: one frame).
 
     Args:
-        pretrained: Diffusers folder, hub id, or a single `.safetensors` file with original or diffusers keys.
-        latents: Shape of the latents: 128 channels at stride 32, 8 in time.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to; those of the sound would learn nothing.
-        vae: Folder or hub id of the video VAE; None: `pretrained`.
         text_encoder: Folder or hub id of Gemma 3, its tokenizer and the text connectors; None: `pretrained`.
-        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
-        vae_dtype: Of the VAE.
-        text_dtype: Of text encoder and connectors, and of the cached embeddings.
         text_length: Tokens of every caption, a multiple of the connectors' registers. They fill up with registers,
             which the model attends to, so it is part of the model.
         fps: Frames per second of the clips: the model places frames in seconds.
@@ -93,6 +86,18 @@ class LTX2(Family):
     Raises:
         ValueError: An unknown dtype, or no frames per second.
     """
+
+    # attention and feed-forward layers of the video: Lightricks/LTX-2, packages/ltx-trainer/docs/training-modes.md,
+    # video-only; those of the sound would learn nothing
+    lora_targets: str | Sequence[str] = (
+        r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
+    )
+    latents: LatentSpec = LatentSpec(channels=128, spatial_stride=32, temporal_stride=8, patch=(1, 1, 1))
+    # towards noise, more so for larger clips: packages/ltx-trainer/src/ltx_trainer/timestep_samplers.py, without its
+    # stretch to the ends and its tenth of uniform draws
+    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=LinearShift(1024, 0.95, 4096, 2.05))
+    text_length: int = 1024
+    fps: float = 24.0
 
     family = "ltx2"
     conditioning = LTX2Conditioning
@@ -102,35 +107,11 @@ class LTX2(Family):
     guidance_scale = 3.0
     steps = 30
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        vae: str | None = None,
-        text_encoder: str | None = None,
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        text_dtype: str = "bfloat16",
-        text_length: int = 1024,
-        fps: float = 24.0,
-    ) -> None:
-        super().__init__(
-            pretrained=pretrained,
-            latents=latents,
-            sigma=sigma,
-            lora_targets=lora_targets,
-            vae=vae,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            text_dtype=text_dtype,
-        )
-        if not fps > 0:
-            raise ValueError(f"model.fps must be greater than 0, got {fps}")
-        self.text_length, self.fps = text_length, fps
+    def __post_init__(self) -> None:
+        """Refuse clips that stand still."""
+        super().__post_init__()
+        if not self.fps > 0:
+            raise ValueError(f"model.fps must be greater than 0, got {self.fps}")
 
     def expected_config(self) -> dict[str, object]:
         """The transformer's channels, and that it is LTX-2: later versions modulate text and project it elsewhere."""
@@ -259,7 +240,7 @@ class LTX2Encoders(FamilyEncoders):
         """What makes the transformer's text of Gemma's, in `text_dtype`."""
         if "connectors" not in self._loaded:
             folder = resolve_folder(self.model.text_encoder, "connectors", "model.text_encoder")
-            model = LTX2TextConnectors.from_pretrained(folder, torch_dtype=self.model.text_dtype)
+            model = LTX2TextConnectors.from_pretrained(folder, torch_dtype=DTYPES[self.model.text_dtype])
             self._loaded["connectors"] = model.to(self.device).eval().requires_grad_(False)
         return self._loaded["connectors"]
 

@@ -18,9 +18,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from mpp.core.flow import SigmaLaw
 from mpp.models import qwen_parts
-from mpp.models.base import Conditioning, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_with_mask
+from mpp.models.base import Conditioning, PictureInputs, Prompt, Shot, Tensors, pad_with_mask
 from mpp.models.family import captions_of
 from mpp.models.musubi_parts import CONTROLS, MusubiFormat, control_contents, controls, no_pictures
 
@@ -50,75 +49,43 @@ def _musubi_contents(record: QwenImageConditioning, latents: Tensor) -> dict[str
     return control_contents(record.controls, torch.bfloat16)
 
 
+@dataclass(kw_only=True, eq=False)
 class QwenImage(qwen_parts.QwenFamily):
     """Qwen-Image: text to image, or editing of control pictures.
 
+    For editing, captions hold the pictures and, as in the pipeline, are not cut at `text_length`.
+
     Args:
-        pretrained: Diffusers folder, hub id, or a single `.safetensors` file of the transformer.
-        latents: Shape of the latents: 16 channels at stride 8.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to.
-        vae: Folder or hub id of the VAE; None: `pretrained`.
         text_encoder: Folder or hub id of Qwen2.5-VL, its tokenizer and (for editing) its processor; None: `pretrained`.
         task: `text` is text to image; `edit` edits one control picture (Qwen-Image-Edit); `edit_plus` one to three
             (Edit 2509 and 2511). The text encoder sees control pictures too.
         control_pixels: Area of a control picture for the VAE (and, with `edit`, for the text encoder); its aspect ratio
             is kept. It is part of the cache: prepare again when it changes.
         zero_cond_t: Control pictures count as clean in the transformer's modulation (Edit 2511).
-        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
-        vae_dtype: Of the VAE.
-        text_dtype: Of the text encoder, and of the cached embeddings.
-        text_length: Tokens that captions are cut at, 1 to 1024; they have their own length up to there. For editing
-            they hold the pictures and, as in the pipeline, are not cut.
 
     Raises:
-        ValueError: An unknown dtype or task, or an area or a text length out of range.
+        ValueError: An unknown task, or an area out of range.
     """
+
+    task: Literal["text", "edit", "edit_plus"] = "text"
+    control_pixels: int = VAE_IMAGE_SIZE
+    zero_cond_t: bool = False
 
     conditioning = QwenImageConditioning
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        vae: str | None = None,
-        text_encoder: str | None = None,
-        task: Literal["text", "edit", "edit_plus"] = "text",
-        control_pixels: int = VAE_IMAGE_SIZE,
-        zero_cond_t: bool = False,
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        text_dtype: str = "bfloat16",
-        text_length: int = 512,
-    ) -> None:
-        super().__init__(
-            pretrained=pretrained,
-            latents=latents,
-            sigma=sigma,
-            lora_targets=lora_targets,
-            vae=vae,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            text_dtype=text_dtype,
-        )
-        if task not in _FAMILIES:
-            raise ValueError(f"model.task must be one of {', '.join(_FAMILIES)}, got {task!r}")
-        if control_pixels < 32 * 32:
-            raise ValueError(f"model.control_pixels must be at least 1024 (32x32), got {control_pixels}")
-        self.task = task
-        self.control_pixels = control_pixels
-        self.family = _FAMILIES[task]
-        least, most = _CONTROLS[task]
+    def __post_init__(self) -> None:
+        """What follows from the task."""
+        super().__post_init__()
+        if self.task not in _FAMILIES:
+            raise ValueError(f"model.task must be one of {', '.join(_FAMILIES)}, got {self.task!r}")
+        if self.control_pixels < 32 * 32:
+            raise ValueError(f"model.control_pixels must be at least 1024 (32x32), got {self.control_pixels}")
+        self.family = _FAMILIES[self.task]
+        least, most = _CONTROLS[self.task]
         self.pictures = PictureInputs(least, most, in_text=most > 0)
         if most:
             self.cached_settings = ("text_length", "control_pixels")
-        self.zero_cond_t = zero_cond_t
-        self.single_file = qwen_parts.original_file(zero_cond_t=zero_cond_t)
-        self.text_length = qwen_parts.length_of_text(text_length)
+        self.single_file = qwen_parts.original_file(zero_cond_t=self.zero_cond_t)
 
     @property
     def musubi(self) -> MusubiFormat:

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from mpp.core.flow import SigmaLaw
 from mpp.models import qwen_parts
 from mpp.models.base import Conditioning, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_with_mask
 from mpp.models.family import captions_of
@@ -51,61 +50,36 @@ def _musubi_pictures(contents: Contents) -> dict[str, Tensors]:
     return {"condition": contents["latents"][:, :1].clone()}
 
 
+@dataclass(kw_only=True, eq=False)
 class QwenImageLayered(qwen_parts.QwenFamily):
     """Qwen-Image-Layered: a whole picture and its RGBA layers, as frames; the whole picture is the condition too.
 
+    Sigma is shifted as Qwen-Image's, as musubi-tuner trains it too, here by the tokens of all frames: factor 2.4 for a
+    picture with four layers at 640x640. diffusers' pipeline has another rule, mu = sqrt(tokens of one frame / 256): 2.5
+    there.
+
     Args:
-        pretrained: Diffusers folder, hub id, or a single `.safetensors` file of the transformer.
-        latents: Shape of the latents: 16 channels at stride 8, layered.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to.
-        vae: Folder or hub id of the RGBA VAE; None: `pretrained`.
-        text_encoder: Folder or hub id of Qwen2.5-VL and its tokenizer; None: `pretrained`.
-        drop_base_frame: The whole picture is condition alone: neither painted nor learnt, which saves its tokens. The
-            published model paints it as its first frame.
-        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
-        vae_dtype: Of the VAE.
-        text_dtype: Of the text encoder, and of the cached embeddings.
-        text_length: Tokens that captions are cut at, 1 to 1024; they have their own length up to there.
+        vae: Folder or hub id of the RGBA VAE, which is not Qwen-Image's; None: `pretrained`.
+        drop_base_frame: The whole picture is condition alone: neither painted nor learnt, which saves its tokens
+            (musubi-tuner's --remove_first_image_from_target). The published model paints it as its first frame.
 
     Raises:
-        ValueError: An unknown dtype, latents that are not layered, or a text length out of range.
+        ValueError: Latents that are not layered.
     """
+
+    latents: LatentSpec = LatentSpec(channels=16, spatial_stride=8, temporal_stride=1, patch=(1, 2, 2), layered=True)
+    drop_base_frame: bool = False
 
     family = "qwen_image_layered"
     conditioning = LayeredConditioning
     pictures = PictureInputs(first_frame=True)
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        vae: str | None = None,
-        text_encoder: str | None = None,
-        drop_base_frame: bool = False,
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        text_dtype: str = "bfloat16",
-        text_length: int = 512,
-    ) -> None:
-        super().__init__(
-            pretrained=pretrained,
-            latents=latents,
-            sigma=sigma,
-            lora_targets=lora_targets,
-            vae=vae,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            text_dtype=text_dtype,
-        )
-        if not latents.layered or latents.temporal_stride != 1:
+    def __post_init__(self) -> None:
+        """Refuse latents that are no layers."""
+        super().__post_init__()
+        if not self.latents.layered or self.latents.temporal_stride != 1:
             raise ValueError("Qwen-Image-Layered needs model.latents.layered=true and model.latents.temporal_stride=1")
-        self.given_frames = int(drop_base_frame)
-        self.text_length = qwen_parts.length_of_text(text_length)
+        self.given_frames = int(self.drop_base_frame)
 
     @property
     def musubi(self) -> MusubiFormat:

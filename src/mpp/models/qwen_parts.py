@@ -6,6 +6,7 @@ Not an architecture: the two are, and neither imports the other.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar
@@ -22,7 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
-from mpp.models.family import Family, FamilyEncoders
+from mpp.core.flow import LinearShift, SigmaLaw
+from mpp.models.base import LatentSpec
+from mpp.models.family import DTYPES, DType, Family, FamilyEncoders
 from mpp.models.musubi_parts import MusubiFormat
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
@@ -64,13 +67,36 @@ def _without_marker(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name != _ZERO_COND_T}
 
 
+@dataclass(kw_only=True, eq=False)
 class QwenFamily(Family):
-    """Base of the Qwen-Image families."""
+    """Base of the Qwen-Image families.
+
+    Args:
+        text_length: Tokens that captions are cut at, 1 to 1024; they have their own length up to there.
+
+    Raises:
+        ValueError: A text length out of range.
+    """
+
+    # The picture's attention, as diffusers' train_dreambooth_lora_qwen_image.py. musubi-tuner trains all linear layers
+    # of the blocks but modulation: also add_[qkv]_proj, to_add_out, net.0.proj and net.2. Of the last block add_q_proj,
+    # to_add_out and txt_mlp reach no output, so adapters there would never learn.
+    lora_targets: str | Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+    latents: LatentSpec = LatentSpec(channels=16, spatial_stride=8, temporal_stride=1, patch=(1, 2, 2))
+    # qwen_shift of musubi-tuner: sigmoid of a normal, shifted by resolution as the published scheduler does
+    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=LinearShift(256, 0.5, 8192, 0.9))
+    text_length: int = 512
 
     transformer_class = QwenImageTransformer2DModel
     single_file = original_file()
     guidance_scale = 4.0
     steps = 50
+
+    def __post_init__(self) -> None:
+        """Refuse texts longer than the pipelines take."""
+        super().__post_init__()
+        if not 1 <= self.text_length <= LONGEST:
+            raise ValueError(f"model.text_length must be in 1 to {LONGEST}, got {self.text_length}")
 
     def load_part(self, subfolder: str) -> nn.Module:
         """One frozen transformer in `dtype`, whose rotary tables are fit for training whoever asks for them first.
@@ -96,17 +122,6 @@ class QwenFamily(Family):
 def musubi_format(names: Mapping[str, tuple[str, ...]], **more: Any) -> MusubiFormat:  # noqa: ANN401
     """Latents are normalised; musubi-tuner calls all of them `qwen_image` inside, blissful-tuner by their own names."""
     return MusubiFormat(names=names, text={"text": ("vl_embed", 2)}, latents_dtype=torch.bfloat16, **more)
-
-
-def length_of_text(length: int) -> int:
-    """`model.text_length`.
-
-    Raises:
-        ValueError: Out of range.
-    """
-    if not 1 <= length <= LONGEST:
-        raise ValueError(f"model.text_length must be in 1 to {LONGEST}, got {length}")
-    return length
 
 
 def velocity(
@@ -171,14 +186,15 @@ def stack_pictures(latents: Sequence[Tensor | None], what: str) -> Tensor | None
 
 
 def text_arguments(
-    positive: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor] | None, guidance: float, dtype: torch.dtype
+    positive: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor] | None, guidance: float, dtype: DType
 ) -> dict[str, Any]:
     """A pipeline's arguments for texts `(embeddings, mask)` and guidance; its latents have the texts' dtype."""
     embeddings, mask = (None, None) if negative is None else negative
+    kind = DTYPES[dtype]
     return {
-        "prompt_embeds": positive[0].to(dtype),
+        "prompt_embeds": positive[0].to(kind),
         "prompt_embeds_mask": positive[1],
-        "negative_prompt_embeds": None if embeddings is None else embeddings.to(dtype),
+        "negative_prompt_embeds": None if embeddings is None else embeddings.to(kind),
         "negative_prompt_embeds_mask": mask,
         "true_cfg_scale": guidance,
         "max_sequence_length": LONGEST,

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,12 +44,13 @@ class ToyConditioning(Conditioning):
     text: Tensor
 
 
+@dataclass(kw_only=True, eq=False)
 class Toy:
     """The toy family: pictures of one frame in RGB.
 
     Args:
         pretrained: Diffusers folder or hub id of the transformer.
-        latents: Shape of the latents: `3 * stride ** 2` channels.
+        latents: Shape of the latents: `3 * stride ** 2` channels, which are colours of pixels.
         sigma: Training law of sigma.
         lora_targets: Modules that adapters attach to.
         text_dim: Length of a word's vector, a multiple of 8.
@@ -59,29 +61,29 @@ class Toy:
             no multiple of 8.
     """
 
+    pretrained: str
+    lora_targets: str | Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    latents: LatentSpec = LatentSpec(channels=12, spatial_stride=2, temporal_stride=1, patch=(1, 2, 2))
+    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=3.0)
+    text_dim: int = 48
+    text_length: int = 8
+
     family = "toy"
     conditioning = ToyConditioning
     pictures = PictureInputs()
-    cache_settings: Mapping[str, object] = MappingProxyType({})
+    cache_settings: ClassVar[Mapping[str, object]] = MappingProxyType({})
     given_frames = 0
     least_frames = 1
-    boundaries: tuple[float, ...] = ()
-    native: tuple[NativeRule, ...] = ()
+    boundaries: ClassVar[tuple[float, ...]] = ()
+    native: ClassVar[tuple[NativeRule, ...]] = ()
     musubi = None
     guidance_scale = 1.0
     steps = 20
     fps = None
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        text_dim: int = 48,
-        text_length: int = 8,
-    ) -> None:
+    def __post_init__(self) -> None:
+        """Refuse settings that make no toy."""
+        latents = self.latents
         if latents.channels != 3 * latents.spatial_stride**2:
             raise ValueError(
                 f"model.latents: stride {latents.spatial_stride} makes {3 * latents.spatial_stride**2} channels of RGB "
@@ -89,13 +91,10 @@ class Toy:
             )
         if latents.temporal_stride != 1:
             raise ValueError(f"model.latents.temporal_stride must be 1 for model=toy, got {latents.temporal_stride}")
-        if text_dim % 8:
-            raise ValueError(f"model.text_dim must be a multiple of 8, got {text_dim}")
-        self.pretrained = pretrained
-        self.latents = latents
-        self.sigma = sigma
-        self.lora_targets = lora_targets if isinstance(lora_targets, str) else tuple(lora_targets)
-        self.text_dim, self.text_length = text_dim, text_length
+        if self.text_dim % 8:
+            raise ValueError(f"model.text_dim must be a multiple of 8, got {self.text_dim}")
+        if not isinstance(self.lora_targets, str):
+            self.lora_targets = tuple(self.lora_targets)
 
     def check(self) -> None:
         """Refuse a transformer that is not there or not of the toy's shape; loads no weights."""

@@ -1,9 +1,8 @@
 """WAN 2.1 and 2.2 on diffusers' `WanTransformer3DModel`: text to video (one frame is an image) and image to video."""
 
-import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -34,20 +33,19 @@ _BOUNDARY = {False: 0.875, True: 0.9}  # text and image to video: wan_t2v_A14B.p
 _GUIDANCE = {"high": 4.0, "low": 3.0, "both": 3.5}  # wan_t2v_A14B.py; both get one number, so between the two
 
 
+@dataclass(kw_only=True, eq=False)
 class Wan(Family):
     """WAN 2.1 and 2.2.
 
+    With `expert` high or low the range of `sigma` should be that expert's. CLIP is float32 whatever `text_dtype` is, as
+    in diffusers' examples.
+
     Args:
-        pretrained: Diffusers folder, hub id, or a single `.safetensors` file of the transformer with original or
-            diffusers keys.
-        latents: Shape of the latents: 16 channels at stride 8, or 48 at 16 for TI2V-5B.
-        sigma: Training law of sigma. With `expert` high or low its range should be that expert's.
-        lora_targets: Modules that adapters attach to.
-        vae: Folder or hub id of the VAE; None: `pretrained`.
         text_encoder: Folder or hub id of UMT5 and its tokenizer, and of CLIP and its processor; None: `pretrained`.
         image_to_video: The clip's first frame is given: as further input channels, or (`expand_timesteps`) in place of
             the first latent frame.
-        clip_dim: Width of the CLIP features of the first frame that WAN 2.1 image to video sees; None: it sees none.
+        clip_dim: Width of the CLIP features of the first frame that WAN 2.1 image to video sees, 1280 in the published
+            ones; None: it sees none.
         expand_timesteps: TI2V-5B, whose tokens each have a timestep; as in diffusers' `model_index.json`.
         expert: WAN 2.2 A14B is two transformers; `high` serves sigmas from the boundary up (diffusers folder
             `transformer`), `low` those below (`transformer_2`), `both` trains an adapter on each. None: models with
@@ -55,78 +53,59 @@ class Wan(Family):
         boundary: Sigma from which on the high noise expert serves, for `both`; None: 0.875, for image to video 0.9.
         pretrained_low: Source of the low noise expert, for `both`; None: `pretrained` is a folder or hub id with both.
         offload: For `both`, keep the expert that is not in use on the CPU.
-        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`. What diffusers keeps in float32 stays.
-        vae_dtype: Of the VAE.
-        text_dtype: Of the text encoder and its cached embeddings; CLIP is float32, as in diffusers' examples.
         text_length: Tokens that every caption is padded to. WAN attends to padding, so it is part of the model.
 
     Raises:
         ValueError: An unknown dtype or expert, or settings that exclude one another.
     """
 
+    # all attention and feed-forward layers of the blocks, as musubi-tuner's networks/lora_wan.py
+    lora_targets: str | Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    latents: LatentSpec = LatentSpec(channels=16, spatial_stride=8, temporal_stride=4, patch=(1, 2, 2))
+    # musubi-tuner's docs/wan.md, and flow_shift of the pipeline's scheduler
+    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=3.0)
+    text_length: int = 512
+    image_to_video: bool = False
+    clip_dim: int | None = None
+    expand_timesteps: bool = False
+    expert: Literal["high", "low", "both"] | None = None
+    boundary: float | None = None
+    pretrained_low: str | None = None
+    offload: bool = True
+
     conditioning = WanConditioning
     transformer_class = WanTransformer3DModel
     single_file = SingleFile("head.head.weight", read_config, convert_wan_transformer_to_diffusers)
     native = NATIVE
 
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        vae: str | None = None,
-        text_encoder: str | None = None,
-        image_to_video: bool = False,
-        clip_dim: int | None = None,
-        expand_timesteps: bool = False,
-        expert: Literal["high", "low", "both"] | None = None,
-        boundary: float | None = None,
-        pretrained_low: str | None = None,
-        offload: bool = True,
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        text_dtype: str = "bfloat16",
-        text_length: int = 512,
-    ) -> None:
-        super().__init__(
-            pretrained=pretrained,
-            latents=latents,
-            sigma=sigma,
-            lora_targets=lora_targets,
-            vae=vae,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            text_dtype=text_dtype,
-        )
-        self.image_to_video, self.clip_dim, self.expand_timesteps = image_to_video, clip_dim, expand_timesteps
-        self.expert, self.pretrained_low, self.offload, self.text_length = expert, pretrained_low, offload, text_length
-        self._check_settings(boundary)
-        self.subfolder = "transformer_2" if expert == "low" else "transformer"
-        if expert == "both":
-            self.boundaries = (_BOUNDARY[image_to_video] if boundary is None else boundary,)
-        if image_to_video:
+    def __post_init__(self) -> None:
+        """What follows from the settings, which must go together."""
+        super().__post_init__()
+        self._check_settings()
+        if self.expert == "low":
+            self.subfolder = "transformer_2"
+        if self.expert == "both":
+            self.boundaries = (_BOUNDARY[self.image_to_video] if self.boundary is None else self.boundary,)
+        if self.image_to_video:
             self.pictures = PictureInputs(first_frame=True)
-            self.given_frames = int(expand_timesteps)
+            self.given_frames = int(self.expand_timesteps)
             self.least_frames = 2
-        if clip_dim is not None:
+        if self.clip_dim is not None:
             self.text_components = ("text_encoder", "image_encoder")
-        kinds = ("wan_i2v_clip" if clip_dim else "wan_i2v") if image_to_video else "wan"
-        self.family = kinds.replace("wan", "wan_ti2v") if expand_timesteps else kinds
+        kinds = ("wan_i2v_clip" if self.clip_dim else "wan_i2v") if self.image_to_video else "wan"
+        self.family = kinds.replace("wan", "wan_ti2v") if self.expand_timesteps else kinds
         # Wan2.1 generate.py, Wan2.2 wan_{t2v,i2v}_A14B.py and wan_ti2v_5B.py
-        self.guidance_scale = 5.0 if expert is None else 3.5 if image_to_video else _GUIDANCE[expert]
-        self.fps = 24.0 if expand_timesteps else 16.0  # sample_fps in Wan2.2's wan/configs
-        self.steps = 40 if expert or (image_to_video and not expand_timesteps) else 50
+        self.guidance_scale = 5.0 if self.expert is None else 3.5 if self.image_to_video else _GUIDANCE[self.expert]
+        self.fps = 24.0 if self.expand_timesteps else 16.0  # sample_fps in Wan2.2's wan/configs
+        self.steps = 40 if self.expert or (self.image_to_video and not self.expand_timesteps) else 50
 
-    def _check_settings(self, boundary: float | None) -> None:
+    def _check_settings(self) -> None:
         if self.expert not in (None, "high", "low", "both"):
             raise ValueError(f"model.expert must be high, low, both or null, got {self.expert!r}")
-        if self.expert != "both" and (boundary is not None or self.pretrained_low):
+        if self.expert != "both" and (self.boundary is not None or self.pretrained_low):
             raise ValueError("model.boundary and model.pretrained_low are for model.expert=both; leave them null")
-        if boundary is not None and not 0 < boundary < 1:
-            raise ValueError(f"model.boundary must lie between 0 and 1, got {boundary}")
+        if self.boundary is not None and not 0 < self.boundary < 1:
+            raise ValueError(f"model.boundary must lie between 0 and 1, got {self.boundary}")
         if self.expand_timesteps and (self.expert or self.clip_dim):
             raise ValueError("model.expand_timesteps is TI2V-5B, which has neither experts nor CLIP; leave those null")
         if self.clip_dim and (self.expert or not self.image_to_video):
@@ -153,11 +132,9 @@ class Wan(Family):
                 f"model.pretrained={self.pretrained}: diffusers cannot load a pair of experts from a single file; give "
                 "a diffusers folder or a hub id, or set model.pretrained_low to the file of the low noise expert"
             )
-        low, high = copy.copy(self), copy.copy(self)
-        low.expert, low.boundaries, low.subfolder = "low", (), "transformer_2"
-        low.pretrained = self.pretrained_low or self.pretrained
-        high.expert, high.boundaries = "high", ()
-        return {"low": low, "high": high}
+        alone = {"boundary": None, "pretrained_low": None}
+        low = replace(self, expert="low", pretrained=self.pretrained_low or self.pretrained, **alone)
+        return {"low": low, "high": replace(self, expert="high", **alone)}
 
     def expected_config(self) -> dict[str, object]:
         """Channels, and what of the pictures it sees."""

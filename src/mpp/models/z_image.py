@@ -59,25 +59,22 @@ def _config(shapes: Shapes, native: bool) -> dict[str, Any]:
     }
 
 
+@dataclass(kw_only=True, eq=False)
 class ZImage(Family):
     """Z-Image text to image.
 
     Args:
-        pretrained: Diffusers folder, hub id, or a single `.safetensors` file of the transformer with ComfyUI's or
-            diffusers keys.
-        latents: Shape of the latents: 16 channels at stride 8.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to.
-        vae: Folder or hub id of the VAE; None: `pretrained`.
         text_encoder: Folder or hub id of Qwen3 and its tokenizer; None: `pretrained`.
-        dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`.
-        vae_dtype: Of the VAE.
-        text_dtype: Of the text encoder, and of the cached embeddings.
         text_length: Tokens that captions are cut at. They have their own length up to there.
-
-    Raises:
-        ValueError: An unknown dtype.
     """
+
+    # all attention and feed-forward layers of the main blocks, without refiners and modulation:
+    # musubi-tuner, networks/lora_zimage.py
+    lora_targets: str | Sequence[str] = r"layers\.\d+\.(attention\.to_[qkv]|attention\.to_out\.0|feed_forward\.w[123])"
+    latents: LatentSpec = LatentSpec(channels=16, spatial_stride=8, temporal_stride=1, patch=(1, 2, 2))
+    # towards noise: musubi-tuner, docs/zimage.md; the sampler's is 6.0
+    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=2.0)
+    text_length: int = 512
 
     family = "z_image"
     conditioning = ZImageConditioning
@@ -103,33 +100,6 @@ class ZImage(Family):
         NativeRule(_BLOCK + r"feed_forward\.(w[123])", r"\1.feed_forward.\2"),
         NativeRule(_BLOCK + r"adaLN_modulation\.0", r"\1.adaLN_modulation.0"),
     )
-
-    def __init__(
-        self,
-        *,
-        pretrained: str,
-        latents: LatentSpec,
-        sigma: SigmaLaw,
-        lora_targets: str | Sequence[str],
-        vae: str | None = None,
-        text_encoder: str | None = None,
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        text_dtype: str = "bfloat16",
-        text_length: int = 512,
-    ) -> None:
-        super().__init__(
-            pretrained=pretrained,
-            latents=latents,
-            sigma=sigma,
-            lora_targets=lora_targets,
-            vae=vae,
-            text_encoder=text_encoder,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            text_dtype=text_dtype,
-        )
-        self.text_length = text_length
 
     def expected_config(self) -> dict[str, object]:
         """The transformer's channels, and that it takes no pictures (Z-Image-Omni does)."""
