@@ -15,7 +15,7 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.data.batch import Batch
 from mpp.models.adapters import Adapter
 from mpp.models.wan import WanConditioning
-from mpp.module import MaskedPriorModule
+from mpp.module import MaskedPriorModule, rows
 from mpp.teacher import Teacher
 
 QUIET = ["trainer.enable_progress_bar=false", "callbacks.learning_rate=null"]
@@ -149,6 +149,16 @@ def batch(masks, channels=16, seed=0):
         mask=masks,
         conditioning=WanConditioning(torch.randn(count, 64, 32, generator=random)),
     )
+
+
+def teacher_of(built, noisy, data):
+    """What the base model predicts for a batch, where it has something to preserve."""
+    return built.teacher_step(noisy, data, rows(built.weigh(data)))
+
+
+def student_of(built, noisy, data):
+    """What the adapted model predicts for a batch."""
+    return built.student_step(noisy, data)
 
 
 def four_masks():

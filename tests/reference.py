@@ -77,13 +77,13 @@ def _ratio(num, den):
     return num / den if den > 1e-8 else 0.0
 
 
-def loss(pred, target, mask, prior, s, sample_prior=None):
+def loss(pred, target, mask, prior, s):
     """(total, target, prior) of nested lists `[b][c][f][h][w]`, masks `[b][f][h][w]`; `s` holds the settings."""
     beta = s.get("area_scale_beta", 0.0)
     kind, delta = s.get("error", "mse"), s.get("huber_delta", 1.0)
     rows = []
     for b in range(len(pred)):
-        applies = prior is not None and s["prior_weight"] > 0 and (sample_prior is None or sample_prior[b] != 0)
+        applies = prior is not None and s["prior_weight"] > 0
         raw, tw, pw = weights(
             mask[b],
             threshold=s.get("prior_threshold"),
@@ -103,8 +103,7 @@ def loss(pred, target, mask, prior, s, sample_prior=None):
     else:
         count = len(rows)
         t = sum(_ratio(r[0], r[1]) * ((r[4] / r[5]) ** beta if beta else 1.0) for r in rows) / count
-        scale = sample_prior or [1.0] * count
-        p = sum(_ratio(r[2], r[3]) * w for r, w in zip(rows, scale, strict=True)) / count
+        p = sum(_ratio(r[2], r[3]) for r in rows) / count
     return t + s["prior_weight"] * p, t, s["prior_weight"] * p
 
 

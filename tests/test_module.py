@@ -7,7 +7,7 @@ import torch
 from mpp.core.loss import MaskedPriorLoss
 from mpp.models.adapters import adapters_off
 from mpp.teacher import Teacher
-from tests.helpers import batch, four_masks, module, randomise_adapter
+from tests.helpers import batch, four_masks, module, randomise_adapter, student_of, teacher_of
 
 THRESHOLD = MaskedPriorLoss(1.0, 0.1, normalization="per_sample")
 CONTINUOUS = MaskedPriorLoss(1.0, None, 0.7, normalization="per_sample")
@@ -40,8 +40,8 @@ def test_student_at_init_has_zero_prior_loss(pipeline, loss, dtype, autocast):
     data = batch(masks)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
         noisy = built.corrupt(data)
-        prior = built.teacher_step(noisy, data)
-        pred = built.student_step(noisy, data)
+        prior = teacher_of(built, noisy, data)
+        pred = student_of(built, noisy, data)
     assert torch.equal(prior, pred)
     assert built.loss(pred, noisy.target, data.mask, prior).prior.detach() == 0
 
@@ -54,8 +54,8 @@ def test_teacher_is_the_unadapted_base_bit_for_bit_after_50_steps(architecture):
         base = architecture.velocity(architecture.load_transformer(), noisy.latents, noisy.sigma, data.conditioning)
     train(built, data, 50)
     with torch.no_grad():
-        student = built.student_step(noisy, data)
-    assert torch.equal(built.teacher_step(noisy, data), base)
+        student = student_of(built, noisy, data)
+    assert torch.equal(teacher_of(built, noisy, data), base)
     assert not torch.allclose(student, base, atol=1e-2)
 
 
@@ -81,7 +81,7 @@ def test_teacher_carries_no_graph_and_pins_no_memory(architecture):
     noisy = built.corrupt(data)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        prior = built.teacher_step(noisy, data)
+        prior = teacher_of(built, noisy, data)
     assert not prior.requires_grad
     assert saved == []
 
@@ -92,13 +92,13 @@ def test_adapter_is_on_again_before_the_student_also_after_an_error(architecture
     data = batch(four_masks())
     noisy = built.corrupt(data)
     with torch.no_grad():
-        adapted = built.student_step(noisy, data)
-        built.teacher_step(noisy, data)
-        assert torch.equal(built.student_step(noisy, data), adapted)
+        adapted = student_of(built, noisy, data)
+        teacher_of(built, noisy, data)
+        assert torch.equal(student_of(built, noisy, data), adapted)
         broken = replace(data.conditioning, text=data.conditioning.text[:, :, :5])
         with pytest.raises(RuntimeError):
-            built.teacher_step(noisy, replace(data, conditioning=broken))
-        assert torch.equal(built.student_step(noisy, data), adapted)
+            teacher_of(built, noisy, replace(data, conditioning=broken))
+        assert torch.equal(student_of(built, noisy, data), adapted)
 
 
 def test_both_passes_see_one_draw(architecture, monkeypatch):
@@ -130,7 +130,7 @@ def test_teacher_runs_for_exactly_the_samples_with_something_to_preserve(archite
     monkeypatch.setattr(type(architecture), "velocity", spy)
     data = batch(four_masks())
     noisy = built.corrupt(data)
-    prior = built.teacher_step(noisy, data)
+    prior = teacher_of(built, noisy, data)
     assert sizes == [2]
     with torch.no_grad(), adapters_off(built.transformer):
         whole = good(architecture, built.transformer, noisy.latents, noisy.sigma, data.conditioning)
@@ -144,8 +144,8 @@ def test_a_part_of_the_batch_gives_the_loss_of_the_whole(architecture):
     data = batch(four_masks())
     noisy = built.corrupt(data)
     with torch.no_grad():
-        pred = built.student_step(noisy, data)
-        part = built.loss(pred, noisy.target, data.mask, built.teacher_step(noisy, data))
+        pred = student_of(built, noisy, data)
+        part = built.loss(pred, noisy.target, data.mask, teacher_of(built, noisy, data))
         everyone = built.teacher.predict(architecture, built.transformer, noisy, data.conditioning, range(4))
         whole = built.loss(pred, noisy.target, data.mask, everyone)
     torch.testing.assert_close(part.total, whole.total, rtol=1e-5, atol=1e-6)
@@ -159,10 +159,10 @@ BLURRED = [replace(CONTINUOUS, mask_blur=kernel) for kernel in (7, 13, 31, 33)]
 def test_full_masks_and_no_prior_run_no_teacher(architecture, loss):
     data = batch(torch.ones(2, 1, 1, 8, 8))
     built = module(architecture, loss)
-    assert built.teacher_step(built.corrupt(data), data) is None
+    assert teacher_of(built, built.corrupt(data), data) is None
     off = module(architecture, replace(loss, prior_weight=0.0))
     masked = batch(four_masks())
-    assert off.teacher_step(off.corrupt(masked), masked) is None
+    assert teacher_of(off, off.corrupt(masked), masked) is None
 
 
 def test_gradients_reach_every_adapter_and_equal_with_checkpointing(architecture):
@@ -185,9 +185,9 @@ def test_train_and_eval_mode_are_left_alone_unless_asked(architecture):
     built.transformer.blocks[1].register_forward_hook(lambda m, *_: inside.append(m.training))
     data = batch(four_masks())
     noisy = built.corrupt(data)
-    built.teacher_step(noisy, data)
+    teacher_of(built, noisy, data)
     built.teacher = Teacher()
-    built.teacher_step(noisy, data)
+    teacher_of(built, noisy, data)
     assert inside == [False, True]
     assert [m.training for m in built.transformer.modules()] == before
 
@@ -256,8 +256,8 @@ def test_drift_is_the_relative_squared_distance_over_the_prior_region(architectu
     built.validation_step(data, 0)
     noisy = built.corrupt(data, "validation 0", 0.5)
     with torch.no_grad():
-        pred = built.student_step(noisy, data).double()
-        base = built.teacher_step(noisy, data).double()
+        pred = student_of(built, noisy, data).double()
+        base = teacher_of(built, noisy, data).double()
     outside = (data.mask < 0.1).expand_as(pred)
     want = ((pred - base)[outside] ** 2).sum() / (base[outside] ** 2).sum()
     assert built.val_metrics.compute()["drift"] == pytest.approx(float(want), rel=1e-5)

@@ -178,6 +178,20 @@ def test_other_optimizers_train_and_resume(pipeline, prepared, tmp_path, optimiz
 # ---------------------------------------------------------------- accumulation
 
 
+@pytest.mark.parametrize(("accumulate", "once_more"), [(1, 0), (2, 4)])
+def test_the_weights_of_a_batch_are_computed_once_a_step(
+    pipeline, prepared, tmp_path, monkeypatch, accumulate, once_more
+):
+    """Again only for what all batches of an accumulation window are divided by: once for each of them."""
+    from mpp.core import loss
+
+    calls, original = [], loss.process_mask
+    monkeypatch.setattr(loss, "process_mask", lambda *a, **k: calls.append(1) or original(*a, **k))
+    settings = [f"trainer.accumulate_grad_batches={accumulate}", f"trainer.max_steps={4 // accumulate}"]
+    train(pipeline, prepared, tmp_path, "callbacks.report=null", *settings)
+    assert len(calls) == 4 + once_more
+
+
 @pytest.mark.parametrize("preset", ["threshold", "continuous"])
 @pytest.mark.parametrize("normalization", ["global", "per_sample"])
 @pytest.mark.parametrize("sizes", [(1, 4), (2, 2)])

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from PIL import Image, ImageDraw
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.coverage import Coverage, effective_weights, measure_coverage, mode_of, step_cost
+from mpp.coverage import Coverage, measure_coverage, mode_of, step_cost
 from mpp.data.cache import Cache, key_frames
 from mpp.data.datamodule import LatentDataModule
 from mpp.data.index import Entry
@@ -283,7 +283,7 @@ def region_strip(
         given: Leading frames that the model is given, which are not shown.
         layered: Frames are layers, the whole picture first; of a clip the first frame is shown.
     """
-    weights = effective_weights(loss, cache.mask(entry)[None, :, given:])
+    weights = loss.weights(cache.mask(entry)[None, :, given:])
     rows = []
     for number in range(weights.raw.shape[2] if layered else 1):
         layer = number + given - 1 if layered and number + given > 0 else None

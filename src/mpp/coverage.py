@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.core.masks import MaskWeights
 from mpp.data.cache import Cache, some
 from mpp.data.index import Entry
 
@@ -77,11 +76,11 @@ class Coverage:
 
 def cover(loss: MaskedPriorLoss, mask: torch.Tensor, entry: Entry) -> SampleCoverage:
     """What one sample's mask `(1, 1, f, h, w)` comes to under a loss."""
-    weights = effective_weights(loss, mask)
+    weights = loss.weights(mask)
     return SampleCoverage(
         learn=float(weights.target.mean()),
         preserve=float(weights.prior.mean()),
-        taught=bool(loss.needs_prior(mask)[0]),
+        taught=bool(weights.needs_prior()[0]),
         lowest=None if entry.mask is None else float(mask.min()),
         repeats=entry.repeats,
     )
@@ -101,11 +100,6 @@ def measure_coverage(cache: Cache, entries: Sequence[Entry], loss: MaskedPriorLo
     """
     chosen = some(entries, _SCANNED)
     return Coverage.of(cover(loss, cache.mask(entry)[None, :, given:], entry) for entry in chosen)
-
-
-def effective_weights(loss: MaskedPriorLoss, mask: torch.Tensor) -> MaskWeights:
-    """The weights that training uses: no prior region while the prior is off."""
-    return loss.weights(mask) if loss.prior_weight > 0 else loss.plain_weights(mask)
 
 
 def mode_of(loss: MaskedPriorLoss) -> str:

@@ -17,6 +17,7 @@ from mpp import __version__, metrics
 from mpp.core import draws, flow
 from mpp.core.flow import Noisy
 from mpp.core.loss import LossSums, MaskedPriorLoss
+from mpp.core.masks import MaskWeights
 from mpp.data.batch import Batch
 from mpp.metrics import LossMetrics
 from mpp.models.adapters import Adapter, adapter_state, inject, load_adapter_state
@@ -83,6 +84,8 @@ class MaskedPriorModule(LightningModule):
         self._base: str | None = None
         self._reported_at = 0.0
         self._warned = False
+        self._window: tuple[Tensor, ...] | None = None  # the accumulation window that `_over` was measured on
+        self._over: LossSums | None = None
         self._learning = 0  # samples since the last report that are meant to teach something
 
     def configure_model(self) -> None:
@@ -150,11 +153,15 @@ class MaskedPriorModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, scaled so that accumulated batches and ranks add up to one big batch."""
         noisy = self.corrupt(batch)  # one draw of noise and sigma for both passes
-        prior = self.teacher_step(noisy, batch)  # None where no sample has anything to preserve
+        weights = self.weigh(batch)  # these cells learn, these are kept: computed once, on the host
+        samples = rows(weights)
+        prior = self.teacher_step(noisy, batch, samples)  # None where no sample has anything to preserve
         pred = self.student_step(noisy, batch)
-        sums = self.loss.sums(pred, noisy.target, batch.mask, prior)
-        over, parts = self.effective_batch(sums, batch)
-        self.report_train(batch, batch_idx, sums, pred, prior)
+        weights = weights.to(pred.device)
+        sums = self.loss.sums(pred, noisy.target, weights, prior)
+        over, parts = self.effective_batch(sums, batch, weights)
+        self.train_metrics.update(sums, len(batch), len(samples), pred=pred, prior=prior, prior_weights=weights.prior)
+        self.report_train(batch, batch_idx)
         return self.loss.terms(sums, over).total * parts
 
     def corrupt(self, batch: Batch, epoch: int | str | None = None, sigma: float | None = None) -> Noisy:
@@ -177,22 +184,19 @@ class MaskedPriorModule(LightningModule):
         noisy = flow.interpolate(batch.latents, noise, levels)
         return Noisy(noisy, levels, flow.velocity(batch.latents, noise))
 
-    def teacher_step(self, noisy: Noisy, batch: Batch) -> Float[Tensor, "b c f h w"] | None:
+    def teacher_step(self, noisy: Noisy, batch: Batch, samples: Sequence[int]) -> Float[Tensor, "b c f h w"] | None:
         """The base model's prediction for the samples that have something to preserve, None if there are none."""
-        return self.teacher.predict(
-            self.architecture, self.transformer, noisy, batch.conditioning, self.prior_samples(batch)
-        )
+        return self.teacher.predict(self.architecture, self.transformer, noisy, batch.conditioning, samples)
 
     def student_step(self, noisy: Noisy, batch: Batch) -> Float[Tensor, "b c f h w"]:
         """The adapted model's prediction, on the same noisy latents."""
         return self.architecture.velocity(self.transformer, noisy.latents, noisy.sigma, batch.conditioning)
 
-    def prior_samples(self, batch: Batch) -> tuple[int, ...]:
-        """Samples with any cell to preserve, decided on the host so that the device is never asked."""
-        mask = batch.mask if batch.host_mask is None else batch.host_mask
-        return tuple(self.loss.needs_prior(mask).nonzero().flatten().tolist())
+    def weigh(self, batch: Batch) -> MaskWeights:
+        """Weights of a batch, on the host: who needs a teacher is decided there, so the device is never asked."""
+        return self.loss.weights(batch.mask if batch.host_mask is None else batch.host_mask)
 
-    def effective_batch(self, sums: LossSums, batch: Batch) -> tuple[LossSums, int]:
+    def effective_batch(self, sums: LossSums, batch: Batch, weights: MaskWeights) -> tuple[LossSums, int]:
         """What the loss divides by, and how many parts it will be averaged over.
 
         DDP averages gradients over ranks and Lightning divides by the accumulated batches; the weights of the whole
@@ -201,26 +205,31 @@ class MaskedPriorModule(LightningModule):
         ranks = self.trainer.world_size if self._trainer is not None else 1
         if ranks == 1 and batch.window is None:
             return sums, 1
-        masks = batch.window or (batch.mask,)
-        channels = batch.latents.shape[1]
-        mine = torch.stack([self.loss.normalizers(mask.float(), channels).stacked() for mask in masks]).sum(0)
-        mine = mine.to(self.device)
-        over = self.trainer.strategy.reduce(mine, reduce_op="sum") if ranks > 1 else mine
-        return LossSums(*over), ranks * self.trainer.accumulate_grad_batches
+        if batch.window is None or batch.window is not self._window:
+            every = [weights] if batch.window is None else [self.loss.weights(mask) for mask in batch.window]
+            channels = batch.latents.shape[1]
+            mine = torch.stack([self.loss.normalizers(one, channels).stacked() for one in every]).sum(0)
+            mine = mine.to(self.device)
+            self._window = batch.window
+            self._over = LossSums(*(self.trainer.strategy.reduce(mine, reduce_op="sum") if ranks > 1 else mine))
+        return self._over, ranks * self.trainer.accumulate_grad_batches
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Target, prior and drift at fixed sigmas and noise; the drift also where training runs no teacher."""
         del batch_idx
-        region = self.loss.weights(batch.mask).prior
-        samples = tuple((region.flatten(1).amax(1) > 0).nonzero().flatten().tolist())
+        weights = self.weigh(batch)
+        region = self.loss.split(weights)
+        samples, weights, region = rows(region), weights.to(batch.mask.device), region.to(batch.mask.device)
         for number, sigma in enumerate(self._validation_sigmas(batch)):
             noisy = self.corrupt(batch, f"validation {number}", sigma)
             prior = self.teacher.predict(self.architecture, self.transformer, noisy, batch.conditioning, samples)
             pred = self.student_step(noisy, batch)
-            sums = self.loss.sums(pred, noisy.target, batch.mask, prior)
+            sums = self.loss.sums(pred, noisy.target, weights, prior)
             if batch.counted:
-                self.val_metrics.update(sums, len(batch), len(samples), pred=pred, prior=prior, prior_weights=region)
+                self.val_metrics.update(
+                    sums, len(batch), len(samples), pred=pred, prior=prior, prior_weights=region.prior
+                )
 
     def _validation_sigmas(self, batch: Batch) -> list[float]:
         if self.val_sigmas is not None:
@@ -230,11 +239,8 @@ class MaskedPriorModule(LightningModule):
 
     # ---------------------------------------------------------------- reports
 
-    def report_train(self, batch: Batch, batch_idx: int, sums: LossSums, pred: Tensor, prior: Tensor | None) -> None:
-        """Add the batch to the running sums, and log them every `log_every_n_steps` optimizer steps."""
-        preserved = self.loss.weights(batch.mask) if prior is not None else self.loss.plain_weights(batch.mask)
-        taught = len(self.prior_samples(batch))
-        self.train_metrics.update(sums, len(batch), taught, pred=pred, prior=prior, prior_weights=preserved.prior)
+    def report_train(self, batch: Batch, batch_idx: int) -> None:
+        """Log the running sums every `log_every_n_steps` optimizer steps."""
         if self._trainer is None:
             return
         trainer = self.trainer
@@ -341,6 +347,11 @@ class MaskedPriorModule(LightningModule):
             "steps": self.trainer.global_step if self._trainer is not None else 0,
             "config": self.provenance,
         }
+
+
+def rows(weights: MaskWeights) -> tuple[int, ...]:
+    """Numbers of the samples that have something to preserve."""
+    return tuple(weights.needs_prior().nonzero().flatten().tolist())
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any], *, base: str | None, seed: int) -> None:

@@ -45,13 +45,13 @@ def case(number, dtype=torch.float64):
     return pred, target, mask, prior
 
 
-def oracle(pred, target, mask, prior, s, sample_prior=None):
+def oracle(pred, target, mask, prior, s):
     def video(tensor):
         return (tensor if tensor.ndim == 5 else tensor.unsqueeze(2)).double().tolist()
 
     masks = [sample[0] for sample in video(mask)]
     prior = None if prior is None else video(prior)
-    return reference.loss(video(pred), video(target), masks, prior, s, sample_prior)
+    return reference.loss(video(pred), video(target), masks, prior, s)
 
 
 @pytest.mark.parametrize("number", range(300))
@@ -71,16 +71,6 @@ def test_low_precision_inputs_are_reduced_in_float32(number, dtype):
     want = oracle(pred, target, mask.float(), prior, s)
     assert got.total.dtype == torch.float32
     assert [float(got.total), float(got.target), float(got.prior)] == pytest.approx(want, rel=2e-6, abs=1e-6)
-
-
-@pytest.mark.parametrize("number", range(24))
-def test_per_sample_prior_weights_match_plain_loops(number):
-    s = {**settings(number), "normalization": "per_sample", "prior_weight": 1.5}
-    pred, target, mask, prior = case(number)
-    weights = [0.0, 0.25, 4.0][: len(pred)]
-    got = MaskedPriorLoss(**s)(pred, target, mask, prior, sample_prior_weight=torch.tensor(weights))
-    want = oracle(pred, target, mask, prior, s, weights)
-    assert [float(got.total), float(got.target), float(got.prior)] == pytest.approx(want, rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("number", range(18))
@@ -149,10 +139,12 @@ def test_sums_of_parts_give_the_loss_of_the_whole(normalization, threshold):
     pred, target, mask, prior = case(2)
     assert len(pred) == 3
     whole = loss(pred, target, mask, prior)
-    parts = [loss.sums(pred[s], target[s], mask[s], prior[s]) for s in (slice(0, 1), slice(1, 3))]
+    halves = (slice(0, 1), slice(1, 3))
+    weights = [loss.weights(mask[s]) for s in halves]
+    parts = [loss.sums(pred[s], target[s], w, prior[s]) for s, w in zip(halves, weights, strict=True)]
     together = loss.terms(parts[0] + parts[1])
     torch.testing.assert_close(together.total, whole.total)
-    over = [loss.normalizers(mask[s], pred.shape[1]) for s in (slice(0, 1), slice(1, 3))]
+    over = [loss.normalizers(w, pred.shape[1]) for w in weights]
     added = sum(float(loss.terms(part, over[0] + over[1]).total) for part in parts)
     assert added == pytest.approx(float(whole.total), rel=1e-12)
     assert torch.equal(LossSums(*parts[0].stacked()).stacked(), parts[0].stacked())
@@ -160,9 +152,11 @@ def test_sums_of_parts_give_the_loss_of_the_whole(normalization, threshold):
 
 def test_needs_prior_names_samples_with_a_cell_to_preserve():
     masks = torch.stack([torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.2)])
-    assert MaskedPriorLoss(1.0).needs_prior(masks).tolist() == [False, True, True]
-    assert MaskedPriorLoss(1.0, 0.1).needs_prior(masks).tolist() == [False, True, False]
-    assert MaskedPriorLoss(0.0).needs_prior(masks).tolist() == [False, False, False]
+    assert MaskedPriorLoss(1.0).weights(masks).needs_prior().tolist() == [False, True, True]
+    assert MaskedPriorLoss(1.0, 0.1).weights(masks).needs_prior().tolist() == [False, True, False]
+    off = MaskedPriorLoss(0.0, 0.1)
+    assert off.weights(masks).needs_prior().tolist() == [False, False, False]
+    assert off.split(off.weights(masks)).needs_prior().tolist() == [False, True, False]
 
 
 BAD = {
@@ -213,12 +207,6 @@ def test_shapes_that_do_not_match_are_refused_with_both_shapes():
     ]
     for message, start in zip(unchecked_errors(setup, others), starts, strict=True):
         assert message.startswith(start)
-
-
-def test_sample_prior_weights_need_per_sample():
-    latents = torch.zeros(2, 3, 1, 4, 4)
-    with pytest.raises(ValueError, match="per_sample"):
-        MaskedPriorLoss(1.0)(latents, latents, torch.ones(2, 1, 1, 4, 4), latents, sample_prior_weight=torch.ones(2))
 
 
 def test_advice_names_each_setting_once_with_its_remedy():

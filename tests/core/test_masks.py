@@ -53,7 +53,7 @@ def test_a_constant_stays_exactly_what_it_is_and_rounding_makes_no_region(number
         if value == 1:
             assert (weights.target == 1).all()
             assert (weights.prior == 0).all()
-            assert not loss.needs_prior(mask).any()
+            assert not weights.needs_prior().any()
 
 
 @pytest.mark.parametrize("kernel", [3, 7, 13])
@@ -106,15 +106,6 @@ def test_threshold_is_decided_on_the_raw_mask_before_blur_gamma_and_floor():
 def test_floor_is_affine_and_full_weight_stays_one():
     processed = process_mask(tiers(), gamma=1.0, min_weight=0.05, blur=0)
     assert processed.flatten().tolist() == pytest.approx([1, 128 / 255 * 0.95 + 0.05, 80 / 255 * 0.95 + 0.05, 0.05])
-
-
-def test_samples_the_prior_does_not_apply_to_keep_plain_weights():
-    raw = torch.rand(3, 1, 1, 4, 4)
-    processed = process_mask(raw, gamma=1.0, min_weight=0.0, blur=0)
-    regions = split_regions(raw, processed, threshold=0.5, applies=torch.tensor([True, False, True]))
-    assert torch.equal(regions.target[1], processed[1])
-    assert regions.prior[1].sum() == 0
-    assert regions.prior[0].sum() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64])

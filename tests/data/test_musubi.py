@@ -291,7 +291,7 @@ def test_an_empty_prior_region_is_what_the_loss_finds_too(tmp_path):
     raw = torch.rand(1, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) ** 4
     loss = MaskedPriorLoss(prior_weight=1.0, prior_threshold=0.1)
     for floor in (0.05, 0.1, 0.3):
-        empty = not loss.needs_prior(raw * (1 - floor) + floor).any()
+        empty = not loss.weights(raw * (1 - floor) + floor).needs_prior().any()
         assert empty == any("region is empty" in line for line in baked_advice({(1.0, floor): 1}, loss))
 
 

@@ -129,7 +129,7 @@ def test_a_preservation_sample_teaches_only_the_prior(architecture, other_captio
     batch = collate_samples([sample], architecture.collate([sample.conditioning]))
     for threshold in (None, 0.1):
         loss = MaskedPriorLoss(prior_weight=1.0, prior_threshold=threshold, normalization="per_sample")
-        assert loss.needs_prior(batch.mask).all()
+        assert loss.weights(batch.mask).needs_prior().all()
         pred, target, prior = (torch.randn_like(batch.latents, requires_grad=True) for _ in range(3))
         terms = loss(pred, target, batch.mask, prior)
         assert terms.target == 0

@@ -14,7 +14,7 @@ from mpp.models.base import Prompt, Shot
 from mpp.teacher import Teacher
 from tests.families import variants
 from tests.families.base import architecture, batch, conditioning, controls, draw_set, pixels
-from tests.helpers import QUIET, config, logged, randomise_adapter
+from tests.helpers import QUIET, config, logged, randomise_adapter, student_of, teacher_of
 from tests.helpers import module as make_module
 
 TEXTS = ("a red box", "a cat on a blue chair by the sea")
@@ -205,7 +205,7 @@ def test_base_weights_never_change_and_the_adapter_does(arch, two):
 def test_fresh_student_has_no_prior_loss(arch, two):
     built = make_module(arch)
     noisy = built.corrupt(two)
-    terms = built.loss(built.student_step(noisy, two), noisy.target, two.mask, built.teacher_step(noisy, two))
+    terms = built.loss(student_of(built, noisy, two), noisy.target, two.mask, teacher_of(built, noisy, two))
     assert float(terms.prior.detach()) == 0
     assert float(terms.target.detach()) > 0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -110,15 +110,7 @@ class MaskedPriorLoss:
         if bad:
             raise ValueError("; ".join(bad))
 
-    def __call__(
-        self,
-        pred: Latents,
-        target: Latents,
-        mask: AnyMask | None,
-        prior: Latents | None = None,
-        *,
-        sample_prior_weight: Float[Tensor, " b"] | None = None,
-    ) -> LossTerms:
+    def __call__(self, pred: Latents, target: Latents, mask: AnyMask | None, prior: Latents | None = None) -> LossTerms:
         """Loss of one batch.
 
         Args:
@@ -126,51 +118,51 @@ class MaskedPriorLoss:
             target: Training target of the same shape (velocity `noise - latents`).
             mask: Raw mask at latent resolution, or None for the plain mean of the error.
             prior: The base model's prediction, or None where the prior does not apply to the batch.
-            sample_prior_weight: Multiplies each sample's prior mean (`per_sample` only); a sample with 0 is
-                treated as if the prior did not apply to it.
 
         Raises:
-            ValueError: Shapes disagree, or `sample_prior_weight` is given without `per_sample`.
+            ValueError: Shapes disagree.
         """
-        return self.terms(self.sums(pred, target, mask, prior, sample_prior_weight=sample_prior_weight))
+        cells = _as_video(pred, "pred")[:, :1]
+        dtype = torch.promote_types(pred.dtype, torch.float32)
+        raw = torch.ones_like(cells, dtype=dtype) if mask is None else as_mask(mask, dtype)
+        weights = self._plain_weights(raw) if prior is None else self.weights(raw)
+        return self.terms(self.sums(pred, target, weights, prior))
 
-    def sums(
-        self,
-        pred: Latents,
-        target: Latents,
-        mask: AnyMask | None,
-        prior: Latents | None = None,
-        *,
-        sample_prior_weight: Float[Tensor, " b"] | None = None,
-    ) -> LossSums:
-        """Sufficient statistics of one batch; arguments as in the call."""
+    def weights(self, mask: AnyMask) -> MaskWeights:
+        """Which cells of a batch learn and which are kept, in float32 or the mask's float64.
+
+        Without a prior weight nothing is kept. Whoever needs the weights of a batch is handed these: they are computed
+        once a step.
+        """
+        plain = self._plain_weights(mask)
+        return self.split(plain) if self.prior_weight > 0 else plain
+
+    def split(self, weights: MaskWeights) -> MaskWeights:
+        """The weights with the prior's region taken out, also where `prior_weight` is 0."""
+        return split_regions(weights.raw, weights.target, threshold=self.prior_threshold)
+
+    def sums(self, pred: Latents, target: Latents, weights: MaskWeights, prior: Latents | None = None) -> LossSums:
+        """Sufficient statistics of one batch; arguments as in the call, but with the mask's `weights`."""
         dtype = torch.promote_types(pred.dtype, torch.float32)
         pred = _as_video(pred, "pred").to(dtype)
         target = _same_shape(_as_video(target, "target").to(dtype), pred, "target")
-        raw = torch.ones_like(pred[:, :1]) if mask is None else as_mask(mask, dtype)
-        _check_cells(raw, pred)
-        if sample_prior_weight is not None and self.normalization != "per_sample":
-            raise ValueError("sample_prior_weight needs loss.normalization=per_sample, got global")
-        prior = prior if self.prior_weight > 0 else None
-        applies = None if sample_prior_weight is None else sample_prior_weight != 0
-        weights = self.weights(raw, applies=applies) if prior is not None else self.plain_weights(raw)
+        _check_cells(weights.raw, pred)
         target_cells = self._error(pred, target)
-        if prior is None:
+        if prior is None or self.prior_weight == 0:
             prior_cells = torch.zeros_like(target_cells)
         else:
             prior_cells = self._error(pred, _same_shape(_as_video(prior, "prior").detach().to(dtype), pred, "prior"))
-        return self._reduce(target_cells, prior_cells, weights, pred.shape[1], sample_prior_weight)
+        return self._reduce(target_cells, prior_cells, weights, pred.shape[1])
 
-    def normalizers(self, mask: AnyMask, channels: int) -> LossSums:
+    def normalizers(self, weights: MaskWeights, channels: int) -> LossSums:
         """The statistics of a batch as far as its mask alone decides them: the errors are 0.
 
         Args:
-            mask: Raw mask at latent resolution.
+            weights: Of its cells.
             channels: Latent channels; a weight sum counts each of them.
         """
-        weights = self.weights(mask) if self.prior_weight > 0 else self.plain_weights(mask)
         nothing = torch.zeros_like(weights.raw)
-        return self._reduce(nothing, nothing, weights, channels, None)
+        return self._reduce(nothing, nothing, weights, channels)
 
     def terms(self, sums: LossSums, over: LossSums | None = None) -> LossTerms:
         """Loss from statistics.
@@ -186,23 +178,6 @@ class MaskedPriorLoss:
             target = target * _ratio(over.mask, over.cells) ** self.area_scale_beta
         prior = self.prior_weight * _ratio(sums.prior_error, over.prior_weight)
         return LossTerms(target + prior, target, prior)
-
-    def plain_weights(self, mask: AnyMask) -> MaskWeights:
-        """Weights where the prior does not apply: processed target weights, no prior."""
-        raw = as_mask(mask, torch.promote_types(mask.dtype, torch.float32))
-        processed = process_mask(raw, gamma=self.mask_gamma, min_weight=self.mask_min_weight, blur=self.mask_blur)
-        return MaskWeights(raw, processed, torch.zeros_like(processed))
-
-    def weights(self, mask: AnyMask, *, applies: Bool[Tensor, " b"] | None = None) -> MaskWeights:
-        """Weights of both regions where the prior applies, whatever `prior_weight` is."""
-        plain = self.plain_weights(mask)
-        return split_regions(plain.raw, plain.target, threshold=self.prior_threshold, applies=applies)
-
-    def needs_prior(self, mask: AnyMask) -> Bool[Tensor, " b"]:
-        """Samples that have any cell to preserve: the teacher runs for exactly these."""
-        if self.prior_weight == 0:
-            return torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
-        return self.weights(mask).prior.flatten(1).amax(1) > 0
 
     def advice(self) -> list[str]:
         """Settings that are allowed and rarely meant, each with its remedy."""
@@ -224,6 +199,11 @@ class MaskedPriorLoss:
             )
         return found
 
+    def _plain_weights(self, mask: AnyMask) -> MaskWeights:
+        raw = as_mask(mask, torch.promote_types(mask.dtype, torch.float32))
+        processed = process_mask(raw, gamma=self.mask_gamma, min_weight=self.mask_min_weight, blur=self.mask_blur)
+        return MaskWeights(raw, processed, torch.zeros_like(processed))
+
     def _error(self, pred: Tensor, other: Tensor) -> Float[Tensor, "b 1 f h w"]:
         """Element-wise error summed over channels: weights broadcast over them, so they can be summed first."""
         match self.error:
@@ -235,14 +215,7 @@ class MaskedPriorLoss:
                 error = functional.huber_loss(pred, other, reduction="none", delta=self.huber_delta)
         return error.sum(1, keepdim=True)
 
-    def _reduce(
-        self,
-        target_cells: Tensor,
-        prior_cells: Tensor,
-        weights: MaskWeights,
-        channels: int,
-        sample_prior: Tensor | None,
-    ) -> LossSums:
+    def _reduce(self, target_cells: Tensor, prior_cells: Tensor, weights: MaskWeights, channels: int) -> LossSums:
         cells = torch.full_like(weights.raw[0, 0, 0, 0, 0], weights.raw.numel())
         if self.normalization == "global":
             return LossSums(
@@ -257,8 +230,6 @@ class MaskedPriorLoss:
         prior = _ratio(_per_sample(prior_cells * weights.prior), _per_sample(weights.prior) * channels)
         if self.area_scale_beta:
             target = target * weights.raw.flatten(1).mean(1) ** self.area_scale_beta
-        if sample_prior is not None:
-            prior = prior * sample_prior.to(prior.dtype)
         samples = torch.full_like(cells, weights.raw.shape[0])
         return LossSums(target.sum(), samples, prior.sum(), samples, weights.raw.sum(), cells)
 

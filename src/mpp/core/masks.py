@@ -32,6 +32,14 @@ class MaskWeights:
     target: Mask
     prior: Mask
 
+    def needs_prior(self) -> Bool[Tensor, " b"]:
+        """Samples that have any cell to preserve: the teacher runs for exactly these."""
+        return self.prior.flatten(1).amax(1) > 0
+
+    def to(self, device: torch.device | str) -> "MaskWeights":
+        """The weights on a device."""
+        return MaskWeights(*(field.to(device, non_blocking=True) for field in (self.raw, self.target, self.prior)))
+
 
 def as_mask(mask: Shaped[Tensor, "..."], dtype: torch.dtype = torch.float32) -> Mask:
     """Bring a mask of any dtype to `(b, 1, f, h, w)` floats clamped to [0, 1].
@@ -93,9 +101,7 @@ def process_mask(raw: Mask, *, gamma: float, min_weight: float, blur: int) -> Ma
     return processed * (1 - min_weight) + min_weight
 
 
-def split_regions(
-    raw: Mask, processed: Mask, *, threshold: float | None, applies: Bool[Tensor, " b"] | None = None
-) -> MaskWeights:
+def split_regions(raw: Mask, processed: Mask, *, threshold: float | None) -> MaskWeights:
     """Divide the cells between target and prior.
 
     Continuous (no threshold): `prior = 1 - processed`, and 0 where that is negligible. With a threshold: `prior = raw <
@@ -106,16 +112,9 @@ def split_regions(
         raw: Mask in [0, 1].
         processed: Result of `process_mask` on it.
         threshold: In (0, 1), or None for the continuous mode.
-        applies: Samples to which the prior applies; the others keep their plain target weights and get no prior.
-            None: all of them.
     """
     if threshold is None:
-        prior, target = 1 - processed, processed
-        prior = torch.where(prior < NEGLIGIBLE, 0, prior)
-    else:
-        prior = (raw < threshold).to(raw.dtype)
-        target = processed * (1 - prior)
-    if applies is None:
-        return MaskWeights(raw, target, prior)
-    chosen = applies.view(-1, 1, 1, 1, 1)
-    return MaskWeights(raw, torch.where(chosen, target, processed), torch.where(chosen, prior, 0))
+        prior = 1 - processed
+        return MaskWeights(raw, processed, torch.where(prior < NEGLIGIBLE, 0, prior))
+    prior = (raw < threshold).to(raw.dtype)
+    return MaskWeights(raw, processed * (1 - prior), prior)

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.coverage import SampleCoverage, cover, effective_weights
+from mpp.coverage import SampleCoverage, cover
 from mpp.data.cache import Cache, Manifest, key_frames
 from mpp.data.index import Entry
 from mpp.models.base import LatentSpec
@@ -136,7 +136,7 @@ def weights_of(cache: Cache, sample: Sample, loss: MaskedPriorLoss, given: int) 
     """Raw mask, target and prior weights of the views that are not given, `(3, views, h, w)`; None with a problem."""
     if sample.coverage is None:
         return None
-    weights = effective_weights(loss, cache.mask(sample.entry)[None, :, given:])
+    weights = loss.weights(cache.mask(sample.entry)[None, :, given:])
     frames = [view.frame - given for view in sample.views if not view.given]
     return torch.stack([field[0, 0, frames] for field in (weights.raw, weights.target, weights.prior)])
 
@@ -173,9 +173,9 @@ def _small(path: Path | None) -> Image.Image | None:
 
 
 def _mask_facts(mask: Tensor, loss: MaskedPriorLoss) -> MaskFacts:
-    weights = effective_weights(loss, mask)
+    weights = loss.weights(mask)
     raw = weights.raw[0, 0]
-    learned = effective_weights(replace(loss, mask_min_weight=0.0), mask).target[0, 0]
+    learned = replace(loss, mask_min_weight=0.0).weights(mask).target[0, 0]
     still = raw.shape[0] > 1 and bool((raw - raw[:1]).abs().max() < _STILL)
     frames = zip(weights.target.mean((0, 1, 3, 4)).tolist(), weights.prior.mean((0, 1, 3, 4)).tolist(), strict=True)
     border, centre = _border_and_centre(raw.mean(0))
