@@ -213,7 +213,7 @@ def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage
     settings = ", ".join(f"{name}={value}" for name, value in vars(loss).items())
     visits, masks = int(data.train_entries.repeats.sum()), int(data.train_entries.masked.sum())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    picks = data.train_dataloader().sampler.pool_picks if data.pool else 0
+    picks = data.pool_picks
     rate = picks / (picks + visits)
     taught = coverage.taught * (1 - data.changes.unmasked_probability) * (1 - rate) + rate
     least, most = step_cost(taught, gradient_checkpointing=module.gradient_checkpointing)

@@ -21,7 +21,7 @@ from mpp.core.masks import MaskWeights
 from mpp.data.batch import Batch
 from mpp.metrics import LossMetrics
 from mpp.models.adapters import Adapter, adapter_state, inject, load_adapter_state
-from mpp.models.base import Architecture
+from mpp.models.base import Architecture, draw_sigma
 from mpp.teacher import Teacher
 
 CHECKPOINT_FORMAT = 1
@@ -176,8 +176,7 @@ class MaskedPriorModule(LightningModule):
         shape = tuple(batch.latents.shape[1:])
         noise = torch.stack([draws.noise(shape, self.seed, position, key) for key in batch.keys])
         if sigma is None:
-            tokens = self.architecture.latents.tokens(shape)
-            levels = self.architecture.sigma.draw(batch.keys, self.seed, position, tokens)
+            levels = draw_sigma(self.architecture, batch.keys, shape, self.seed, position)
         else:
             levels = torch.full((len(batch),), sigma)
         noise, levels = noise.to(batch.latents, non_blocking=True), levels.to(batch.latents.device, non_blocking=True)

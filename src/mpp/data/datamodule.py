@@ -12,11 +12,12 @@ from mpp.data.batch import Batch, Sample, collate_samples, read_sample
 from mpp.data.cache import Cache, Manifest, some, text_name
 from mpp.data.freshness import MaskChanges, mask_changes
 from mpp.data.index import Entry, Index
-from mpp.data.loader import BatchOrder, TrainLoader, ValidationLoader
+from mpp.data.loader import BatchOrder, Shape, TrainLoader, ValidationLoader, pool_quota
 from mpp.data.musubi import MusubiCache
 from mpp.data.preservation import Preservation
 from mpp.data.visits import Changes, TrainSamples
-from mpp.models.base import Architecture
+from mpp.models.base import Architecture, draw_sigma
+from mpp.models.experts import expert_numbers
 
 
 class CachedSamples(Dataset[Sample]):
@@ -137,16 +138,15 @@ class LatentDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """This rank's training batches, by shape."""
         rank, world = self._place()
-        given = self.architecture.given_frames
         samples = self._visits = self.visits()
-        shapes = self.train_entries.signatures(given)
+        shapes = self.train_entries.signatures(self.architecture.given_frames)
         order = BatchOrder(
             [shapes[row] for row in samples.numbering.rows],
             self.batch_size,
             self.seed,
             rank,
             world,
-            pool=[entry.signature(given) for _, entry in self.pool],
+            pool=self._pool_shapes(),
             pool_count=self.preservation.count(samples.numbering.count),
             routes=len(self.architecture.boundaries) + 1,
             route=self.route,
@@ -169,21 +169,26 @@ class LatentDataModule(LightningDataModule):
         return ValidationLoader(samples, shapes, self.batch_size, self.collate, rank=rank, world_size=world)
 
     def route(self, number: int, epoch: int) -> int:
-        """Number of the expert that a visit's sigma falls to in an epoch: the same draw as in the step."""
+        """Number of the expert that serves a visit's sigma in an epoch."""
         if self._routed[0] != epoch:
             self._routed = (epoch, {})
         known = self._routed[1]
         if number not in known:
-            known[number] = self._draw_route(number, epoch)
+            model = self.architecture
+            self._visits = self._visits or self.visits()
+            _, entry, key, _ = self._visits.find(number)
+            sigma = draw_sigma(model, [key], entry.signature(model.given_frames)[:4], self.seed, epoch)
+            known[number] = int(expert_numbers(sigma, model.boundaries))
         return known[number]
 
-    def _draw_route(self, number: int, epoch: int) -> int:
-        model = self.architecture
-        self._visits = self._visits or self.visits()
-        _, entry, key, _ = self._visits.find(number)
-        tokens = model.latents.tokens(entry.signature(model.given_frames)[:4])
-        sigma = model.sigma.draw([key], self.seed, epoch, tokens)
-        return sum(bool(sigma >= boundary) for boundary in model.boundaries)
+    @property
+    def pool_picks(self) -> int:
+        """Preservation samples in an epoch, over all ranks."""
+        count = self.preservation.count(int(self.train_entries.repeats.sum()))
+        return sum(pool_quota(self._pool_shapes(), count).values())
+
+    def _pool_shapes(self) -> list[Shape]:
+        return [entry.signature(self.architecture.given_frames) for _, entry in self.pool]
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """One batch from samples of one shape."""

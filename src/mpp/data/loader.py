@@ -66,7 +66,7 @@ class BatchOrder:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.first_of_pool, self.pool_size = len(shapes), len(pool)
         self.groups, self.pool = _by_shape(shapes), _by_shape(pool)
-        self.quota = _apportion({shape: len(members) for shape, members in self.pool.items()}, pool_count)
+        self.quota = pool_quota(pool, pool_count)
         self.routes, self.route = routes, route
         self.epoch = 0
         self.position = 0
@@ -123,11 +123,6 @@ class BatchOrder:
         """The same order, but one expert's batches after the other's; every second epoch the other way round."""
         direction = -1 if self.epoch % 2 else 1
         return sorted(order, key=lambda i: direction * self.route(found[i][0], self.epoch))
-
-    @property
-    def pool_picks(self) -> int:
-        """Samples of the pool in an epoch, over all ranks."""
-        return sum(self.quota.values())
 
     def _picks(self, shape: Shape) -> list[int]:
         """This epoch's samples of the pool in one shape; successive epochs go through the pool in turn."""
@@ -233,12 +228,18 @@ class ValidationLoader:
             yield replace(batch, counted=counted)
 
 
-def _apportion(sizes: dict[Shape, int], count: int) -> dict[Shape, int]:
-    """`count` shared out in proportion to the sizes, largest remainders first; at least 1 each."""
-    total = sum(sizes.values())
-    if total == 0 or count == 0:
+def pool_quota(shapes: Sequence[Shape], count: int) -> dict[Shape, int]:
+    """Samples of the pool in an epoch, over all ranks, by shape.
+
+    `count` is shared out in proportion to the samples of each shape, largest remainders first; at least 1 each.
+
+    Args:
+        shapes: Of each sample of the pool.
+        count: How many an epoch should hold; 0 is none.
+    """
+    if not shapes or count == 0:
         return {}
-    exact = {shape: count * size / total for shape, size in sizes.items()}
+    exact = {shape: count * len(members) / len(shapes) for shape, members in _by_shape(shapes).items()}
     shares = {shape: int(value) for shape, value in exact.items()}
     by_remainder = sorted(exact, key=lambda shape: (shares[shape] - exact[shape], shape))
     for shape in by_remainder[: count - sum(shares.values())]:

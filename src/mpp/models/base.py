@@ -396,3 +396,18 @@ def fingerprint_if_present(source: str, subfolder: str, option: str, *, fetch: b
         if fetch:
             raise
         return None
+
+
+def draw_sigma(
+    model: Architecture, keys: Sequence[str], shape: Sequence[int], seed: int, epoch: int | str
+) -> Float[Tensor, " n"]:
+    """Sigma of each sample for one visit, float32 in [0, 1]: what the step corrupts by and the loader sorts experts by.
+
+    Args:
+        model: Its law, and its tokens.
+        keys: Names of the samples.
+        shape: Of each sample's latents, without the frames that the model is given; frames, height, width last.
+        seed: Of the run.
+        epoch: Position of the visit.
+    """
+    return model.sigma.draw(keys, seed, epoch, model.latents.tokens(shape))

@@ -41,10 +41,9 @@ class Experts(nn.ModuleDict):
 
         Args:
             sigma: One per sample.
-            boundaries: Sigmas at or above which the next expert takes over, one fewer than there are experts.
-                Compared in sigma's own precision: float32's 0.9 is at the boundary 0.9, as in diffusers' pipelines.
+            boundaries: As `expert_numbers` takes them.
         """
-        numbers = sum((sigma >= boundary).long() for boundary in boundaries).tolist()
+        numbers = expert_numbers(sigma, boundaries).tolist()
         served = {name: [row for row, n in enumerate(numbers) if n == number] for number, name in enumerate(self)}
         return {name: rows for name, rows in served.items() if rows}
 
@@ -110,6 +109,17 @@ class Experts(nn.ModuleDict):
                 if parameter.grad is not None:
                     parameter.grad.data = fn(parameter.grad.data)
         return self
+
+
+def expert_numbers(sigma: Tensor, boundaries: Sequence[float]) -> Tensor:
+    """Number of the expert that serves each sigma, from 0 for the lowest.
+
+    Args:
+        sigma: One per sample.
+        boundaries: Sigmas at or above which the next expert takes over, one fewer than there are experts. Compared in
+            sigma's own precision: float32's 0.9 is at the boundary 0.9, as in diffusers' pipelines.
+    """
+    return sum(((sigma >= boundary).long() for boundary in boundaries), torch.zeros_like(sigma, dtype=torch.long))
 
 
 def parts_of(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
