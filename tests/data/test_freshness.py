@@ -10,10 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mpp.data.cache import Cache, made_from, write_tensors
+from mpp.data.cache import Cache, Notes, made_from, write_tensors
 from mpp.data.datamodule import LatentDataModule
 from mpp.data.freshness import MaskChanges, mask_changes
-from mpp.data.index import Entry
+from mpp.data.index import Entry, Index
+from mpp.data.provenance import MaskProvenance, Source
+from mpp.data.source import FolderSource
+from mpp.data.stamps import Stamps
+from mpp.models.base import LatentSpec
 from tests import helpers
 from tests.data import videos
 
@@ -62,6 +66,14 @@ def test_a_mask_in_another_place_or_read_otherwise_is_an_edited_one(root, pipeli
     assert not changes(root)
     shutil.copy(root / "masks" / "p2.png", root / "masks" / "p0.png")
     assert changes(root) == MaskChanges(edited=("p0",))  # the mask folder comes first
+
+
+def test_masks_that_only_moved_are_current_for_preparing_and_for_training(root, pipeline):
+    shutil.move(root / "masks", root / "moved")
+    assert helpers.prepare(pipeline, root, f"data.mask_dir={root / 'moved'}").masks_written == 0
+    assert changes(root) == MaskChanges()
+    invert(root / "moved" / "p0.png")
+    assert changes(root)
 
 
 def test_preparing_again_settles_it(root, pipeline):
@@ -133,24 +145,29 @@ def test_relative_folders_are_compared_from_anywhere(tmp_path, pipeline, monkeyp
 
 def test_storage_that_cannot_be_reached_is_said_and_is_no_error(root):
     cache = Cache(root / "cache")
-    record = made_from(cache.mask_path("p0"))
-    record["sources"][0]["source"] = "s3://bucket/p0.png"
-    write_tensors(cache.mask_path("p0"), {"mask": torch.ones(1, 1, 8, 8)}, record)
+    made = made_from(cache.mask_path("p0"), MaskProvenance)
+    there = Source({**made.sources[0].stamp, "source": "s3://bucket/p0.png"}, "other content")
+    write_tensors(cache.mask_path("p0"), {"mask": torch.ones(1, 1, 8, 8)}, replace(made, sources=(there,)).header())
     found = changes(root)
     assert not found
     assert "s3://bucket/p0.png" in found.unchecked
 
 
 def test_masks_of_layers_that_come_later_are_edits(tmp_path):
-    """A picture's mask held for all layers; now one of the layers has its own."""
-    from mpp.data.freshness import _used_otherwise
-    from mpp.data.item import Item
-    from mpp.models.base import LatentSpec
-
+    """A picture's mask held for all layers; now some of the layers have their own."""
+    for name in ("photos/p", "photos/p.layer0", "photos/p.layer1", "masks/p"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L" if "masks" in name else "RGB", (64, 64), 255).save(tmp_path / f"{name}.png")
+    cache = Cache(tmp_path / "cache")
+    folders = {"image_dir": str(tmp_path / "photos"), "mask_dir": str(tmp_path / "masks")}
+    source = FolderSource(**folders, cache_dir=str(cache.folder))
+    cache.write_notes(Notes(source.sources_record()))
+    sources = Stamps().sources([tmp_path / "masks" / "p.png"])
+    made = MaskProvenance(sources, (64, 64, 64, 64, False), None, "folder", (3, 8, 8), invert=False)
+    write_tensors(cache.mask_path("p"), {"mask": torch.ones(1, 3, 8, 8)}, made.header())
+    entries = Index.of([Entry("p", "train", (16, 3, 8, 8), "t", "", "folder")])
     layered = LatentSpec(16, 8, 1, (1, 2, 2), layered=True)
-    whole, own = tmp_path / "p.png", tmp_path / "p.layer0.png"
-    known = {"invert": False, "sources": [{"source": str(whole)}]}
-    entry = Entry("p", "train", (16, 2, 8, 8), "t", "", "folder")
-    item = Item("p", "train", whole, whole, "folder", "", captioned=False, layers=(own,), layer_masks=(None,))
-    assert not _used_otherwise(item, entry, known, layered)
-    assert _used_otherwise(replace(item, layer_masks=(own,)), entry, known, layered)
+    assert mask_changes(cache, entries, layered) == MaskChanges()
+    for number in (0, 1):
+        shutil.copy(tmp_path / "masks" / "p.png", tmp_path / "masks" / f"p.layer{number}.png")
+        assert mask_changes(cache, entries, layered) == MaskChanges(edited=("p",))

@@ -13,12 +13,13 @@ from mpp.data.cache import Cache, Manifest, text_name, write_tensors
 from mpp.data.index import Entry
 from mpp.data.musubi import MusubiCache
 from mpp.data.musubi_export import export_musubi
+from mpp.data.provenance import LatentsProvenance
 from mpp.models.base import Identity
 from tests import helpers
 from tests.data import musubi_fixtures as fixtures
 from tests.data.test_musubi import model
 
-GEOMETRY = {"geometry": [640, 480, 48, 32, False]}  # original and bucket, mirrored
+MADE = LatentsProvenance((), (640, 480, 48, 32, False), None, None).header()  # original and bucket, mirrored
 
 
 def metadata(path):
@@ -31,9 +32,9 @@ def our_cache(folder, arch, samples):
     cache = Cache(folder)
     cache.write_manifest(Manifest.of(arch, Identity(None, None, None)))
     for entry, latents, mask, record in samples:
-        write_tensors(cache.latents_path(entry.key), {"latents": latents}, GEOMETRY)
+        write_tensors(cache.latents_path(entry.key), {"latents": latents}, MADE)
         if mask is not None:
-            write_tensors(cache.mask_path(entry.key), {"mask": mask}, GEOMETRY)
+            write_tensors(cache.mask_path(entry.key), {"mask": mask}, MADE)
         tensors = record.tensors()
         pictures = {name: tensors.pop(name) for name in entry.pictures}
         write_tensors(cache.text_path(entry.text), tensors, {})

@@ -21,7 +21,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,8 +31,11 @@ from torch import Tensor
 from mpp import __version__
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.index import Entry, Index, write_index
+from mpp.data.provenance import Provenance
 from mpp.files import write_atomically, write_json
 from mpp.models.base import Architecture, Conditioning, Identity, LatentSpec
+
+P = TypeVar("P", bound=Provenance)
 
 FORMAT = 3
 _CHECKED = 10_000
@@ -304,24 +307,23 @@ def as_record(tensors: Mapping[str, Tensor], record: type[Conditioning], path: P
         raise ValueError(f"{path} is not this model's conditioning ({error}); {_AGAIN}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], made_from: Mapping[str, object]) -> None:
-    """Write a cache file atomically with what it was made from in its header."""
-    metadata = {"format": str(FORMAT), "made_from": json.dumps(dict(made_from), sort_keys=True)}
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> None:
+    """Write a cache file atomically; its header says what it was made from, as `Provenance.header` gives it."""
+    metadata = {"format": str(FORMAT), "made_from": json.dumps(dict(header), sort_keys=True)}
     contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=metadata))
 
 
-def made_from(path: Path) -> dict[str, object] | None:
-    """What a cache file was made from; None where it is missing, damaged, or of another format version."""
+def made_from(path: Path, kind: type[P]) -> P | None:
+    """What a cache file was made from; None where it is missing, damaged, or of another kind or format version."""
     try:
         with safe_open(path, "pt") as handle:
             metadata = handle.metadata() or {}
         if metadata.get("format") != str(FORMAT):
             return None
-        found = json.loads(metadata["made_from"])
-    except (SafetensorError, OSError, KeyError, ValueError):
+        return kind.from_header(json.loads(metadata["made_from"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _open(path: Path) -> safe_open:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -15,7 +14,8 @@ from mpp.data.cache import Cache, key_frames, write_tensors
 from mpp.data.frames import as_picture, as_pixels, read_controls, read_frames
 from mpp.data.loader import chunks
 from mpp.data.planning import Job, source_files
-from mpp.data.stamps import Record, Stamps
+from mpp.data.provenance import LatentsProvenance, Source
+from mpp.data.stamps import Stamps
 from mpp.data.work import Work
 from mpp.files import is_out_of_space, write_atomically
 from mpp.models.base import Architecture, Encoders, Identity, flat_tensors
@@ -31,14 +31,14 @@ class Decoded:
         job: Which.
         frames: Bytes `(channels, f, height, width)`; None where it failed.
         controls: Its control pictures.
-        sources: Records of its files, from before they were read.
+        sources: Its files, as they were before they were read.
         error: Why it could not be read.
     """
 
     job: Job
     frames: Tensor | None = None
     controls: tuple[Image.Image, ...] = ()
-    sources: tuple[Record, ...] = ()
+    sources: tuple[Source, ...] = ()
     error: str | None = None
 
 
@@ -57,14 +57,14 @@ class Decoding(Dataset[Decoded]):
         job = self.jobs[index]
         try:
             # The stamps are those of the files that are read, should one change meanwhile.
-            sources = Stamps().record(source_files(job.item, self.architecture))
+            sources = Stamps().sources(source_files(job.item, self.architecture))
             frames = read_frames(job.item, job.cut, self.architecture.latents)
             controls = tuple(read_controls(job.item, job.cut.geometry))
         except (ValueError, OSError) as error:
             return Decoded(job, error=str(error))
         except Exception as error:  # noqa: BLE001 (in a worker it would end the run without a name)
             return Decoded(job, error=f"{job.item.media}: {type(error).__name__}: {error}")
-        return Decoded(job, frames, controls, tuple(sources))
+        return Decoded(job, frames, controls, sources)
 
 
 class LatentWriter:
@@ -161,16 +161,11 @@ class LatentWriter:
             raise ValueError(f"{media}: its conditioning pictures: {error}") from error
         self._write_previews(job, decoded.frames)
         shapes = {name: tuple(tensor.shape) for name, tensor in fields.items()}
-        record: dict[str, Any] = {
-            "sources": list(decoded.sources),
-            **job.cut.record(),
-            "vae": self.identity.vae,
-            "alpha": job.has_alpha,
-            "pictures": shapes,
-        }
+        cut, vae = job.cut, self.identity.vae
+        made = LatentsProvenance(decoded.sources, cut.numbers, cut.frames, vae, job.has_alpha, shapes).header()
         if fields:
-            write_tensors(self.cache.pictures_path(job.key), fields, record)
-        write_tensors(self.cache.latents_path(job.key), {"latents": latents.clone()}, record)
+            write_tensors(self.cache.pictures_path(job.key), fields, made)
+        write_tensors(self.cache.latents_path(job.key), {"latents": latents.clone()}, made)
         return replace(job, pictures=shapes)
 
     def _write_previews(self, job: Job, frames: Tensor) -> None:

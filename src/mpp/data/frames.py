@@ -44,13 +44,15 @@ class Cut:
     media: Timeline | None = None
     mask: Timeline | None = None
 
-    def record(self) -> dict[str, object]:
-        """As cache files keep it."""
-        geometry = self.geometry
-        return {
-            "geometry": [*geometry.source, *geometry.size, geometry.flip],
-            "frames": None if self.clip is None else list(self.clip.frames),
-        }
+    @property
+    def numbers(self) -> tuple[int, int, int, int, bool]:
+        """Its geometry as cache files keep it: size of the media, size of the bucket, and whether it is mirrored."""
+        return (*self.geometry.source, *self.geometry.size, self.geometry.flip)
+
+    @property
+    def frames(self) -> tuple[int, ...] | None:
+        """Numbers of the source frames of a clip; None for a picture."""
+        return None if self.clip is None else self.clip.frames
 
 
 def frame_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
@@ -89,6 +91,30 @@ def mask_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
             f"none; add {item.media.stem}.layer{lacking}.png to the masks (white: learn all of it)"
         )
     return (*own, *layers)
+
+
+def mask_sources(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
+    """The files that a sample's mask is made from: its mask files, else the media itself, whose alpha it is.
+
+    Raises:
+        ValueError: As `mask_files` raises.
+    """
+    return mask_files(item, spec) or (item.media,)
+
+
+def mask_kind(item: Item, spec: LatentSpec, *, transparent: bool) -> str | None:
+    """Where a sample's mask comes from; None without one.
+
+    Args:
+        item: The sample's.
+        spec: The model's: layers have masks of their own.
+        transparent: Whether the media has an alpha that is not opaque.
+    """
+    if item.mask_kind is not None:
+        return item.mask_kind
+    if spec.layered:
+        return "folder" if any(item.layer_masks) else None
+    return "alpha" if transparent and item.alpha else None
 
 
 def check_controls(item: Item, inputs: PictureInputs) -> None:

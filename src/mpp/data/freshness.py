@@ -1,13 +1,14 @@
 """Whether the masks in a cache are still those on disk."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpp.data.cache import Cache, made_from, some
-from mpp.data.frames import mask_files
+from mpp.data.frames import mask_kind, mask_sources
 from mpp.data.index import Entry, Index
 from mpp.data.item import Item
-from mpp.data.places import Place, as_path, reaching
+from mpp.data.places import as_path, reaching
+from mpp.data.provenance import MaskProvenance
 from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps
 from mpp.models.base import LatentSpec
@@ -71,18 +72,20 @@ def mask_changes(cache: Cache, entries: Index, spec: LatentSpec) -> MaskChanges:
 
 
 def _change(cache: Cache, entry: Entry, items: dict[str, Item], stamps: Stamps, spec: LatentSpec) -> str | None:
-    """What happened to one sample's mask.
+    """What happened to one sample's mask, so that preparing again would write it anew, or leave it out.
 
     Raises:
         ValueError: Its files cannot be looked at.
     """
     item = items.get(entry.origin)
     if entry.mask is None:
-        return "new" if item is not None and _masks(item, spec) else None
-    known = made_from(cache.mask_path(entry.key))
-    if not known:
+        return "new" if item is not None and mask_kind(item, spec, transparent=False) else None
+    known = made_from(cache.mask_path(entry.key), MaskProvenance)
+    if known is None:
         return None  # the file itself is checked elsewhere
-    paths = [as_path(source["source"]) for source in known["sources"]]
+    if item is not None and _current(item, known, stamps, spec):
+        return None
+    paths = [as_path(source.place) for source in known.sources]
     for path in paths:
         with reaching(path):
             there = path.exists()
@@ -90,11 +93,17 @@ def _change(cache: Cache, entry: Entry, items: dict[str, Item], stamps: Stamps, 
             return "deleted"
         if not there:  # nothing can be found here, as on another machine
             raise ValueError(f"{path} is not on this machine")
-    if not stamps.unchanged(paths, known["sources"]) or (
-        item is not None and _used_otherwise(item, entry, known, spec)
-    ):
-        return "edited"
-    return None
+    return None if item is None and stamps.current(known, known, paths) else "edited"
+
+
+def _current(item: Item, known: MaskProvenance, stamps: Stamps, spec: LatentSpec) -> bool:
+    """Whether an item's mask is the one that was cached; its cells are those of the latents, which stay as they are."""
+    kind = mask_kind(item, spec, transparent=known.kind == "alpha")
+    try:
+        paths = mask_sources(item, spec)
+    except ValueError:  # only some of its layers have one
+        return False
+    return stamps.current(known, replace(known, kind=kind, invert=item.invert), paths)
 
 
 def _items(cache: Cache, entries: Index, spec: LatentSpec) -> tuple[dict[str, Item], str | None]:
@@ -108,22 +117,6 @@ def _items(cache: Cache, entries: Index, spec: LatentSpec) -> tuple[dict[str, It
         return {item.key: item for item in FolderSource.from_record(record).items(layered=spec.layered)}, None
     except (ValueError, OSError) as error:
         return {}, str(error)
-
-
-def _used_otherwise(item: Item, entry: Entry, known: dict[str, object], spec: LatentSpec) -> bool:
-    """Whether other files, or another reading of them, are the mask now."""
-    files = _masks(item, spec)
-    if entry.mask == "alpha":
-        return bool(files) or known["invert"] != item.invert
-    return [str(path) for path in files] != [s["source"] for s in known["sources"]] or known["invert"] != item.invert
-
-
-def _masks(item: Item, spec: LatentSpec) -> tuple[Place, ...]:
-    """Its mask files; where only some layers have one, those."""
-    try:
-        return mask_files(item, spec)
-    except ValueError:
-        return tuple(path for path in item.layer_masks if path is not None)
 
 
 def _one_each(entries: Iterable[Entry]) -> Iterable[Entry]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mpp.data.cache import Cache, Manifest, made_from
 from mpp.data.index import Entry
 from mpp.data.musubi_files import MASK, LatentsName
+from mpp.data.provenance import LatentsProvenance
 from mpp.files import write_atomically
 from mpp.models.base import Architecture, Conditioning
 from mpp.models.musubi_parts import MusubiFormat
@@ -130,12 +131,12 @@ def _plan(cache: Cache, model: Architecture, entries: list[Entry], folder: Path)
     mixed = len(set(clips)) > 1
     jobs = []
     for entry, clip in zip(entries, clips, strict=True):
-        made = made_from(cache.latents_path(entry.key))
+        made = made_from(cache.latents_path(entry.key), LatentsProvenance)
         if made is None:
             raise ValueError(
                 f"{cache.latents_path(entry.key)} is missing or damaged; run `python -m mpp.prepare` again"
             )
-        width, height = made["geometry"][:2]
+        width, height = made.geometry[:2]
         place = folder / "val" if entry.split == "val" else folder
         if mixed:
             place /= "videos" if clip else "images"

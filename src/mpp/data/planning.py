@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mpp.data.cache import Cache, made_from, text_name
 from mpp.data.frames import (
@@ -11,13 +10,15 @@ from mpp.data.frames import (
     check_controls,
     check_masks,
     frame_files,
-    mask_files,
+    mask_kind,
+    mask_sources,
     moves,
     transparent,
 )
 from mpp.data.index import Entry
 from mpp.data.item import Item
 from mpp.data.media import Buckets, Geometry, picture_size, read_picture
+from mpp.data.provenance import LatentsProvenance, MaskProvenance, Source
 from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps, Timelines
 from mpp.models.base import Architecture, Identity
@@ -96,14 +97,14 @@ class Planner:
         """
         check_controls(item, self.architecture.pictures)
         cuts = self._clips(item) if item.video else self._whole(item)
-        current = [self._latents_current(item, cut) for cut in cuts]
-        known = next((record for record in current if record), None)
+        current = [self._current_latents(item, cut) for cut in cuts]
+        known = next((made for made in current if made), None)
         prepared = known is not None and all(current)
-        has_alpha = bool(known["alpha"]) if prepared else self._decode(item, cuts[0])
-        kind = self._mask_kind(item, has_alpha=has_alpha)
-        return [
-            self._job(item, cut, record, kind, has_alpha=has_alpha) for cut, record in zip(cuts, current, strict=True)
-        ]
+        has_alpha = known.alpha if prepared else self._decode(item, cuts[0])
+        kind = mask_kind(item, self.architecture.latents, transparent=has_alpha)
+        if kind is None and item.require_mask:
+            raise ValueError(f"{item.media}: no mask, and data.require_mask=true; add one or leave it out")
+        return [self._job(item, cut, made, kind, has_alpha=has_alpha) for cut, made in zip(cuts, current, strict=True)]
 
     def _whole(self, item: Item) -> list[Cut]:
         """A picture, and its mirror."""
@@ -153,7 +154,7 @@ class Planner:
             read_picture(path)
         return transparent(read_picture(item.media))
 
-    def _job(self, item: Item, cut: Cut, record: dict[str, Any] | None, kind: str | None, *, has_alpha: bool) -> Job:
+    def _job(self, item: Item, cut: Cut, made: LatentsProvenance | None, kind: str | None, *, has_alpha: bool) -> Job:
         spec = self.architecture.latents
         key = key_of(item, cut)
         frames = len(cut.clip.frames) if cut.clip is not None else len(frame_files(item, spec))
@@ -167,52 +168,40 @@ class Planner:
             cut=cut,
             shape=shape,
             mask_kind=kind,
-            latents_current=bool(record),
+            latents_current=made is not None,
             mask_current=mask_current,
             has_alpha=has_alpha,
-            pictures={name: tuple(size) for name, size in record["pictures"].items()} if record else {},
+            pictures=dict(made.pictures) if made else {},
             seen=self._seen(item, cut),
         )
-
-    def _mask_kind(self, item: Item, *, has_alpha: bool) -> str | None:
-        kind, layered = item.mask_kind, self.architecture.latents.layered
-        if kind is None and layered and any(item.layer_masks):
-            kind = "folder"
-        if kind is None and has_alpha and item.alpha and not layered:
-            kind = "alpha"
-        if kind is None and item.require_mask:
-            raise ValueError(f"{item.media}: no mask, and data.require_mask=true; add one or leave it out")
-        return kind
 
     def _seen(self, item: Item, cut: Cut) -> tuple[str, ...]:
         """Identities of the pictures that the text encoder sees, () where it sees none."""
         inputs = self.architecture.pictures
         if not inputs.in_text:
             return ()
-        files, geometry = item.controls, cut.record()["geometry"]
+        files, geometry = item.controls, list(cut.numbers)
         if inputs.first_frame:
             files = (item.media,)
         first = "" if cut.clip is None else f" frame {cut.clip.frames[0]}"
         return tuple(f"{self.stamps.content(path)} {geometry}{first}" for path in files)
 
-    def _latents_current(self, item: Item, cut: Cut) -> dict[str, Any] | None:
+    def _current_latents(self, item: Item, cut: Cut) -> LatentsProvenance | None:
+        """What a sample's latents were made from; None where they are not what would be made now."""
         key = key_of(item, cut)
-        record = made_from(self.cache.latents_path(key))
-        if record is None or not self.cache.preview_path(key).is_file():
+        made = made_from(self.cache.latents_path(key), LatentsProvenance)
+        if made is None or not self.cache.preview_path(key).is_file():
             return None
-        if record["pictures"] and made_from(self.cache.pictures_path(key)) != record:
+        if made.pictures and made_from(self.cache.pictures_path(key), LatentsProvenance) != made:
             return None
-        made = cut.record() | {"vae": self.identity.vae}
-        if any(record[name] != value for name, value in made.items()):
-            return None
-        return record if self.stamps.unchanged(source_files(item, self.architecture), record["sources"]) else None
+        wanted = LatentsProvenance((), cut.numbers, cut.frames, self.identity.vae)
+        return made if self.stamps.current(made, wanted, source_files(item, self.architecture)) else None
 
     def _mask_current(self, key: str, item: Item, cut: Cut, kind: str, shape: Sequence[int]) -> bool:
-        record = made_from(self.cache.mask_path(key))
-        made = mask_record(item, cut, kind, shape)
-        if record is None or any(record[name] != value for name, value in made.items()):
-            return False
-        return self.stamps.unchanged(mask_sources(item, self.architecture), record["sources"])
+        made = made_from(self.cache.mask_path(key), MaskProvenance)
+        return self.stamps.current(
+            made, mask_made(item, cut, kind, shape), mask_sources(item, self.architecture.latents)
+        )
 
 
 def key_of(item: Item, cut: Cut) -> str:
@@ -226,11 +215,8 @@ def source_files(item: Item, architecture: Architecture) -> tuple[Path, ...]:
     return (*frame_files(item, architecture.latents), *item.controls)
 
 
-def mask_sources(item: Item, architecture: Architecture) -> tuple[Path, ...]:
-    """The files that a sample's mask is made from."""
-    return mask_files(item, architecture.latents) or (item.media,)
-
-
-def mask_record(item: Item, cut: Cut, kind: str, shape: Sequence[int]) -> dict[str, object]:
-    """What a cached mask is made with, besides its sources."""
-    return cut.record() | {"kind": kind, "shape": list(shape[1:]), "invert": item.invert}
+def mask_made(
+    item: Item, cut: Cut, kind: str, shape: Sequence[int], sources: tuple[Source, ...] = ()
+) -> MaskProvenance:
+    """What a sample's mask is made from and how, for latents of a shape."""
+    return MaskProvenance(sources, cut.numbers, cut.frames, kind, tuple(shape[1:]), item.invert)

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from mpp.data.cache import Cache, Manifest, Notes, made_from, text_name, write_tensors
 from mpp.data.encoding import LatentWriter
-from mpp.data.frames import first_picture, read_controls, read_mask_frames
+from mpp.data.frames import first_picture, mask_sources, read_controls, read_mask_frames
 from mpp.data.item import Item
-from mpp.data.planning import Job, Planner, mask_record, mask_sources
+from mpp.data.planning import Job, Planner, mask_made
 from mpp.data.prompts import Prompts
+from mpp.data.provenance import TextProvenance
 from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps
 from mpp.data.summary import Summary
@@ -138,7 +139,7 @@ class Preparation:
         missing = [
             (name, caption, job)
             for name, (caption, job) in sorted(wanted.items(), key=lambda row: row[1][0])
-            if made_from(self.cache.text_path(name)) is None
+            if made_from(self.cache.text_path(name), TextProvenance) is None
         ]
         self.summary.texts_encoded, self.summary.texts_current = len(missing), len(wanted) - len(missing)
         with tqdm(total=len(missing), desc="captions", unit="caption", disable=None) as bar:
@@ -146,8 +147,8 @@ class Preparation:
                 batch = missing[first : first + _TEXT_BATCH]
                 prompts = [Prompt(caption, self._text_pictures(job)) for _, caption, job in batch]
                 for (name, caption, job), record in zip(batch, encoders.encode_text(prompts), strict=True):
-                    made = {"caption": caption, "seen": job.seen}
-                    write_tensors(self.cache.text_path(name), record.tensors(), made)
+                    made = TextProvenance(caption, job.seen)
+                    write_tensors(self.cache.text_path(name), record.tensors(), made.header())
                 bar.update(len(batch))
         encoders.release()
         self.summary.spent("captions", start)
@@ -215,10 +216,10 @@ class Preparation:
         return None
 
     def _average_mask(self, job: Job) -> None:
-        sources = self.stamps.record(mask_sources(job.item, self.architecture))
-        record = mask_record(job.item, job.cut, str(job.mask_kind), job.shape) | {"sources": sources}
+        sources = self.stamps.sources(mask_sources(job.item, self.architecture.latents))
+        made = mask_made(job.item, job.cut, str(job.mask_kind), job.shape, sources)
         mask = read_mask_frames(job.item, job.cut, job.shape, self.architecture.latents)
-        write_tensors(self.cache.mask_path(job.key), {"mask": mask}, record)
+        write_tensors(self.cache.mask_path(job.key), {"mask": mask}, made.header())
 
     def _encode_prompts(self, encoders: Encoders, identity: Identity) -> None:
         start = time.monotonic()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from mpp.data.cache import Cache, as_record, made_from, read_tensors, text_name, write_tensors
 from mpp.data.media import Geometry, crop_picture, picture_tensor, read_picture
+from mpp.data.provenance import PromptProvenance
 from mpp.files import content_hash
 from mpp.models.base import Architecture, Conditioning, Encoders, Identity, Prompt, Shot, flat_tensors
 
@@ -104,20 +105,21 @@ class Prompts:
         Returns:
             Number of prompts.
         """
-        todo: dict[Path, tuple[str, Shot, bool]] = {}
-        made = _made(architecture, identity)
+        todo: dict[Path, tuple[PromptProvenance, Shot, bool]] = {}
+        settings = dict(architecture.cache_settings)
         for number in range(len(self.prompts)):
             shot = self._shot(architecture, number)
             for text, negative in self._texts(number, shot):
                 path = cache.sample_path(self._name(architecture, text, number, negative=negative))
-                known = made_from(path)
-                if known is None or {name: known.get(name) for name in made} != made:
-                    todo[path] = text, shot, self._sees(architecture, negative=negative)
-        texts = [encoders.encode_text([Prompt(t, shot.controls if sees else ())])[0] for t, shot, sees in todo.values()]
+                made = PromptProvenance(text, architecture.family, settings, identity.vae, identity.text_encoder)
+                if made_from(path, PromptProvenance) != made:
+                    todo[path] = made, shot, self._sees(architecture, negative=negative)
+        prompts = [Prompt(made.caption, shot.controls if sees else ()) for made, shot, sees in todo.values()]
+        texts = [encoders.encode_text([prompt])[0] for prompt in prompts]
         encoders.release()
-        for (path, (text, shot, _)), record in zip(todo.items(), texts, strict=True):
+        for (path, (made, shot, _)), record in zip(todo.items(), texts, strict=True):
             fields = flat_tensors(encode_shot(architecture, encoders, shot))
-            write_tensors(path, {**record.tensors(), **fields}, {"caption": text, **made})
+            write_tensors(path, {**record.tensors(), **fields}, made.header())
         return len(self.prompts)
 
     def read(self, architecture: Architecture, cache: Cache) -> list[Painted]:
@@ -126,14 +128,14 @@ class Prompts:
         Raises:
             ValueError: One was not prepared.
         """
-        found = []
+        found, settings = [], dict(architecture.cache_settings)
         for number, prompt in enumerate(self.prompts):
             shot = self._shot(architecture, number)
             records = []
             for text, negative in self._texts(number, shot):
                 path = cache.sample_path(self._name(architecture, text, number, negative=negative))
-                known = made_from(path)
-                if known is None or any(known.get(n) != v for n, v in _made(architecture).items()):
+                known = made_from(path, PromptProvenance)
+                if known is None or (known.family, known.settings) != (architecture.family, settings):
                     raise ValueError(
                         f"the cache {cache.folder} has no embeddings of the prompt {text!r} for samples; run "
                         "`python -m mpp.prepare` again with the same sampling settings"
@@ -179,12 +181,6 @@ class Prompts:
             seed=self.seed,
             controls=tuple(controls),
         )
-
-
-def _made(architecture: Architecture, identity: Identity | None = None) -> dict[str, object]:
-    """What a prompt's embeddings are made with; without identity as far as the model's settings say it."""
-    made: dict[str, object] = {"family": architecture.family, "settings": dict(architecture.cache_settings)}
-    return made if identity is None else {**made, "vae": identity.vae, "text_encoder": identity.text_encoder}
 
 
 def encode_shot(architecture: Architecture, encoders: Encoders, shot: Shot) -> dict[str, object]:

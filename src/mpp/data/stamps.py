@@ -3,15 +3,18 @@
 import contextlib
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mpp.data.media import SUFFIXES
 from mpp.data.places import absolute, stamp
+from mpp.data.provenance import MediaProvenance, Source
 from mpp.data.video import Timeline, read_timeline
 from mpp.files import content_hash, read_record, write_json
 
 Record = dict[str, Any]
+M = TypeVar("M", bound=MediaProvenance)
 
 
 class Stamps:
@@ -35,19 +38,28 @@ class Stamps:
             self._contents[name] = _folder_content(path) if path.is_dir() else content_hash(path)
         return self._contents[name]
 
-    def record(self, paths: Sequence[Path]) -> list[Record]:
+    def sources(self, paths: Sequence[Path]) -> tuple[Source, ...]:
         """What a cache file keeps of the sources it is made from."""
-        return [self.of(path) | {"content": self.content(path)} for path in paths]
+        return tuple(Source(self.of(path), self.content(path)) for path in paths)
 
-    def unchanged(self, paths: Sequence[Path], known: Sequence[Record]) -> bool:
-        """Whether sources are what a record says."""
-        return len(known) == len(paths) and all(self._same(path, was) for path, was in zip(paths, known, strict=True))
+    def current(self, known: M | None, wanted: M, paths: Sequence[Path]) -> bool:
+        """Whether a cache file is what would be made now: in the same way, from files that hold what they held.
 
-    def _same(self, path: Path, was: Record) -> bool:
-        now = self.of(path)
-        if now["bytes"] != was["bytes"]:
+        Args:
+            known: What the file was made from; None where there is none.
+            wanted: How it would be made, whatever its sources.
+            paths: What it would be made from, perhaps in another place.
+        """
+        if known is None or replace(known, sources=()) != replace(wanted, sources=()):
             return False
-        return all(was.get(name) == value for name, value in now.items()) or self.content(path) == was["content"]
+        was = known.sources
+        return len(was) == len(paths) and all(self._same(path, one) for path, one in zip(paths, was, strict=True))
+
+    def _same(self, path: Path, was: Source) -> bool:
+        now = self.of(path)
+        if now["bytes"] != was.stamp["bytes"]:
+            return False
+        return all(was.stamp.get(name) == value for name, value in now.items()) or self.content(path) == was.content
 
 
 class Timelines:
