@@ -10,7 +10,9 @@ from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 (the hook looks it up by name)
 
-install_import_hook(["mpp.core", "mpp.models", "mpp.painting", "mpp.teacher"], "tests.typecheck.checked")
+install_import_hook(
+    ["mpp.core", "mpp.models", "mpp.painting", "mpp.training.step", "mpp.training.teacher"], "tests.typecheck.checked"
+)
 
 import pytest
 import torch

@@ -15,8 +15,9 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.data.batch import Batch
 from mpp.models.adapters import Adapter
 from mpp.models.wan import WanConditioning
-from mpp.module import MaskedPriorModule, rows
-from mpp.teacher import Teacher
+from mpp.training.module import MaskedPriorModule
+from mpp.training.step import Position
+from mpp.training.teacher import Teacher
 
 QUIET = ["trainer.enable_progress_bar=false", "callbacks.learning_rate=null"]
 
@@ -124,7 +125,7 @@ def logged(out: Path):
     ]
 
 
-def module(arch, loss=None, *, build_it=True, **settings):
+def module(arch, loss=None, **settings):
     """A MaskedPriorModule outside any trainer, float32."""
     built = MaskedPriorModule(
         architecture=arch,
@@ -134,8 +135,7 @@ def module(arch, loss=None, *, build_it=True, **settings):
         optimizer=settings.pop("optimizer", torch.optim.AdamW),
         **settings,
     )
-    if build_it:
-        built.configure_model()
+    built.configure_model()
     return built
 
 
@@ -151,14 +151,25 @@ def batch(masks, channels=16, seed=0):
     )
 
 
+def corrupted(built, data, epoch=0, sigma=None):
+    """A batch with the noise of an epoch."""
+    return built.step.corrupt(data, Position(built.seed, epoch), sigma)
+
+
 def teacher_of(built, noisy, data):
     """What the base model predicts for a batch, where it has something to preserve."""
-    return built.teacher_step(noisy, data, rows(built.weigh(data)))
+    samples = built.loss.weights(data.mask).needs_prior().nonzero().flatten().tolist()
+    return built.teacher.predict(built.architecture, built.transformer, noisy, data.conditioning, samples)
 
 
 def student_of(built, noisy, data):
     """What the adapted model predicts for a batch."""
-    return built.student_step(noisy, data)
+    return built.architecture.velocity(built.transformer, noisy.latents, noisy.sigma, data.conditioning)
+
+
+def loss_of(built, data):
+    """The loss of one batch, as training has it without accumulation on one process."""
+    return built.loss.terms(built.step(data, Position(built.seed, 0)).sums).total
 
 
 def four_masks():

@@ -14,14 +14,13 @@ LAYERS = [  # each may import from those before it
     {"models"},
     {"data"},
     {"masking"},
-    {"teacher"},
-    {"metrics", "coverage"},
-    {"module", "painting"},
-    {"checkpoint", "callbacks", "reporting"},
+    {"coverage", "painting"},
+    {"training", "reporting"},
     {"cli", "settings", "config"},
     {"prepare", "train", "sample", "export", "report", "masks"},
 ]
-LIGHTNING = {"data/datamodule", "module", "metrics", "callbacks", "checkpoint", "train"}
+SHELL = {"module", "callbacks", "start_report", "checkpoint"}
+LIGHTNING = {"data/datamodule", *(f"training/{name}" for name in SHELL), "train"}
 HYDRA = {"config", "train", "prepare", "sample", "export", "report", "masks"}
 
 

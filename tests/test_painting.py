@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import mpp.callbacks
 import mpp.sample
 import mpp.train
+import mpp.training.callbacks
 from mpp.data.prompts import Painted, Prompts
 from mpp.models.adapters import Adapter, adapters_off, inject
 from mpp.models.base import Prompt, Shot
@@ -189,7 +189,7 @@ def test_a_sample_that_fails_is_said_and_loses_nothing(pipeline, sampled, tmp_pa
     def fail(*_, **__):
         raise torch.OutOfMemoryError("no memory for the decoder")
 
-    monkeypatch.setattr("mpp.callbacks.paint", fail)
+    monkeypatch.setattr("mpp.training.callbacks.paint", fail)
     caplog.set_level("WARNING", logger="mpp")
     train(pipeline, sampled, tmp_path / "out", *SAMPLING, "callbacks.samples.every_n_steps=4")
     assert (tmp_path / "out" / "lora.safetensors").is_file()
@@ -199,9 +199,9 @@ def test_a_sample_that_fails_is_said_and_loses_nothing(pipeline, sampled, tmp_pa
 
 def test_a_step_is_saved_before_it_is_painted(pipeline, sampled, tmp_path, monkeypatch):
     there = []
-    original = mpp.callbacks.paint
+    original = mpp.training.callbacks.paint
     monkeypatch.setattr(
-        "mpp.callbacks.paint",
+        "mpp.training.callbacks.paint",
         lambda *a, **k: there.append((tmp_path / "out" / "lora.safetensors").is_file()) or original(*a, **k),
     )
     train(pipeline, sampled, tmp_path / "out", *SAMPLING, "callbacks.samples.every_n_steps=4")
@@ -213,7 +213,7 @@ def test_processes_share_the_prompts(architecture, tmp_path):
 
     names = []
     for rank in range(2):
-        callback = mpp.callbacks.Samples(str(tmp_path), Prompts(), 1)
+        callback = mpp.training.callbacks.Samples(str(tmp_path), Prompts(), 1)
         callback._painted = [SimpleNamespace(prompt=p) for p in "abc"]
         trainer = SimpleNamespace(
             global_rank=rank, world_size=2, precision_plugin=SimpleNamespace(forward_context=nullcontext)
@@ -222,8 +222,8 @@ def test_processes_share_the_prompts(architecture, tmp_path):
             architecture=architecture, transformer=None, device="cpu", evaluated_adapter=nullcontext
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mpp.callbacks.paint", lambda *_, name, **__: name)
-            patch.setattr("mpp.callbacks.save", lambda name, folder, rank=rank: names.append((rank, name)))
+            patch.setattr("mpp.training.callbacks.paint", lambda *_, name, **__: name)
+            patch.setattr("mpp.training.callbacks.save", lambda name, folder, rank=rank: names.append((rank, name)))
             callback._paint_share(trainer, module, tmp_path)
     assert names == [(0, "0_a"), (0, "2_c"), (1, "1_b")]
 

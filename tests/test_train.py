@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mpp.train
-from mpp.checkpoint import read_checkpoint
 from mpp.core import draws
 from mpp.models.wan import WanConditioning
+from mpp.training.checkpoint import read_checkpoint
 from tests.helpers import logged, train, train_config
 
 TRAIN_NAMES = {
@@ -77,7 +77,7 @@ def test_lora_and_checkpoint_say_how_they_were_made_and_hold_no_base(pipeline, p
 
 @pytest.mark.parametrize("preset", ["continuous", "threshold", "binary", "plain"])
 def test_any_preset_without_prior_traces_like_masked_bit_for_bit(pipeline, prepared, tmp_path, preset, monkeypatch):
-    monkeypatch.setattr("mpp.teacher.adapters_off", lambda transformer: pytest.fail("the teacher ran"))
+    monkeypatch.setattr("mpp.training.teacher.adapters_off", lambda transformer: pytest.fail("the teacher ran"))
     gamma = 0.7 if preset == "continuous" else 1.0
     same = [f"loss.mask_gamma={gamma}", "loss.mask_min_weight=0.02", "loss.normalization=per_sample"]
     train(pipeline, prepared, tmp_path / "a", f"loss={preset}", "loss.prior_weight=0", *same)
@@ -108,7 +108,7 @@ class Killed(BaseException):
 
 
 def kill_after(monkeypatch, batches):
-    from mpp.module import MaskedPriorModule
+    from mpp.training.module import MaskedPriorModule
 
     good, calls = MaskedPriorModule.training_step, []
 
@@ -342,6 +342,13 @@ def test_targets_that_match_nothing_are_refused(pipeline, prepared, tmp_path):
         train(pipeline, prepared, tmp_path, "lora.targets=[nothing]")
 
 
+def test_a_base_in_float16_under_bfloat16_is_refused_before_it_is_used(pipeline, prepared, tmp_path):
+    half = ["model.dtype=float16", "trainer.precision=bf16-mixed", "data.val_fraction=0.25"]
+    for first in ("true", "false"):
+        with pytest.raises(ValueError, match=r"bf16-mixed does not go with model.dtype=float16"):
+            train(pipeline, prepared, tmp_path / first, *half, f"validate_first={first}")
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint(pipeline, prepared, tmp_path, monkeypatch):
     train(pipeline, prepared, tmp_path, "trainer.max_steps=2")
     last = tmp_path / "checkpoints" / "last.ckpt"
@@ -351,7 +358,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(pipeline, prepared, tmp_path,
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mpp.checkpoint.torch.save", full)
+    monkeypatch.setattr("mpp.training.checkpoint.torch.save", full)
     with pytest.raises(OSError, match=r"no space left to write .*last\.ckpt; what was there before is untouched"):
         train(pipeline, prepared, tmp_path, "logger=tensorboard", "ckpt_path=last", "trainer.max_steps=4")
     assert last.read_bytes() == before

@@ -39,11 +39,14 @@ from mpp.data.datamodule import CachedSamples, LatentDataModule
 from mpp.data.loader import ValidationLoader
 from mpp.files import weights_fingerprint, write_json
 from mpp.models.base import Architecture
-from mpp.module import MaskedPriorModule
+from mpp.training.metrics import LossMetrics
+from mpp.training.module import MaskedPriorModule
+from mpp.training.step import MaskedPriorStep, WholePasses
 
 HERE = Path(__file__).parent
 BASE = HERE / "base"
 NOISE_SEEDS = {"subject": 1000, "others": 2000}
+JUDGE_SEED = 12345
 KEPT = 8  # pictures of each run that are kept for the grid
 
 
@@ -281,7 +284,7 @@ def damage(pictures: Tensor, base: Tensor, captions: Sequence[str], subject: Sub
 def held_out_terms(
     module: MaskedPriorModule, folder: Path, rules: DictConfig, sigmas: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """The module's own validation terms on a cache it was not trained on, under one loss for all variants.
+    """Validation's terms on a cache it was not trained on, under one loss for all variants.
 
     Args:
         module: Holds the transformer with its adapter.
@@ -294,19 +297,13 @@ def held_out_terms(
     architecture = module.architecture
     data = LatentDataModule(architecture=architecture, cache_dir=str(folder))
     loader = ValidationLoader(CachedSamples(cache, entries, architecture), [e.shape for e in entries], 32, data.collate)
-    judge = MaskedPriorModule(
-        architecture=architecture,
-        adapter=module.adapter,
-        loss=MaskedPriorLoss(**rules.judge),
-        teacher=module.teacher,
-        optimizer=torch.optim.AdamW,
-        seed=12345,
-        val_sigmas=sigmas,
-    )
-    judge.transformer = module.transformer
-    for number, batch in enumerate(loader):
-        judge.validation_step(batch, number)
-    return judge.val_metrics.compute()
+    loss = MaskedPriorLoss(**rules.judge)
+    step = MaskedPriorStep(architecture, loss, WholePasses(architecture, module.transformer, module.teacher))
+    measured = LossMetrics(loss)
+    for batch in loader:
+        for output in step.measure(batch, JUDGE_SEED, sigmas):
+            measured.update(output)
+    return measured.compute()
 
 
 def result(results: Path, job: Job) -> Path:

@@ -8,11 +8,11 @@ import lightning
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig
 
-from mpp.checkpoint import AtomicCheckpointIO, read_checkpoint
 from mpp.config import as_record, build, build_all, check_config, command
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.datamodule import LatentDataModule
-from mpp.module import MaskedPriorModule, check_checkpoint
+from mpp.training.checkpoint import AtomicCheckpointIO, check_checkpoint, read_checkpoint
+from mpp.training.module import MaskedPriorModule
 
 log = logging.getLogger("mpp")
 

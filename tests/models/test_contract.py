@@ -11,10 +11,10 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.data.cache import Cache
 from mpp.models.adapters import Adapter, adapter_state, adapters_off, inject
 from mpp.models.base import Prompt, Shot
-from mpp.teacher import Teacher
+from mpp.training.teacher import Teacher
 from tests.families import variants
 from tests.families.base import architecture, batch, conditioning, controls, draw_set, pixels
-from tests.helpers import QUIET, config, logged, randomise_adapter, student_of, teacher_of
+from tests.helpers import QUIET, config, corrupted, logged, loss_of, randomise_adapter, student_of, teacher_of
 from tests.helpers import module as make_module
 
 TEXTS = ("a red box", "a cat on a blue chair by the sea")
@@ -193,9 +193,9 @@ def test_base_weights_never_change_and_the_adapter_does(arch, two):
     built = make_module(arch)
     before = {n: p.detach().clone() for n, p in built.transformer.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in built.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(2):
+    for _ in range(2):
         optimizer.zero_grad()
-        built.training_step(two, step).backward()
+        loss_of(built, two).backward()
         optimizer.step()
     changed = {n for n, p in built.transformer.named_parameters() if not torch.equal(p, before[n])}
     assert changed
@@ -204,7 +204,7 @@ def test_base_weights_never_change_and_the_adapter_does(arch, two):
 
 def test_fresh_student_has_no_prior_loss(arch, two):
     built = make_module(arch)
-    noisy = built.corrupt(two)
+    noisy = corrupted(built, two)
     terms = built.loss(student_of(built, noisy, two), noisy.target, two.mask, teacher_of(built, noisy, two))
     assert float(terms.prior.detach()) == 0
     assert float(terms.target.detach()) > 0
@@ -243,7 +243,7 @@ def test_two_resolutions_and_two_text_lengths_in_one_run(arch, variant, encoders
     built = make_module(arch)
     for number, (cells, text) in enumerate([((2, 3), TEXTS[0]), ((3, 2), TEXTS[1]), ((4, 2), TEXTS[0])]):
         data = batch(arch, variant, encoders, (text,), cells=cells, seed=number)
-        loss = built.training_step(data, number)
+        loss = loss_of(built, data)
         assert torch.isfinite(loss)
         assert float(loss.detach()) > 0
 

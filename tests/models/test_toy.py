@@ -10,7 +10,7 @@ from mpp.core import flow
 from mpp.models.adapters import Adapter, adapters_off, inject
 from mpp.models.base import Architecture, Prompt
 from mpp.models.toy import Toy, ToyConditioning, word_vector
-from mpp.teacher import Teacher
+from mpp.training.teacher import Teacher
 from tests import helpers
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "phantom_limb" / "base"

@@ -12,7 +12,7 @@ from mpp.core.flow import SigmaLaw
 from mpp.models.experts import Experts
 from mpp.models.tiny import TRANSFORMER
 from tests.helpers import logged, train
-from tests.test_ddp import launch, run
+from tests.training.test_ddp import launch, run
 
 BOTH = ["model.expert=both", "model.boundary=0.8", "data.batch_size=2"]
 

@@ -6,8 +6,18 @@ import torch
 
 from mpp.core.loss import MaskedPriorLoss
 from mpp.models.adapters import adapters_off
-from mpp.teacher import Teacher
-from tests.helpers import batch, four_masks, module, randomise_adapter, student_of, teacher_of
+from mpp.training.step import Position
+from mpp.training.teacher import Teacher
+from tests.helpers import (
+    batch,
+    corrupted,
+    four_masks,
+    loss_of,
+    module,
+    randomise_adapter,
+    student_of,
+    teacher_of,
+)
 
 THRESHOLD = MaskedPriorLoss(1.0, 0.1, normalization="per_sample")
 CONTINUOUS = MaskedPriorLoss(1.0, None, 0.7, normalization="per_sample")
@@ -21,7 +31,7 @@ def train(built, data, steps, autocast=None):
     optimizer = built.configure_optimizers()
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
-            loss = built.training_step(data, 0)
+            loss = loss_of(built, data)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -39,7 +49,7 @@ def test_student_at_init_has_zero_prior_loss(pipeline, loss, dtype, autocast):
     masks[[1, 3]] = masks[[0, 2]]  # all four have something to preserve, so the teacher sees the whole batch
     data = batch(masks)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
-        noisy = built.corrupt(data)
+        noisy = corrupted(built, data)
         prior = teacher_of(built, noisy, data)
         pred = student_of(built, noisy, data)
     assert torch.equal(prior, pred)
@@ -49,7 +59,7 @@ def test_student_at_init_has_zero_prior_loss(pipeline, loss, dtype, autocast):
 def test_teacher_is_the_unadapted_base_bit_for_bit_after_50_steps(architecture):
     built = module(architecture, THRESHOLD, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     data = batch(four_masks()[[0, 2]])
-    noisy = built.corrupt(data)
+    noisy = corrupted(built, data)
     with torch.no_grad():
         base = architecture.velocity(architecture.load_transformer(), noisy.latents, noisy.sigma, data.conditioning)
     train(built, data, 50)
@@ -78,7 +88,7 @@ def test_training_lowers_the_target_loss(architecture):
 def test_teacher_carries_no_graph_and_pins_no_memory(architecture):
     built = module(architecture, THRESHOLD, gradient_checkpointing=True)
     data = batch(four_masks()[[0, 2]])
-    noisy = built.corrupt(data)
+    noisy = corrupted(built, data)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         prior = teacher_of(built, noisy, data)
@@ -90,7 +100,7 @@ def test_adapter_is_on_again_before_the_student_also_after_an_error(architecture
     built = module(architecture, THRESHOLD)
     randomise_adapter(built.transformer)
     data = batch(four_masks())
-    noisy = built.corrupt(data)
+    noisy = corrupted(built, data)
     with torch.no_grad():
         adapted = student_of(built, noisy, data)
         teacher_of(built, noisy, data)
@@ -111,7 +121,7 @@ def test_both_passes_see_one_draw(architecture, monkeypatch):
         return good(self, transformer, noisy, sigma, conditioning)
 
     monkeypatch.setattr(type(architecture), "velocity", spy)
-    built.training_step(batch(four_masks()[[0, 2]]), 0)
+    loss_of(built, batch(four_masks()[[0, 2]]))
     teacher, student = seen
     assert all(torch.equal(a, b) for a, b in zip(teacher, student, strict=True))
 
@@ -129,9 +139,9 @@ def test_teacher_runs_for_exactly_the_samples_with_something_to_preserve(archite
 
     monkeypatch.setattr(type(architecture), "velocity", spy)
     data = batch(four_masks())
-    noisy = built.corrupt(data)
-    prior = teacher_of(built, noisy, data)
-    assert sizes == [2]
+    noisy = corrupted(built, data)
+    prior = built.step(data, Position(0, 0)).prior
+    assert sizes == [2, 4]  # the teacher's, then the student's
     with torch.no_grad(), adapters_off(built.transformer):
         whole = good(architecture, built.transformer, noisy.latents, noisy.sigma, data.conditioning)
     torch.testing.assert_close(prior[samples], whole[samples], rtol=1e-4, atol=1e-5)
@@ -142,7 +152,7 @@ def test_a_part_of_the_batch_gives_the_loss_of_the_whole(architecture):
     built = module(architecture, THRESHOLD)
     randomise_adapter(built.transformer)
     data = batch(four_masks())
-    noisy = built.corrupt(data)
+    noisy = corrupted(built, data)
     with torch.no_grad():
         pred = student_of(built, noisy, data)
         part = built.loss(pred, noisy.target, data.mask, teacher_of(built, noisy, data))
@@ -159,10 +169,12 @@ BLURRED = [replace(CONTINUOUS, mask_blur=kernel) for kernel in (7, 13, 31, 33)]
 def test_full_masks_and_no_prior_run_no_teacher(architecture, loss):
     data = batch(torch.ones(2, 1, 1, 8, 8))
     built = module(architecture, loss)
-    assert teacher_of(built, built.corrupt(data), data) is None
+    output = built.step(data, Position(0, 0))
+    assert output.prior is None
+    assert output.taught == 0
     off = module(architecture, replace(loss, prior_weight=0.0))
     masked = batch(four_masks())
-    assert teacher_of(off, off.corrupt(masked), masked) is None
+    assert off.step(masked, Position(0, 0)).prior is None
 
 
 def test_gradients_reach_every_adapter_and_equal_with_checkpointing(architecture):
@@ -171,7 +183,7 @@ def test_gradients_reach_every_adapter_and_equal_with_checkpointing(architecture
     for checkpointing in (False, True):
         built = module(architecture, THRESHOLD, gradient_checkpointing=checkpointing)
         randomise_adapter(built.transformer)
-        built.training_step(data, 0).backward()
+        loss_of(built, data).backward()
         grads.append({n: p.grad for n, p in built.named_parameters() if p.requires_grad})
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads[0].values())
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
@@ -184,7 +196,7 @@ def test_train_and_eval_mode_are_left_alone_unless_asked(architecture):
     inside = []
     built.transformer.blocks[1].register_forward_hook(lambda m, *_: inside.append(m.training))
     data = batch(four_masks())
-    noisy = built.corrupt(data)
+    noisy = corrupted(built, data)
     teacher_of(built, noisy, data)
     built.teacher = Teacher()
     teacher_of(built, noisy, data)
@@ -193,9 +205,9 @@ def test_train_and_eval_mode_are_left_alone_unless_asked(architecture):
 
 
 def test_what_a_sample_sees_depends_on_neither_batch_nor_order(architecture):
-    built = module(architecture, THRESHOLD, build_it=False)
+    built = module(architecture, THRESHOLD)
     data = batch(four_masks())
-    whole = built.corrupt(data)
+    whole = corrupted(built, data)
     for rows in ([2], [3, 1]):
         part = replace(
             data,
@@ -204,18 +216,18 @@ def test_what_a_sample_sees_depends_on_neither_batch_nor_order(architecture):
             mask=data.mask[rows],
             conditioning=data.conditioning.select(rows),
         )
-        got = built.corrupt(part)
+        got = corrupted(built, part)
         assert torch.equal(got.latents, whole.latents[rows])
         assert torch.equal(got.sigma, whole.sigma[rows])
-    later = built.corrupt(data, epoch=1)
+    later = corrupted(built, data, epoch=1)
     assert not torch.equal(later.target, whole.target)  # the target follows the noise alone
     assert not torch.equal(later.sigma, whole.sigma)
 
 
 def test_target_and_noisy_latents_belong_together(architecture):
-    built = module(architecture, THRESHOLD, build_it=False)
+    built = module(architecture, THRESHOLD)
     data = batch(four_masks())
-    noisy = built.corrupt(data)
+    noisy = corrupted(built, data)
     clean = noisy.latents - noisy.sigma.view(-1, 1, 1, 1, 1) * noisy.target
     torch.testing.assert_close(clean, data.latents, rtol=1e-4, atol=1e-5)
 
@@ -254,7 +266,7 @@ def test_drift_is_the_relative_squared_distance_over_the_prior_region(architectu
     data = batch(four_masks()[[0]])
     built.val_sigmas = [0.5]
     built.validation_step(data, 0)
-    noisy = built.corrupt(data, "validation 0", 0.5)
+    noisy = corrupted(built, data, "validation 0", 0.5)
     with torch.no_grad():
         pred = student_of(built, noisy, data).double()
         base = teacher_of(built, noisy, data).double()
@@ -288,7 +300,7 @@ def test_schedule_free_weights_are_exported_evaluated_and_trained_on_unchanged(a
     optimizer = schedulefree.AdamWScheduleFree([p for p in built.parameters() if p.requires_grad], lr=1e-2)
     optimizer.train()
     for _ in range(3):
-        built.training_step(batch(four_masks()), 0).backward()
+        loss_of(built, batch(four_masks())).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -315,7 +327,7 @@ def test_compiled_blocks_train_like_eager_ones_without_recompiling(architecture)
         for _ in range(2):
             built.zero_grad()
             with torch.compiler.set_stance("default" if not grads or _ == 0 else "fail_on_recompile"):
-                built.training_step(data, 0).backward()
+                loss_of(built, data).backward()
         grads.append({n.replace("_orig_mod.", ""): p.grad for n, p in built.named_parameters() if p.requires_grad})
     assert grads[0].keys() == grads[1].keys()
     for name in grads[0]:

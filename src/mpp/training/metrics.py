@@ -1,11 +1,11 @@
 """Names and sums of everything logged. Sums and counts only, so ranks and uneven batches combine exactly."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
 from mpp.core.loss import EMPTY, LossSums, MaskedPriorLoss
+from mpp.training.step import StepOutput
 
 PROGRESS_BAR = ("loss", "target_loss", "prior_loss")
 
@@ -28,34 +28,17 @@ class LossMetrics(Metric):
         self.loss = loss
         self.add_state("sums", default=torch.zeros(11, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(
-        self,
-        sums: LossSums,
-        samples: int,
-        taught: int,
-        *,
-        pred: Float[Tensor, "b c f h w"],
-        prior: Float[Tensor, "b c f h w"] | None,
-        prior_weights: Float[Tensor, "b 1 f h w"],
-    ) -> None:
-        """Add one batch.
-
-        Args:
-            sums: Its loss statistics.
-            samples: Number of samples.
-            taught: Samples for which the teacher ran.
-            pred: Student prediction.
-            prior: The base model's prediction, or None.
-            prior_weights: Where the base model's prediction is to be kept.
-        """
+    def update(self, output: StepOutput) -> None:
+        """Add one batch."""
+        pred, prior, kept = output.pred, output.prior, output.kept
         distance = energy = pred.new_zeros((), dtype=torch.float64)
         if prior is not None:
             base = prior.float()
-            distance = (((pred.detach().float() - base) ** 2).sum(1, keepdim=True) * prior_weights).sum().double()
-            energy = ((base**2).sum(1, keepdim=True) * prior_weights).sum().double()
-        counts = torch.tensor([taught, samples], dtype=torch.float64).to(self.sums.device, non_blocking=True)
-        more = torch.stack([prior_weights.sum().double(), distance, energy])
-        self.sums = self.sums + torch.cat([sums.stacked().detach().double(), more, counts])
+            distance = (((pred.detach().float() - base) ** 2).sum(1, keepdim=True) * kept).sum().double()
+            energy = ((base**2).sum(1, keepdim=True) * kept).sum().double()
+        counts = torch.tensor([output.taught, len(pred)], dtype=torch.float64).to(self.sums.device, non_blocking=True)
+        more = torch.stack([kept.sum().double(), distance, energy])
+        self.sums = self.sums + torch.cat([output.sums.stacked().detach().double(), more, counts])
 
     def compute(self) -> dict[str, float]:
         """Values by name without stage; `drift` only where a teacher ran."""

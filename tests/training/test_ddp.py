@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SCRIPT = """
 import sys, json
 import torch

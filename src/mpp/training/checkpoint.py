@@ -1,5 +1,6 @@
-"""Checkpoints on disk: written beside their target, synced and renamed."""
+"""Checkpoints on disk: written beside their target, synced and renamed; which of them a run can go on from."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mpp.files import write_atomically
+
+CHECKPOINT_FORMAT = 1
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,3 +48,32 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"ckpt_path={path} is no checkpoint: it holds a {type(content).__name__}")
     return content
+
+
+def check_checkpoint(checkpoint: Mapping[str, Any], *, base: str | None, seed: int) -> None:
+    """Refuse a checkpoint that cannot be resumed here.
+
+    Raises:
+        ValueError: Not made by mpp, another format version, no adapter in it, another base model, or another seed.
+    """
+    record = checkpoint.get("mpp")
+    if not isinstance(record, Mapping) or "state_dict" not in checkpoint:
+        raise ValueError("ckpt_path is not a checkpoint of mpp; give a .ckpt file from a run's checkpoints folder")
+    if record.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"the checkpoint has format version {record.get('format')}, this mpp reads {CHECKPOINT_FORMAT}"
+        )
+    if not checkpoint["state_dict"]:
+        raise ValueError(
+            "the checkpoint holds no adapter tensors, so there is nothing to resume; start without ckpt_path"
+        )
+    if base is not None and record.get("base") not in (None, base):
+        raise ValueError(
+            f"the checkpoint was trained on another base model (weights {record['base']}) than model.pretrained "
+            f"({base}); resume with the model it was made with"
+        )
+    if record.get("seed") != seed:
+        raise ValueError(
+            f"the checkpoint was made with seed={record.get('seed')}, this run has seed={seed}: samples would see "
+            "other noise; resume with the same seed"
+        )

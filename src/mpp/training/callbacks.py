@@ -1,0 +1,167 @@
+"""What a run saves and shows on its way: checkpoints, the LoRA, samples, the losses."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from PIL import Image
+
+from mpp.data.datamodule import LatentDataModule
+from mpp.data.prompts import Painted, Prompts
+from mpp.models.adapters import save_lora
+from mpp.painting import paint, sample_name, save
+from mpp.training.module import MaskedPriorModule
+
+log = logging.getLogger("mpp")
+
+
+class Checkpoints(Checkpoint):
+    """Saves `last.ckpt` and the LoRA every so many steps and at the end.
+
+    Args:
+        folder: The run's output folder: `checkpoints/last.ckpt`, `lora.safetensors` (the newest) and
+            `lora/step-000500.safetensors` (each of them).
+        every_n_steps: Optimizer steps between two saves, >= 1.
+        keep_all: Also keep each checkpoint as `checkpoints/step-000500.ckpt`.
+
+    Raises:
+        ValueError: `every_n_steps` is below 1.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int = 500, *, keep_all: bool = False) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.checkpoints.every_n_steps must be at least 1, got {every_n_steps}")
+        self.folder, self.every_n_steps, self.keep_all = Path(folder), every_n_steps, keep_all
+        self._saved_at = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was resumed from is saved already."""
+        del pl_module
+        self._saved_at = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Save at the chosen steps, and at the last one while its place in the epoch is still known."""
+        step = trainer.global_step
+        if step != self._saved_at and (step % self.every_n_steps == 0 or step == trainer.max_steps):
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save whatever has not been saved."""
+        if trainer.global_step != self._saved_at:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, module: MaskedPriorModule) -> None:
+        step = self._saved_at = trainer.global_step
+        checkpoints = self.folder / "checkpoints"
+        trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
+        if self.keep_all:
+            trainer.save_checkpoint(checkpoints / f"step-{step:06d}.ckpt", weights_only=False)
+        if not trainer.is_global_zero:
+            return
+        with module.evaluated_adapter() as state:
+            for path in (self.folder / "lora" / f"step-{step:06d}.safetensors", self.folder / "lora.safetensors"):
+                save_lora(path, module.transformer, state, module.record())
+
+
+class Samples(Checkpoint):
+    """Paints prompts by base and LoRA from the same noise: at the start, every so many steps, and at the end.
+
+    Nothing happens without prompts. Their embeddings come from the cache, so no text encoder is loaded. Several
+    processes share the prompts. A sample that fails (out of memory, disk full) is said and does not end the run. As a
+    `Checkpoint` it comes after the callbacks listed before it, so that a step is saved before it is painted.
+
+    Args:
+        folder: The run's output folder; `samples/step-000500/` holds PNG and MP4 files.
+        every_n_steps: Optimizer steps between two samples, >= 1.
+        prompts: What is painted, as it was prepared.
+
+    Raises:
+        ValueError: `every_n_steps` is below 1.
+    """
+
+    def __init__(self, folder: str, prompts: Prompts, every_n_steps: int = 500) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.samples.every_n_steps must be at least 1, got {every_n_steps}")
+        self.folder, self.prompts, self.every_n_steps = Path(folder) / "samples", prompts, every_n_steps
+        self._painted: list[Painted] = []
+        self._bases: dict[str, torch.Tensor] = {}
+        self._done_at = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse prompts that were not prepared, before the transformer is loaded."""
+        del stage
+        self.prompts.check(pl_module.architecture)
+        data: LatentDataModule = trainer.datamodule
+        self._painted = self.prompts.read(pl_module.architecture, data.cache)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The untrained adapter, which paints what the base does; what was resumed from is painted already."""
+        if trainer.global_step == 0:
+            self._paint(trainer, pl_module)
+        self._done_at = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Every so many steps."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._paint(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The finished adapter."""
+        self._paint(trainer, pl_module)
+
+    def _paint(self, trainer: Trainer, module: MaskedPriorModule) -> None:
+        step = trainer.global_step
+        if not self._painted or step == self._done_at:
+            return
+        self._done_at = step
+        folder = self.folder / f"step-{step:06d}"
+        try:
+            self._paint_share(trainer, module, folder)
+        except (RuntimeError, OSError) as error:
+            log.warning("the samples of step %d failed, training goes on: %s", step, error)
+        trainer.strategy.barrier("samples")
+        if trainer.is_global_zero:
+            for file in sorted(folder.glob("*.png")):
+                for logger in trainer.loggers:
+                    log_image(logger, f"samples/{file.stem}", Image.open(file).convert("RGB"), step)
+
+    def _paint_share(self, trainer: Trainer, module: MaskedPriorModule, folder: Path) -> None:
+        """This process's prompts."""
+        share = list(enumerate(self._painted))[trainer.global_rank :: trainer.world_size]
+        encoders = module.architecture.load_encoders(module.device)
+        try:
+            with module.evaluated_adapter(), trainer.precision_plugin.forward_context():
+                for number, painted in share:
+                    pair = paint(
+                        module.architecture,
+                        module.transformer,
+                        encoders,
+                        painted,
+                        name=sample_name(number, painted.prompt),
+                        device=module.device,
+                        bases=self._bases,
+                    )
+                    save(pair, folder)
+        finally:
+            encoders.release()
+
+
+class LossBar(TQDMProgressBar):
+    """Progress with the losses by their short names."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
+        """Loss, target and prior of the last report."""
+        found = super().get_metrics(trainer, pl_module)
+        return {name.removeprefix("train/"): value for name, value in found.items() if name.startswith("train/")}
+
+
+def log_image(logger: Logger, name: str, image: Image.Image, step: int) -> None:
+    """Hand an image to a logger that takes any."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
+    elif hasattr(logger, "log_image"):
+        logger.log_image(name, [image], step=step)
