@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -111,11 +112,13 @@ def experts(pipeline, folder):
         return Experts({"low": make("transformer_2"), "high": make("transformer")})
 
     class Two(type(low)):
+        folders = MappingProxyType({"low": "transformer_2", "high": "transformer"})
+
         def check(self):
             pass
 
         def skeleton(self):
-            return load(lambda name: self.transformer_class(**small(self.transformer_config(name))).to("meta"))
+            return load(lambda name: self.transformer_class(**small(low.transformer_config())).to("meta"))
 
         def load_transformer(self):
             return load(self.load_part)

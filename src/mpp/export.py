@@ -160,8 +160,7 @@ class Export:
         }
 
     def _write_merged(self, architecture: Architecture, loras: Mapping[str, LoraFile], folder: Path) -> None:
-        source = getattr(architecture, "pretrained", "")
-        names = transformer_folders(architecture)
+        source, names = architecture.pretrained, architecture.folders
         components = other_components(source, set(names.values()))
         base = architecture.identity().transformer
         merged = {}
@@ -177,14 +176,6 @@ class Export:
         for path in components:
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
         write_json(folder / "mpp_export.json", {"base": {"pretrained": source, "weights": base}, "merged": merged})
-
-
-def transformer_folders(architecture: Architecture) -> dict[str, str]:
-    """Folder of each transformer in its diffusers pipeline, which counts experts from the highest sigma down."""
-    parts = [part for part, _ in parts_of(architecture.skeleton())]
-    if parts == [""]:
-        return {"": getattr(architecture, "subfolder", "transformer")}
-    return {part: f"transformer_{n}" if n > 1 else "transformer" for n, part in enumerate(reversed(parts), 1)}
 
 
 def other_components(source: str, without: set[str]) -> list[Path]:

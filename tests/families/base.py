@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mpp.config import build
 from mpp.data.batch import Batch
-from mpp.models.base import Conditioning, Prompt
+from mpp.models.base import Prompt
+from mpp.models.conditioning import Conditioning
 from tests.data.videos import write_video
 from tests.helpers import config
 
@@ -97,7 +98,7 @@ def conditioning(arch, variant: Variant, encoders, text: str, *, cells=(2, 3), s
         seen = (Image.fromarray(first),)
     (record,) = encoders.encode_text([Prompt(text, seen if arch.pictures.in_text else ())])
     fields = {f"{k}": v for k, v in encoders.encode_pictures(clip, pictures).items()}
-    from mpp.models.base import flat_tensors
+    from mpp.models.conditioning import flat_tensors
 
     return type(record).from_tensors({**record.tensors(), **flat_tensors(fields)})
 

@@ -1,5 +1,7 @@
 """Every family and variant keeps the contract of `models/base.py`; the witness is diffusers' own pipeline."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,6 +11,7 @@ import mpp.train
 from mpp.core.flow import Noisy, interpolate
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.cache import Cache
+from mpp.data.media import picture_tensor
 from mpp.models.adapters import Adapter, adapter_state, adapters_off, inject
 from mpp.models.base import Prompt, Shot
 from mpp.training.teacher import Teacher
@@ -111,12 +114,11 @@ def test_velocity_is_what_diffusers_pipeline_feeds_its_scheduler(arch, variant, 
 
 def conditioning_for(arch, variant, encoders, text, shot):
     """The record that belongs to a shot: image to video sees the shot's picture as its clip's first frame."""
-    from mpp.models.base import flat_tensors
-    from mpp.models.family import picture_tensor
+    from mpp.models.conditioning import flat_tensors
 
     clip = pixels(arch, variant, (2, 3), 0)
     if arch.pictures.first_frame:
-        clip[:, :3, 0] = picture_tensor(shot.controls[0])
+        clip[0, :3, :1] = picture_tensor(shot.controls[0])
         clip[:, 3:, 0] = 1  # a shot's picture is RGB: opaque
     pictures = shot.controls if arch.pictures.first_frame else controls(variant, 0)
     (record,) = encoders.encode_text([Prompt(text, pictures if arch.pictures.in_text else ())])
@@ -280,6 +282,28 @@ def test_default_targets_cover_attention_and_nothing_but_blocks(arch):
     assert names
     assert all("block" in name or "layers." in name for name in names)
     assert not any("refiner" in name or "norm" in name or "mod" in name.split(".")[-1] for name in names)
+
+
+def test_blocks_hold_all_attention_and_run_in_their_order(arch, two):
+    transformer = arch.load_transformer()
+    blocks, modules = dict(arch.blocks(transformer)), dict(transformer.named_modules())
+    assert blocks
+    assert all(modules[name] is block for name, block in blocks.items())
+    owners = {name: [b for b in blocks if name.startswith(f"{b}.")] for name in modules}
+    assert [name for name in blocks if owners[name]] == []  # none lies in another
+    attention = [name for name, module in modules.items() if re.search("Attention|Attn", type(module).__name__)]
+    assert [name for name in attention if len(owners[name]) != 1] == []
+    assert {owner for name in attention for owner in owners[name]} == set(blocks)
+    inject(transformer, Adapter(rank=2), arch.lora_targets, seed=0)
+    assert [name for name in adapter_state(transformer) if not any(name.startswith(f"{b}.") for b in blocks)] == []
+    assert dict(arch.blocks(transformer)) == blocks  # adapters are no blocks
+    ran = []
+    for name, block in blocks.items():
+        block.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    noisy = noisy_of(two)
+    with torch.no_grad():
+        arch.velocity(transformer, noisy.latents, noisy.sigma, two.conditioning)
+    assert list(dict.fromkeys(ran)) == list(blocks)
 
 
 def test_one_training_step_by_the_command_line_on_a_prepared_cache(variant, arch, folder, tmp_path):

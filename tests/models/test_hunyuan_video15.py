@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from mpp.data.cache import read_tensors, write_tensors
+from mpp.data.media import picture_tensor
 from mpp.models.adapters import Adapter, inject
 from mpp.models.base import Prompt
-from mpp.models.family import picture_tensor
 from mpp.models.hunyuan_video15 import HunyuanVideo15Conditioning
 from tests.families.base import architecture, batch, picture, pixels
 from tests.families.hunyuan_video15 import TARGETS, VARIANTS, transformer
@@ -158,7 +158,7 @@ def test_latents_are_what_the_pipeline_makes_of_a_picture(i2v, folders):
     image = picture(48, 32, 0)
     with torch.no_grad():
         want = pipe._get_image_latents(pipe.vae, pipe.video_processor, image, 32, 48, torch.device("cpu"))
-    got = i2v.load_encoders("cpu").encode_pixels(picture_tensor(image)[:, :, None])
+    got = i2v.load_encoders("cpu").encode_pixels(picture_tensor(image)[None])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert pipe.vae.config.scaling_factor != 1
 
@@ -181,7 +181,7 @@ def test_a_first_frame_is_seen_as_diffusers_pipeline_shows_it(i2v, folders, monk
 
     encoders = i2v.load_encoders("cpu")
     clip = torch.rand(1, 3, 5, height, width) * 2 - 1
-    clip[:, :, 0] = picture_tensor(shown)
+    clip[0, :, :1] = picture_tensor(shown)
     (text,) = encoders.encode_text([Prompt(QUOTING)])
     record = i2v.collate([type(text)(text.text, text.glyphs, **encoders.encode_pictures(clip, ()))])
     torch.testing.assert_close(record.image_embeds, seen[0]["image_embeds"], rtol=1e-4, atol=1e-5)

@@ -18,7 +18,8 @@ from mpp.data.provenance import LatentsProvenance, Source
 from mpp.data.stamps import Stamps
 from mpp.data.work import Work
 from mpp.files import is_out_of_space, write_atomically
-from mpp.models.base import Architecture, Encoders, Identity, flat_tensors
+from mpp.models.base import Architecture, Encoders, Identity
+from mpp.models.conditioning import flat_tensors
 
 _PREVIEW_SIDE = 512
 

@@ -11,9 +11,10 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.data.cache import Cache, Manifest, as_record
 from mpp.data.index import Entry, Index
 from mpp.data.musubi_files import MASK, LatentsName, blaming, read_contents, text_short
+from mpp.data.musubi_formats import format_of
 from mpp.data.musubi_headers import check_cells, describe_latents, describe_text, have, some
-from mpp.models.base import Architecture, Conditioning, Identity, flat_tensors
-from mpp.models.musubi_parts import MusubiFormat
+from mpp.models.base import Architecture, Identity
+from mpp.models.conditioning import Conditioning, flat_tensors
 
 _SLACK = 1e-3  # by which masks in half precision may leave [0, 1]
 
@@ -29,25 +30,22 @@ class MusubiCache(Cache):
         ValueError: musubi-tuner has no such architecture.
 
     Attributes:
+        format: How the model's samples are stored.
         left_out: What `entries` found in the folder and did not take, in words.
         baked: For the masks that `entries` found, how many were cached with each gamma and floor.
     """
 
     def __init__(self, folder: str | Path, architecture: Architecture) -> None:
         super().__init__(folder)
-        if architecture.musubi is None:
+        form = format_of(architecture)
+        if form is None:
             raise ValueError(
                 f"data.layout=musubi: musubi-tuner has no caches of {architecture.family}; prepare with "
                 "`python -m mpp.prepare`, and train with data.layout=mpp"
             )
-        self.architecture = architecture
+        self.architecture, self.format = architecture, form
         self.left_out: tuple[str, ...] = ()
         self.baked: Counter[tuple[float, float]] = Counter()
-
-    @property
-    def format(self) -> MusubiFormat:
-        """How the model's samples are stored."""
-        return self.architecture.musubi
 
     def latents_path(self, key: str) -> Path:
         """Where a sample's latents, mask and pictures lie."""
@@ -96,7 +94,7 @@ class MusubiCache(Cache):
                 text = describe_text(self.text_path(stem), short, self.format)
                 self._check_widths(stem, text.widths, widths)
                 captions[stem] = text.caption
-            sample = describe_latents(self.latents_path(name.stem), name, self.architecture)
+            sample = describe_latents(self.latents_path(name.stem), name, self.format, self.architecture.latents)
             self._check_widths(name.stem, {f: s[1] for f, s in sample.pictures.items() if len(s) == 2}, widths)
             if sample.baked is not None:
                 baked[sample.baked] += 1
@@ -182,7 +180,7 @@ class MusubiCache(Cache):
         if name is None:
             raise ValueError(f"{path} is no name of a latents file")
         describe_text(self.text_path(entry.text), name.short, self.format)
-        found = describe_latents(path, name, self.architecture)
+        found = describe_latents(path, name, self.format, self.architecture.latents)
         if (found.shape, found.pictures) != (entry.shape, entry.pictures) or (entry.mask and found.baked is None):
             raise ValueError(f"{path} has changed since this run looked at it; start again")
 

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from mpp.data.cache import Cache, Manifest, made_from
 from mpp.data.index import Entry
+from mpp.data.musubi_contents import MusubiFormat
 from mpp.data.musubi_files import MASK, LatentsName
+from mpp.data.musubi_formats import format_of
 from mpp.data.provenance import LatentsProvenance
 from mpp.files import write_atomically
-from mpp.models.base import Architecture, Conditioning
-from mpp.models.musubi_parts import MusubiFormat
+from mpp.models.base import Architecture
+from mpp.models.conditioning import Conditioning
 
 _UNSAFE = re.compile(r'[\x00-\x1f%/\\:*?"<>|]')  # in names on some file system, and the sign that stands for them
 _LONGEST = 255  # bytes of a name
@@ -84,7 +86,7 @@ def export_musubi(
             cannot be named, or the folder holds latents of others, which musubi-tuner would train on too.
         OSError: The folder cannot be written.
     """
-    form, folder = architecture.musubi, Path(folder).expanduser()
+    form, folder = format_of(architecture), Path(folder).expanduser()
     if form is None:
         raise ValueError(f"export=musubi: musubi-tuner has no caches of {architecture.family}")
     cache.manifest().check(Manifest.of(architecture, architecture.identity()), cache.folder)
@@ -95,7 +97,7 @@ def export_musubi(
     jobs = _plan(cache, architecture, entries, folder)
     _check_folders(jobs, short)
     for job in jobs:
-        _write(cache, architecture, job, short)
+        _write(cache, architecture, form, job, short)
     folders: dict[Path, int] = {}
     for job in jobs:
         folders[job.folder] = folders.get(job.folder, 0) + 1
@@ -165,13 +167,13 @@ def _check_folders(jobs: list[_Job], short: str) -> None:
                 )
 
 
-def _write(cache: Cache, model: Architecture, job: _Job, short: str) -> None:
+def _write(cache: Cache, model: Architecture, form: MusubiFormat, job: _Job, short: str) -> None:
     """A sample's text, then its latents: musubi-tuner looks for latents, so a sample is there whole or not at all.
 
     Raises:
         ValueError: A file of the cache is damaged, or a text is longer than musubi-tuner takes.
     """
-    form, entry = model.musubi, job.entry
+    entry = job.entry
     latents, record = cache.latents(entry), cache.conditioning(entry, model.conditioning)
     stated = {"architecture": form.names[short][0], "format_version": "1.0.1"}
     try:

@@ -6,7 +6,7 @@ NAME_START-FRAMES_WIDTHxHEIGHT_SHORT.safetensors    of a clip of a video
 NAME_SHORT_te.safetensors                           text of a picture, or of all clips of a video
 ```
 
-What the keys hold is the model's to know: `mpp.models.musubi_parts`.
+What the keys hold is for `musubi_contents` to say.
 """
 
 import re

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from mpp.data.musubi_contents import MusubiFormat
 from mpp.data.musubi_files import MASK, Header, LatentsName, Stored, blaming, read_header
-from mpp.models.base import Architecture, LatentSpec, flat_tensors
-from mpp.models.musubi_parts import MusubiFormat
+from mpp.models.base import LatentSpec
+from mpp.models.conditioning import flat_tensors
 
 T = TypeVar("T")
 _SHOWN = 5
@@ -45,14 +46,14 @@ class Text:
     widths: dict[str, int]
 
 
-def describe_latents(path: Path, name: LatentsName, model: Architecture) -> Sample:
+def describe_latents(path: Path, name: LatentsName, form: MusubiFormat, spec: LatentSpec) -> Sample:
     """Look at a latents file.
 
     Raises:
         ValueError: Names the file: it is missing, damaged, of another architecture than its name says, or its shapes
             disagree with its keys, its mask or the model.
     """
-    form, header = model.musubi, read_header(path)
+    header = read_header(path)
     with blaming(path):
         _check_metadata(header, form.names[name.short], name.short)
         _check_name(header, name)
@@ -66,7 +67,7 @@ def describe_latents(path: Path, name: LatentsName, model: Architecture) -> Samp
         _check_floats(metas)
         metas["latents"] = form.latents(have(metas, "latents"))
         shape = tuple(metas["latents"].shape)
-        _check_shape(shape, model.latents)
+        _check_shape(shape, spec)
         pictures = {field: tuple(meta.shape) for field, meta in flat_tensors(form.pictures(metas)).items()}
         baked = _baked(header, shape)
     return Sample(shape, pictures, baked)

@@ -11,7 +11,8 @@ from mpp.data.cache import Cache, as_record, made_from, read_tensors, text_name,
 from mpp.data.media import Geometry, crop_picture, picture_tensor, read_picture
 from mpp.data.provenance import PromptProvenance
 from mpp.files import content_hash
-from mpp.models.base import Architecture, Conditioning, Encoders, Identity, Prompt, Shot, flat_tensors
+from mpp.models.base import Architecture, Conditioning, Encoders, Identity, Prompt, Shot
+from mpp.models.conditioning import flat_tensors
 
 
 @dataclass(frozen=True)

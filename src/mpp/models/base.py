@@ -1,23 +1,19 @@
 """The contract of a DiT family: all that the rest of mpp knows about a model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mpp.core.flow import SigmaLaw
-from mpp.files import weights_fingerprint
-
-if TYPE_CHECKING:
-    from mpp.models.musubi_parts import MusubiFormat
+from mpp.models.conditioning import Conditioning, Tensors
+from mpp.models.experts import parts_of
 
 
 @dataclass(frozen=True)
@@ -83,76 +79,6 @@ class Prompt:
 
     text: str
     pictures: tuple[Image.Image, ...] = ()
-
-
-_CONFIGS = ("", "tokenizer_", "preprocessor_", "scheduler_")  # what a component's folder holds: `..config.json`
-
-Tensors = Tensor | tuple[Tensor, ...] | None
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a DiT sees besides noisy latents: a record of tensors, batched on the first axis after `collate`.
-
-    A field is a tensor, a tuple of tensors (a sample's control pictures), or None where it does not apply. Fields
-    that come from pictures default to None, so that text alone makes a record. All samples of one batch have the same
-    picture fields with the same shapes; the DataModule sees to it.
-    """
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors as the cache stores them: by field name, those of a tuple as `name.0`, `name.1`, ..."""
-        return flat_tensors({f.name: getattr(self, f.name) for f in fields(self)})
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Conditioning":
-        """Inverse of `tensors`.
-
-        Raises:
-            ValueError: Names that are no fields, or a field without default is missing.
-        """
-        values: dict[str, Tensors] = {}
-        lists: dict[str, dict[int, Tensor]] = {}
-        for name, tensor in tensors.items():
-            field, _, number = name.partition(".")
-            if number:
-                lists.setdefault(field, {})[int(number)] = tensor
-            else:
-                values[field] = tensor
-        values |= {field: tuple(tensor for _, tensor in sorted(found.items())) for field, found in lists.items()}
-        known = {f.name: f.default is MISSING for f in fields(cls)}
-        unknown = sorted(values.keys() - known.keys())
-        missing = [name for name, needed in known.items() if needed and name not in values]
-        if unknown or missing:
-            raise ValueError(f"holds {sorted(tensors)}, wanted are {sorted(known)}")
-        return cls(**values)
-
-    def to(self, device: torch.device | str) -> "Conditioning":
-        """The same on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def select(self, samples: Sequence[int]) -> "Conditioning":
-        """The given samples of a batch."""
-        rows = list(samples)
-        return self._map(lambda tensor: tensor[rows])
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
-        def of(value: Tensors) -> Tensors:
-            if isinstance(value, tuple):
-                return tuple(change(tensor) for tensor in value)
-            return None if value is None else change(value)
-
-        return replace(self, **{f.name: of(getattr(self, f.name)) for f in fields(self)})
-
-
-def flat_tensors(values: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    """Named tensors and tuples of tensors by flat names: those of a tuple as `name.0`, ...; None is left out."""
-    found = {}
-    for name, value in values.items():
-        if isinstance(value, tuple):
-            found |= {f"{name}.{number}": tensor for number, tensor in enumerate(value)}
-        elif value is not None:
-            found[name] = value
-    return found
 
 
 @runtime_checkable
@@ -234,69 +160,99 @@ class NativeRule:
     parts: tuple[str, ...] = ()
 
 
-@runtime_checkable
-class Architecture(Protocol):
-    """What mpp needs to know about a DiT family. Constructing one loads nothing.
+@dataclass(kw_only=True, eq=False)
+class Architecture(ABC):
+    """What mpp needs to know about a DiT family: its settings, what follows from them, and what it does.
+
+    This is the contract, and the only place that states it. Constructing one loads nothing.
+
+    Args:
+        pretrained: Diffusers folder or hub id.
+        lora_targets: Modules that adapters attach to by default: names, or one regex over full names.
+        latents: Shape of the latents.
+        sigma: Training law of sigma.
 
     Attributes:
         family: Name of what its caches hold, e.g. `wan`, `wan_i2v`: variants that cache other things differ in it.
-        latents: Shape of its latents.
-        lora_targets: Names or one regex over the transformer's modules that adapters attach to by default.
-        sigma: Its training law of sigma.
         conditioning: The record type its caches hold.
         pictures: Which pictures it sees besides noisy latents.
-        cache_settings: Settings that shape what is cached, by name; a cache belongs to them.
+        cached_settings: Names of the settings that shape what is cached; a cache belongs to them.
         given_frames: Leading latent frames of a sample that the model is given clean, by its conditioning, and that
             are therefore neither noised nor part of the loss: the DataModule leaves them out of latents and mask.
         least_frames: Latent frames that a sample has at least; 2 where the first is no task, because the model sees it.
         boundaries: Sigmas, ascending, at or above which the next expert takes over; () with a single transformer.
+        folders: Folder of each transformer in its diffusers pipeline, by expert; a lone transformer is called `""`.
         native: How the original implementation names the modules; () where they have diffusers' names.
-        musubi: How musubi-tuner stores this model's samples; None where it has no such architecture.
         guidance_scale: Guidance that samples are painted with unless told otherwise.
         steps: Sampling steps unless told otherwise.
         fps: Frames per second of the clips that it was trained on; None for models of pictures.
     """
 
-    family: str
+    pretrained: str
+    lora_targets: str | Sequence[str]
     latents: LatentSpec
-    lora_targets: str | tuple[str, ...]
     sigma: SigmaLaw
-    conditioning: type[Conditioning]
-    pictures: PictureInputs
-    cache_settings: Mapping[str, object]
-    given_frames: int
-    least_frames: int
-    boundaries: tuple[float, ...]
-    native: tuple[NativeRule, ...]
-    musubi: "MusubiFormat | None"
-    guidance_scale: float
-    steps: int
-    fps: float | None
 
+    family: ClassVar[str]
+    conditioning: ClassVar[type[Conditioning]]
+    pictures = PictureInputs()
+    cached_settings = ()
+    given_frames = 0
+    least_frames = 1
+    boundaries = ()
+    folders = MappingProxyType({"": "transformer"})
+    native = ()
+    guidance_scale = 1.0
+    steps = 30
+    fps = None
+
+    def __post_init__(self) -> None:
+        """Targets read from YAML are a list."""
+        if not isinstance(self.lora_targets, str):
+            self.lora_targets = tuple(self.lora_targets)
+
+    @property
+    def cache_settings(self) -> dict[str, object]:
+        """The settings that shape what is cached, by name."""
+        return {name: getattr(self, name) for name in self.cached_settings}
+
+    @abstractmethod
     def check(self) -> None:
-        """Refuse settings and sources that cannot work, without loading weights."""
-        ...
+        """Refuse settings and sources that cannot work, without loading weights.
 
+        Raises:
+            ValueError: Says which.
+        """
+
+    @abstractmethod
     def identity(self, *, fetch: bool = False) -> Identity:
         """Fingerprints of the weights. `fetch` downloads VAE and text encoder where they are on a hub."""
-        ...
 
+    @abstractmethod
     def load_transformer(self) -> nn.Module:
         """The frozen transformer, a diffusers model, or `Experts` that hold several."""
-        ...
 
+    @abstractmethod
     def skeleton(self) -> nn.Module:
         """The same without weights, on the meta device."""
-        ...
 
+    def blocks(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The transformer's repeated blocks, which hold all its attention, and their names in it.
+
+        They come in the order in which they run, those of experts by ascending sigma; none lies in another.
+        """
+        for part, model in parts_of(transformer):
+            yield from _blocks(model, f"{part}." if part else "")
+
+    @abstractmethod
     def load_encoders(self, device: torch.device | str) -> Encoders:
-        """VAE and text encoder, each loaded when first used."""
-        ...
+        """VAE, text and picture encoders on `device`, each loaded when first used."""
 
+    @abstractmethod
     def collate(self, items: Sequence[Conditioning]) -> Conditioning:
         """One batch of conditioning: pads, masks or fixes lengths as the family wants it."""
-        ...
 
+    @abstractmethod
     def velocity(
         self,
         transformer: nn.Module,
@@ -305,8 +261,8 @@ class Architecture(Protocol):
         conditioning: Conditioning,
     ) -> Float[Tensor, "b c f h w"]:
         """The transformer's prediction of `noise - latents` at sigma in [0, 1]."""
-        ...
 
+    @abstractmethod
     def sample(
         self,
         transformer: nn.Module,
@@ -324,78 +280,15 @@ class Architecture(Protocol):
             negative: Of the negative prompt; None without guidance.
             shot: Sizes, steps, guidance, seed and pictures.
         """
-        ...
 
 
-def pad_text(texts: Sequence[Tensor], length: int) -> Float[Tensor, "b tokens dim"]:
-    """Cached texts `(tokens, dim)` as one batch, zero-padded to `length` tokens.
-
-    Raises:
-        ValueError: A text is longer.
-    """
-    longest = max(text.shape[0] for text in texts)
-    if longest > length:
-        raise ValueError(
-            f"a cached caption has {longest} tokens, model.text_length is {length}; "
-            "run `python -m mpp.prepare` again with this setting"
-        )
-    return torch.stack([functional.pad(text, (0, 0, 0, length - text.shape[0])) for text in texts])
-
-
-def pad_with_mask(
-    texts: Sequence[Tensor],
-) -> tuple[Float[Tensor, "b tokens dim"], Bool[Tensor, "b tokens"]]:
-    """Cached texts `(tokens, dim)` as one batch, zero-padded to the longest, with True where a token is real."""
-    lengths = torch.tensor([text.shape[0] for text in texts])
-    longest = int(lengths.max())
-    return pad_text(texts, longest), torch.arange(longest)[None] < lengths[:, None]
-
-
-def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = True, files: str = "*") -> Path:
-    """Where a component of a diffusers folder or hub id lies on this machine.
-
-    Args:
-        source: A folder (a pipeline's, with `subfolder` in it, or the component's own) or a hub id `owner/name`.
-        subfolder: The component, e.g. `transformer`.
-        option: Name of the setting, for errors.
-        fetch: Whether a hub id may be downloaded; else only an earlier download is found.
-        files: Which of a hub id's files are wanted: without weights a model's description is small.
-
-    Raises:
-        ValueError: Nothing is there.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        for folder in (path / subfolder, path):
-            if any((folder / f"{kind}config.json").is_file() for kind in _CONFIGS):
-                return folder
-        raise ValueError(f"{option}={source}: the folder has neither {subfolder}/config.json nor config.json")
-    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ValueError(
-            f"{option}={source} is not there; give a diffusers folder, a hub id (owner/name), or for the transformer a "
-            "single .safetensors file"
-        )
-    try:
-        snapshot = snapshot_download(source, allow_patterns=[f"{subfolder}/{files}"], local_files_only=not fetch)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{option}={source} is neither a folder here nor a hub repository that could be fetched "
-            f"({type(error).__name__}); check the name and the network, or download it and give the folder"
-        ) from error
-    folder = Path(snapshot) / subfolder
-    if not folder.is_dir():
-        raise ValueError(f"{option}={source}: the hub repository has no folder {subfolder}")
-    return folder
-
-
-def fingerprint_if_present(source: str, subfolder: str, option: str, *, fetch: bool) -> str | None:
-    """Fingerprint of a component's weights, or None where they are not on this machine."""
-    try:
-        return weights_fingerprint(resolve_folder(source, subfolder, option, fetch=fetch))
-    except ValueError:
-        if fetch:
-            raise
-        return None
+def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The members of all lists of one class that lie in no other: so every family keeps what it repeats, in order."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and len({type(block) for block in child}) == 1:
+            yield from ((f"{prefix}{name}.{number}", block) for number, block in enumerate(child))
+        else:
+            yield from _blocks(child, f"{prefix}{name}.")
 
 
 def draw_sigma(

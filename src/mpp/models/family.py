@@ -6,8 +6,7 @@ Not an architecture: a family's file says what is its own, this one how diffuser
 import gc
 import inspect
 import json
-import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,41 +18,26 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from jaxtyping import Float
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from mpp.core.flow import SigmaLaw
 from mpp.files import weights_fingerprint
-from mpp.models.base import (
-    Conditioning,
-    Encoders,
-    Identity,
-    LatentSpec,
-    NativeRule,
-    PictureInputs,
-    Prompt,
-    Shot,
-    Tensors,
-    fingerprint_if_present,
-    resolve_folder,
-)
-from mpp.models.musubi_parts import MusubiFormat
-from mpp.models.single_file import SingleFile, read_shapes, strip_prefix
+from mpp.models.base import Architecture, Identity, Prompt, Shot
+from mpp.models.conditioning import Conditioning, Tensors
+from mpp.models.single_file import SingleFile
+from mpp.models.weights import component_fingerprint, fingerprint_if_present, resolve_folder
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(kw_only=True, eq=False)
-class Family(ABC):
-    """Base of the families: the settings that all have. Constructing one loads nothing.
+class Family(Architecture):
+    """An architecture on diffusers' classes: loads, checks, fingerprints and paints.
 
     Args:
-        pretrained: Diffusers folder, hub id, or (where `single_file` is set) one `.safetensors` of the transformer.
-        latents: Shape of the latents.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to: names, or one regex over full names.
+        pretrained: Diffusers folder, hub id, or (where `single_file` is set) one `.safetensors` of the transformer
+            with the original's or diffusers' keys.
         vae: Folder or hub id of the VAE; None: `pretrained`.
         text_encoder: Folder or hub id of text encoders, tokenizers and picture encoders; None: `pretrained`.
         dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`. What diffusers keeps in float32 stays.
@@ -64,58 +48,31 @@ class Family(ABC):
         ValueError: An unknown dtype.
     """
 
-    pretrained: str
     vae: str | None = None
     text_encoder: str | None = None
     dtype: DType = "bfloat16"
     vae_dtype: DType = "float32"
     text_dtype: DType = "bfloat16"
-    lora_targets: str | Sequence[str]
-    latents: LatentSpec
-    sigma: SigmaLaw
-
-    family: ClassVar[str]
-    conditioning: ClassVar[type[Conditioning]]
-    pictures = PictureInputs()
-    given_frames = 0
-    least_frames = 1
-    boundaries: ClassVar[tuple[float, ...]] = ()
-    native: ClassVar[tuple[NativeRule, ...]] = ()
-    musubi: ClassVar[MusubiFormat | None] = None
-    guidance_scale = 1.0
-    steps = 30
-    fps = None
-    subfolder = "transformer"
 
     transformer_class: ClassVar[type[ModelMixin]]
     single_file: ClassVar[SingleFile | None] = None
     text_components = ("text_encoder",)  # folders whose weights make the cached embeddings
-    cached_settings = ("text_length",)  # those that shape caches
+    cached_settings = ("text_length",)
 
     def __post_init__(self) -> None:
         """Refuse unknown dtypes; what is not set has its place with the transformer."""
+        super().__post_init__()
         for name in ("dtype", "vae_dtype", "text_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"model.{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
         self.vae = self.vae or self.pretrained
         self.text_encoder = self.text_encoder or self.pretrained
-        if not isinstance(self.lora_targets, str):
-            self.lora_targets = tuple(self.lora_targets)
 
     # ---------------------------------------------------------------- for families to say
 
     def expected_config(self) -> dict[str, object]:
         """Entries that the transformer's configuration must have under this model config."""
         return {}
-
-    @abstractmethod
-    def load_encoders(self, device: torch.device | str) -> Encoders:
-        """VAE and text encoders on `device`, each loaded when first used."""
-
-    @property
-    def cache_settings(self) -> dict[str, object]:
-        """Settings that shape what is cached, by name."""
-        return {name: getattr(self, name) for name in self.cached_settings}
 
     @abstractmethod
     def pipeline(self, transformer: nn.Module, encoders: "FamilyEncoders") -> DiffusionPipeline:
@@ -146,17 +103,17 @@ class Family(ABC):
                     f"{wanted}; choose the model config that fits"
                 )
 
-    def transformer_config(self, subfolder: str | None = None) -> dict[str, Any]:
+    def transformer_config(self) -> dict[str, Any]:
         """Configuration of the transformer, from its folder or read off a single file's header.
 
         Entries that the folder's file leaves out have the class's defaults.
         """
         file = self._file()
         if file is None:
-            folder = resolve_folder(self.pretrained, subfolder or self.subfolder, "model.pretrained", files="*.json")
+            folder = resolve_folder(self.pretrained, self.folders[""], "model.pretrained", files="*.json")
             config = json.loads((folder / "config.json").read_text())
         else:
-            config = self._config_of(file)
+            config = self.single_file.describe(file, self.transformer_class.__name__)
         if config.get("_class_name") != self.transformer_class.__name__:
             return config
         known = inspect.signature(self.transformer_class.__init__).parameters.values()
@@ -167,17 +124,20 @@ class Family(ABC):
         """Fingerprints of transformer, VAE and text encoders."""
         file = self._file()
         transformer = (
-            fingerprint_if_present(self.pretrained, self.subfolder, "model.pretrained", fetch=False)
+            fingerprint_if_present(self.pretrained, self.folders[""], "model.pretrained", fetch=False)
             if file is None
             else weights_fingerprint(file)
         )
-        parts = [_present(self.text_encoder, name, "model.text_encoder", fetch=fetch) for name in self.text_components]
+        parts = [
+            component_fingerprint(self.text_encoder, name, "model.text_encoder", fetch=fetch)
+            for name in self.text_components
+        ]
         text = None if None in parts else "+".join(parts)
-        return Identity(transformer, _present(self.vae, "vae", "model.vae", fetch=fetch), text)
+        return Identity(transformer, component_fingerprint(self.vae, "vae", "model.vae", fetch=fetch), text)
 
     def load_transformer(self) -> nn.Module:
         """The frozen transformer in `dtype`."""
-        return self.load_part(self.subfolder)
+        return self.load_part(self.folders[""])
 
     def load_part(self, subfolder: str) -> nn.Module:
         """One frozen transformer in `dtype`."""
@@ -186,7 +146,7 @@ class Family(ABC):
             folder = resolve_folder(self.pretrained, subfolder, "model.pretrained")
             transformer = self.transformer_class.from_pretrained(folder, torch_dtype=DTYPES[self.dtype])
         else:
-            transformer = self._load_file(file)
+            transformer = self.single_file.load(file, self.transformer_class, DTYPES[self.dtype])
         return transformer.requires_grad_(False)
 
     def skeleton(self) -> nn.Module:
@@ -206,38 +166,6 @@ class Family(ABC):
                 "single file; give a diffusers folder or a hub id"
             )
         return path
-
-    def _config_of(self, file: Path) -> dict[str, Any]:
-        shapes = read_shapes(file)
-        kind = self.transformer_class.__name__
-        try:
-            config = self.single_file.config(shapes, self.single_file.marker in shapes)
-        except KeyError as error:
-            raise ValueError(f"model.pretrained={file} is no {kind}: it has no {error.args[0]}") from error
-        except ValueError as error:
-            raise ValueError(f"model.pretrained={file}: {error}") from error
-        return {"_class_name": kind, **config}
-
-    def _load_file(self, file: Path) -> nn.Module:
-        config = self._config_of(file)
-        state = {strip_prefix(key): tensor for key, tensor in load_file(file).items()}
-        if self.single_file.marker in state:
-            state = self.single_file.convert(state)
-        with init_empty_weights():
-            transformer = self.transformer_class.from_config(config)
-        missing, extra = transformer.load_state_dict(state, strict=False, assign=True)
-        known = self.transformer_class._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 (as from_pretrained)
-        extra = [name for name in extra if not any(re.search(pattern, name) for pattern in known)]
-        if missing or extra:
-            raise ValueError(
-                f"model.pretrained={file} lacks {len(missing)} tensors of a {self.transformer_class.__name__} and has "
-                f"{len(extra)} others, such as {(missing + extra)[0]}"
-            )
-        kept = self.transformer_class._keep_in_fp32_modules or ()  # noqa: SLF001 (from_pretrained honours it too)
-        for name, parameter in transformer.named_parameters():
-            exact = any(part in name for part in kept)
-            parameter.data = parameter.data.to(torch.float32 if exact else DTYPES[self.dtype])
-        return transformer.eval()
 
     # ---------------------------------------------------------------- samples
 
@@ -353,22 +281,3 @@ def as_pixels(frames: Any) -> Float[Tensor, "frames channels height width"]:  # 
         first = torch.from_numpy(np.asarray(frames[0]))
     first = first.float().cpu().clamp(0, 1)
     return first[None] if first.ndim == 3 else first
-
-
-def picture_tensor(picture: Image.Image, size: tuple[int, int] | None = None) -> Float[Tensor, "1 3 height width"]:
-    """RGB in [-1, 1], resized (Lanczos) to (width, height) where given."""
-    image = picture.convert("RGB")
-    if size is not None and image.size != size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-
-
-def _present(source: str, subfolder: str, option: str, *, fetch: bool) -> str | None:
-    if source.endswith(".safetensors"):
-        if not fetch:
-            return None
-        raise ValueError(
-            f"{option} is not set and model.pretrained is a single file; set {option} to the folder or hub id of a "
-            f"pipeline that holds {subfolder}"
-        )
-    return fingerprint_if_present(source, subfolder, option, fetch=fetch)

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from mpp.core.flow import LinearShift, SigmaLaw
-from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, Tensors, pad_text
+from mpp.models.base import LatentSpec, NativeRule, PictureInputs, Prompt, Shot
+from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
+from mpp.models.padding import pad_text
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 _WIDTH = 3072  # of every published FLUX.1, built into diffusers' converter

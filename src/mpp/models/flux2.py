@@ -20,19 +20,15 @@ from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from mpp.core.flow import LinearShift, SigmaLaw
-from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, Tensors
+from mpp.models.base import LatentSpec, NativeRule, PictureInputs, Prompt, Shot
+from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
-from mpp.models.musubi_parts import CONTROLS, Contents, MusubiFormat, control_contents, controls
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 _HEAD_DIM = 128  # of every published FLUX.2: its four rotary axes of 32 are no tensors in a single file
 _TEXT = {
     "mistral": (Flux2Pipeline, Mistral3ForConditionalGeneration),
     "qwen3": (Flux2KleinPipeline, Qwen3ForCausalLM),
-}
-_MUSUBI = {
-    "mistral": {"f2d": ("flux_2_dev",)},
-    "qwen3": {"f2k4b": ("flux_2_klein_4b",), "f2k9b": ("flux_2_klein_9b",)},
 }
 
 
@@ -76,15 +72,6 @@ def _config(shapes: Shapes, native: bool) -> dict[str, Any]:
         "mlp_ratio": shapes[f"{double}0.{feed_forward}"][1] / dim,
         "guidance_embeds": f"{guidance}.weight" in shapes,
     }
-
-
-def _musubi_pictures(contents: Contents) -> dict[str, Tensors]:
-    return controls(contents, Flux2.pictures.least, Flux2.pictures.most, 3)
-
-
-def _musubi_contents(record: Flux2Conditioning, latents: Tensor) -> dict[str, Tensor]:
-    del latents
-    return control_contents(record.controls, torch.float32)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -150,24 +137,6 @@ class Flux2(Family):
         if self.text not in _TEXT:
             raise ValueError(f"model.text must be one of {', '.join(_TEXT)}, got {self.text!r}")
         self.family = "flux2" if self.text == "mistral" else "flux2_klein"
-
-    @property
-    def musubi(self) -> MusubiFormat:
-        """Latents are normalised 2x2 patches as ours; klein's two sizes have names of their own."""
-        return MusubiFormat(
-            names=_MUSUBI[self.text],
-            text={"text": ("ctx_vec", 2)},
-            latents_dtype=torch.float32,
-            flat=True,
-            sizes=2,
-            tokens=(self.text_length, self.text_length),
-            varlen=False,
-            reads=CONTROLS,
-            ignores="ctx_seq_len",
-            pictures=_musubi_pictures,
-            contents=_musubi_contents,
-            widths={"f2k4b": 7680, "f2k9b": 12288},  # three layers of Qwen 3 4B and 8B
-        )
 
     def expected_config(self) -> dict[str, object]:
         """The transformer's channels, and whether it embeds guidance (dev does, klein does not)."""

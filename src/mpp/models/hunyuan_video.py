@@ -23,9 +23,10 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, CLIPTextModel, CLIPTokenizer, LlamaModel, LlavaForConditionalGeneration
 
 from mpp.core.flow import SigmaLaw
-from mpp.models.base import Conditioning, LatentSpec, NativeRule, PictureInputs, Prompt, Shot, pad_with_mask
+from mpp.models.base import LatentSpec, NativeRule, PictureInputs, Prompt, Shot
+from mpp.models.conditioning import Conditioning
 from mpp.models.family import DType, Family, FamilyEncoders, as_pixels
-from mpp.models.musubi_parts import MusubiFormat
+from mpp.models.padding import pad_with_mask
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 _HEAD_DIM = 128  # of the published models; single files do not state it
@@ -36,17 +37,6 @@ _QKV = tuple(rf"transformer_blocks.\1.attn.to_{part}" for part in "qkv")
 _ADDED = tuple(rf"transformer_blocks.\1.attn.add_{part}_proj" for part in "qkv")
 _LINEAR1 = tuple(
     rf"single_transformer_blocks.\1.{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-)
-
-
-_MUSUBI = MusubiFormat(
-    names={"hv": ("hunyuan_video",)},
-    text={"text": ("llm", 2), "pooled": ("clipL", 1)},
-    latents_dtype=torch.float16,
-    scale=0.476986,  # SCALING_FACTOR of its hunyuan_model/vae.py
-    padded=256,  # text_len of its hunyuan_model/text_encoder.py
-    varlen=False,
-    ignores="clipL_mask",
 )
 
 
@@ -185,11 +175,6 @@ class HunyuanVideo(Family):
             self.pictures = PictureInputs(first_frame=True, in_text=True, in_negative=False)
             self.least_frames = 2
             self.given_frames = int(self.image_condition == "token_replace")
-
-    @property
-    def musubi(self) -> MusubiFormat | None:
-        """Of text to video alone."""
-        return _MUSUBI if self.image_condition is None else None
 
     def expected_config(self) -> dict[str, object]:
         """Channels, the way of the first frame, and whether guidance is told."""

@@ -20,20 +20,10 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, ByT5Tokenizer, Qwen2_5_VLTextModel, SiglipVisionModel, T5EncoderModel
 
 from mpp.core.flow import SigmaLaw
-from mpp.models.base import (
-    Conditioning,
-    LatentSpec,
-    NativeRule,
-    PictureInputs,
-    Prompt,
-    Shot,
-    Tensors,
-    pad_with_mask,
-)
+from mpp.models.base import LatentSpec, NativeRule, PictureInputs, Prompt, Shot
+from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.family import Family, FamilyEncoders, captions_of
-from mpp.models.musubi_parts import Contents, MusubiFormat, needed, no_pictures
-
-_MUSUBI_SCALE = 1.03682  # VAE_SCALING_FACTOR of its hunyuan_video_1_5_vae.py
+from mpp.models.padding import pad_with_mask
 
 
 @dataclass(frozen=True)
@@ -162,21 +152,6 @@ class HunyuanVideo15(Family):
             self.family = "hunyuan_video15_i2v"
             self.pictures = PictureInputs(first_frame=True)
             self.text_components = ("text_encoder", "text_encoder_2", "image_encoder")
-
-    @property
-    def musubi(self) -> MusubiFormat:
-        """The architecture `hv15`."""
-        video = self.task == "i2v"
-        return MusubiFormat(
-            names={"hv15": ("hunyuan_video_1_5",)},
-            text={"text": ("vl_embed", 2), "glyphs": ("byt5_embed", 2)},
-            latents_dtype=torch.float16,
-            scale=_MUSUBI_SCALE,
-            reads="latents_image|siglip" if video else "",
-            ignores="latents_image|siglip",
-            pictures=_musubi_pictures if video else no_pictures,
-            contents=_musubi_contents,
-        )
 
     def expected_config(self) -> dict[str, object]:
         """Channels of noisy latents, picture and mask; the task; no step distillation, which needs a second time."""
@@ -336,29 +311,6 @@ class HunyuanVideo15Encoders(FamilyEncoders):
                 f"model.vae={self.model.vae} makes {config.latent_channels} channels at stride "
                 f"{config.spatial_compression_ratio}, the model needs {spec.channels} at {spec.spatial_stride}"
             )
-
-
-def _musubi_pictures(contents: Contents) -> dict[str, Tensors]:
-    """The first frame's latents stand, as the VAE made them, before zeros and above their mask; stills need none."""
-    channels, frames, *cells = contents["latents"].shape
-    if frames == 1:
-        return {}
-    latents = needed(contents, "latents_image", 4)
-    if list(latents.shape) != [channels + 1, frames, *cells]:
-        wanted = (channels + 1, frames, *cells)
-        raise ValueError(f"holds latents_image of shape {tuple(latents.shape)}, wanted is {wanted}")
-    return {
-        "image_latents": latents[:channels, :1].float() * _MUSUBI_SCALE,
-        "image_embeds": needed(contents, "siglip", 2),
-    }
-
-
-def _musubi_contents(record: HunyuanVideo15Conditioning, latents: Tensor) -> dict[str, Tensor]:
-    if record.image_latents is None:
-        return {}
-    first = functional.pad(record.image_latents / _MUSUBI_SCALE, (0, 0) * 3 + (0, 1), value=1.0)
-    later = latents.shape[1] - 1
-    return {"latents_image": functional.pad(first, (0, 0, 0, 0, 0, later)), "siglip": record.image_embeds}
 
 
 def _real(states: Float[Tensor, "b tokens dim"], mask: Tensor) -> list[Float[Tensor, "_ dim"]]:

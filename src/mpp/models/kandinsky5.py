@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, Qwen2_5_VLForConditionalGeneration
 
 from mpp.core.flow import SigmaLaw
-from mpp.models.base import Conditioning, LatentSpec, Prompt, Shot, pad_with_mask
+from mpp.models.base import LatentSpec, Prompt, Shot
+from mpp.models.conditioning import Conditioning
 from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.padding import pad_with_mask
 
 _LONGEST_TEXT = 1024  # positions of the transformer's Kandinsky5RoPE1D
 

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from transformers import Gemma3ForConditionalGeneration
 
 from mpp.core.flow import LinearShift, SigmaLaw
-from mpp.models.base import Conditioning, LatentSpec, Prompt, Shot, resolve_folder
+from mpp.models.base import LatentSpec, Prompt, Shot
+from mpp.models.conditioning import Conditioning
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
+from mpp.models.weights import resolve_folder
 
 _HEAD_DIM, _AUDIO_HEAD_DIM = 128, 64  # of the published LTX-2; single files do not state them
 _OTHERS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")  # also in the published single file

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,9 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mpp.models import qwen_parts
-from mpp.models.base import Conditioning, PictureInputs, Prompt, Shot, Tensors, pad_with_mask
+from mpp.models.base import PictureInputs, Prompt, Shot
+from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.family import captions_of
-from mpp.models.musubi_parts import CONTROLS, MusubiFormat, control_contents, controls, no_pictures
+from mpp.models.padding import pad_with_mask
 
 _FAMILIES = {"text": "qwen_image", "edit": "qwen_image_edit", "edit_plus": "qwen_image_edit_plus"}
 _CONTROLS = {"text": (0, 0), "edit": (1, 1), "edit_plus": (1, 3)}
@@ -42,11 +42,6 @@ class QwenImageConditioning(Conditioning):
     text: Tensor
     mask: Tensor | None = None
     controls: tuple[Tensor, ...] | None = None
-
-
-def _musubi_contents(record: QwenImageConditioning, latents: Tensor) -> dict[str, Tensor]:
-    del latents
-    return control_contents(record.controls, torch.bfloat16)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -86,17 +81,6 @@ class QwenImage(qwen_parts.QwenFamily):
         if most:
             self.cached_settings = ("text_length", "control_pixels")
         self.single_file = qwen_parts.original_file(zero_cond_t=self.zero_cond_t)
-
-    @property
-    def musubi(self) -> MusubiFormat:
-        """Edit, 2509 and 2511 share a name: their files do not say for which of them text was encoded."""
-        most = self.pictures.most
-        return qwen_parts.musubi_format(
-            {"qie": ("qwen_image", "qwen_image_edit")} if most else {"qi": ("qwen_image",)},
-            reads=CONTROLS if most else "",
-            pictures=partial(controls, least=self.pictures.least, most=most, axes=4) if most else no_pictures,
-            contents=_musubi_contents,
-        )
 
     def expected_config(self) -> dict[str, object]:
         """The transformer's channels, and what tells Edit 2511 and Layered from the others."""

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mpp.models import qwen_parts
-from mpp.models.base import Conditioning, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_with_mask
+from mpp.models.base import LatentSpec, PictureInputs, Prompt, Shot
+from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.family import captions_of
-from mpp.models.musubi_parts import Contents, MusubiFormat
+from mpp.models.padding import pad_with_mask
 
 
 class SizedLayeredPipeline(qwen_parts.PicturePipeline, QwenImageLayeredPipeline):
@@ -44,10 +45,6 @@ class LayeredConditioning(Conditioning):
     text: Tensor
     mask: Tensor | None = None
     condition: Tensor | None = None
-
-
-def _musubi_pictures(contents: Contents) -> dict[str, Tensors]:
-    return {"condition": contents["latents"][:, :1].clone()}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -80,12 +77,6 @@ class QwenImageLayered(qwen_parts.QwenFamily):
         if not self.latents.layered or self.latents.temporal_stride != 1:
             raise ValueError("Qwen-Image-Layered needs model.latents.layered=true and model.latents.temporal_stride=1")
         self.given_frames = int(self.drop_base_frame)
-
-    @property
-    def musubi(self) -> MusubiFormat:
-        """The whole picture is the first frame; older files hold it again as `latents_control_0`."""
-        names = {"qil": ("qwen_image", "qwen_image_layered")}
-        return qwen_parts.musubi_format(names, ignores="latents_control_0", pictures=_musubi_pictures)
 
     def expected_config(self) -> dict[str, object]:
         """The transformer's channels, and what tells it from other Qwen-Images."""

@@ -4,7 +4,7 @@ Not an architecture: the two are, and neither imports the other.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.base import LatentSpec
 from mpp.models.family import DTYPES, DType, Family, FamilyEncoders
-from mpp.models.musubi_parts import MusubiFormat
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 LONGEST = 1024  # tokens of a text; the pipelines refuse more
@@ -117,11 +116,6 @@ class QwenFamily(Family):
             max_shift=0.9,
             shift_terminal=0.02,
         )
-
-
-def musubi_format(names: Mapping[str, tuple[str, ...]], **more: Any) -> MusubiFormat:  # noqa: ANN401
-    """Latents are normalised; musubi-tuner calls all of them `qwen_image` inside, blissful-tuner by their own names."""
-    return MusubiFormat(names=names, text={"text": ("vl_embed", 2)}, latents_dtype=torch.bfloat16, **more)
 
 
 def velocity(

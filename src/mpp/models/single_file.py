@@ -1,11 +1,16 @@
 """Original-format files of a transformer: what they hold, and how they become diffusers' state."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
@@ -28,6 +33,55 @@ class SingleFile:
     marker: str
     config: Callable[[Shapes, bool], dict[str, Any]]
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+    def describe(self, file: Path, kind: str) -> dict[str, Any]:
+        """Configuration of the transformer, whose class is called `kind`, from a file's header.
+
+        Raises:
+            ValueError: The file holds no such transformer.
+        """
+        shapes = read_shapes(file)
+        try:
+            config = self.config(shapes, self.marker in shapes)
+        except KeyError as error:
+            raise ValueError(f"model.pretrained={file} is no {kind}: it has no {error.args[0]}") from error
+        except ValueError as error:
+            raise ValueError(f"model.pretrained={file}: {error}") from error
+        return {"_class_name": kind, **config}
+
+    def load(self, file: Path, kind: type[ModelMixin], dtype: torch.dtype) -> ModelMixin:
+        """The transformer with a file's weights in `dtype`, as `from_pretrained` would give it.
+
+        Raises:
+            ValueError: The file holds no such transformer, or lacks tensors, or has others.
+        """
+        config = self.describe(file, kind.__name__)
+        state = {strip_prefix(key): tensor for key, tensor in load_file(file).items()}
+        if self.marker in state:
+            state = self.convert(state)
+        with init_empty_weights():
+            transformer = kind.from_config(config)
+        missing, extra = transformer.load_state_dict(state, strict=False, assign=True)
+        extra = [name for name in extra if not any(re.search(pattern, name) for pattern in _needless(kind))]
+        if missing or extra:
+            raise ValueError(
+                f"model.pretrained={file} lacks {len(missing)} tensors of a {kind.__name__} and has {len(extra)} "
+                f"others, such as {(missing + extra)[0]}"
+            )
+        for name, parameter in transformer.named_parameters():
+            exact = any(part in name for part in _exact(kind))
+            parameter.data = parameter.data.to(torch.float32 if exact else dtype)
+        return transformer.eval()
+
+
+def _needless(kind: type[ModelMixin]) -> Sequence[str]:
+    """Patterns of tensors that diffusers' `from_pretrained` passes over."""
+    return kind._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001
+
+
+def _exact(kind: type[ModelMixin]) -> Sequence[str]:
+    """Parts of names of tensors that diffusers' `from_pretrained` keeps in float32."""
+    return kind._keep_in_fp32_modules or ()  # noqa: SLF001
 
 
 def count_blocks(shapes: Shapes, prefix: str) -> int:

@@ -7,10 +7,8 @@ objects. The weights are a diffusers folder like any other family's.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,19 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpp.core.flow import SigmaLaw
-from mpp.models.base import (
-    Conditioning,
-    Identity,
-    LatentSpec,
-    NativeRule,
-    PictureInputs,
-    Prompt,
-    Shot,
-    Tensors,
-    fingerprint_if_present,
-    pad_text,
-    resolve_folder,
-)
+from mpp.models.base import Architecture, Identity, LatentSpec, Prompt, Shot
+from mpp.models.conditioning import Conditioning, Tensors
+from mpp.models.padding import pad_text
+from mpp.models.weights import fingerprint_if_present, resolve_folder
 
 
 @dataclass(frozen=True)
@@ -45,14 +34,11 @@ class ToyConditioning(Conditioning):
 
 
 @dataclass(kw_only=True, eq=False)
-class Toy:
+class Toy(Architecture):
     """The toy family: pictures of one frame in RGB.
 
     Args:
-        pretrained: Diffusers folder or hub id of the transformer.
         latents: Shape of the latents: `3 * stride ** 2` channels, which are colours of pixels.
-        sigma: Training law of sigma.
-        lora_targets: Modules that adapters attach to.
         text_dim: Length of a word's vector, a multiple of 8.
         text_length: Words that every caption is padded to; longer captions are refused.
 
@@ -61,7 +47,6 @@ class Toy:
             no multiple of 8.
     """
 
-    pretrained: str
     lora_targets: str | Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     latents: LatentSpec = LatentSpec(channels=12, spatial_stride=2, temporal_stride=1, patch=(1, 2, 2))
     sigma: SigmaLaw = SigmaLaw("logit_normal", shift=3.0)
@@ -70,19 +55,11 @@ class Toy:
 
     family = "toy"
     conditioning = ToyConditioning
-    pictures = PictureInputs()
-    cache_settings: ClassVar[Mapping[str, object]] = MappingProxyType({})
-    given_frames = 0
-    least_frames = 1
-    boundaries: ClassVar[tuple[float, ...]] = ()
-    native: ClassVar[tuple[NativeRule, ...]] = ()
-    musubi = None
-    guidance_scale = 1.0
     steps = 20
-    fps = None
 
     def __post_init__(self) -> None:
         """Refuse settings that make no toy."""
+        super().__post_init__()
         latents = self.latents
         if latents.channels != 3 * latents.spatial_stride**2:
             raise ValueError(
@@ -93,8 +70,6 @@ class Toy:
             raise ValueError(f"model.latents.temporal_stride must be 1 for model=toy, got {latents.temporal_stride}")
         if self.text_dim % 8:
             raise ValueError(f"model.text_dim must be a multiple of 8, got {self.text_dim}")
-        if not isinstance(self.lora_targets, str):
-            self.lora_targets = tuple(self.lora_targets)
 
     def check(self) -> None:
         """Refuse a transformer that is not there or not of the toy's shape; loads no weights."""

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from mpp.core.flow import SigmaLaw
-from mpp.models.base import Identity, LatentSpec, PictureInputs, Prompt, Shot, Tensors, pad_text
+from mpp.models.base import Identity, LatentSpec, PictureInputs, Prompt, Shot
+from mpp.models.conditioning import Tensors
 from mpp.models.experts import Experts
 from mpp.models.family import Family, FamilyEncoders, captions_of
-from mpp.models.musubi_parts import MusubiFormat
+from mpp.models.padding import pad_text
 from mpp.models.single_file import SingleFile
-from mpp.models.wan_parts import NATIVE, PreparedImageToVideo, WanConditioning, musubi_format, read_config, stack
+from mpp.models.wan_parts import NATIVE, PreparedImageToVideo, WanConditioning, read_config, stack
 
 _CLIP_TEXT = 512  # diffusers' attention takes all tokens before the last 512 for the picture's
 _BOUNDARY = {False: 0.875, True: 0.9}  # text and image to video: wan_t2v_A14B.py, wan_i2v_A14B.py of Wan2.2
@@ -83,8 +84,9 @@ class Wan(Family):
         super().__post_init__()
         self._check_settings()
         if self.expert == "low":
-            self.subfolder = "transformer_2"
+            self.folders = {"": "transformer_2"}
         if self.expert == "both":
+            self.folders = {"low": "transformer_2", "high": "transformer"}
             self.boundaries = (_BOUNDARY[self.image_to_video] if self.boundary is None else self.boundary,)
         if self.image_to_video:
             self.pictures = PictureInputs(first_frame=True)
@@ -115,13 +117,6 @@ class Wan(Family):
                 f"model.text_length must be {_CLIP_TEXT} where the model sees CLIP features, got {self.text_length}: "
                 "its attention tells text from picture by this number"
             )
-
-    @property
-    def musubi(self) -> MusubiFormat | None:
-        """The architecture `wan`, of which musubi-tuner knows the VAE of 2.1 alone."""
-        if self.expand_timesteps:
-            return None
-        return musubi_format(self.text_length, image_to_video=self.image_to_video, clip_dim=self.clip_dim)
 
     # ---------------------------------------------------------------- weights
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
-from mpp.models.base import Conditioning, NativeRule, Tensors
-from mpp.models.musubi_parts import Contents, MusubiFormat, needed, no_pictures
+from mpp.models.base import NativeRule
+from mpp.models.conditioning import Conditioning
 from mpp.models.single_file import Shapes, count_blocks
 
 _HEAD_DIM = 128  # of every published WAN; single files do not state it
@@ -53,41 +52,6 @@ def stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
     if len(shapes) > 1:
         raise ValueError(f"samples of one batch have first frames of different shapes: {sorted(map(str, shapes))}")
     return None if None in shapes else torch.stack(list(tensors))
-
-
-def musubi_format(text_length: int, *, image_to_video: bool, clip_dim: int | None) -> MusubiFormat:
-    """Latents are normalised; the first frame's are stored with their mask, as the transformer takes them."""
-    seen = "latents_image" + ("|clip" if clip_dim else "")
-    return MusubiFormat(
-        names={"wan": ("wan",)},
-        text={"text": ("t5", 2)},
-        latents_dtype=torch.bfloat16,
-        tokens=(1, text_length),
-        reads=seen if image_to_video else "",
-        ignores="clip|latents_image|latents_control",
-        pictures=partial(_musubi_pictures, clip_dim) if image_to_video else no_pictures,
-        contents=_musubi_contents,
-        mistyped=("clip",),
-    )
-
-
-def _musubi_pictures(clip_dim: int | None, contents: Contents) -> dict[str, Tensors]:
-    condition, latents = needed(contents, "latents_image", 4).float(), contents["latents"]
-    channels, *cells = latents.shape
-    if list(condition.shape) != [4 + channels, *cells]:
-        raise ValueError(f"holds latents_image of shape {tuple(condition.shape)}, wanted is {(4 + channels, *cells)}")
-    if clip_dim is None:
-        return {"condition": condition}
-    image = needed(contents, "clip", 2).float()
-    if image.shape[1] != clip_dim:
-        raise ValueError(f"holds clip {image.shape[1]} wide, model.clip_dim is {clip_dim}")
-    return {"image": image, "condition": condition}
-
-
-def _musubi_contents(record: WanConditioning, latents: Tensor) -> dict[str, Tensor]:
-    del latents
-    found = {} if record.condition is None else {"latents_image": record.condition.bfloat16()}
-    return found if record.image is None else {**found, "clip": record.image.half()}
 
 
 def read_config(shapes: Shapes, native: bool) -> dict[str, Any]:

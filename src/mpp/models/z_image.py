@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import Qwen3Model
 
 from mpp.core.flow import SigmaLaw
-from mpp.models.base import Conditioning, LatentSpec, NativeRule, Prompt, Shot, pad_with_mask
+from mpp.models.base import LatentSpec, NativeRule, Prompt, Shot
+from mpp.models.conditioning import Conditioning
 from mpp.models.family import Family, FamilyEncoders, captions_of
-from mpp.models.musubi_parts import MusubiFormat
+from mpp.models.padding import pad_with_mask
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 
 # Of the published transformer/config.json; single files do not state them. The axes add up to the head size.
@@ -82,14 +83,6 @@ class ZImage(Family):
     single_file = SingleFile("x_embedder.weight", _config, convert_z_image_transformer_checkpoint_to_diffusers)
     guidance_scale = 5.0  # the model card's 4, counted as `arguments` says
     steps = 50
-    musubi = MusubiFormat(
-        names={"zi": ("z_image",)},
-        text={"text": ("llm_embed", 2)},
-        latents_dtype=torch.float32,
-        shift=0.1159,  # ZIMAGE_VAE_SHIFT_FACTOR and ZIMAGE_VAE_SCALING_FACTOR of its zimage_config.py
-        scale=0.3611,
-        flat=True,
-    )
     native = (
         NativeRule(
             _BLOCK + r"attention\.to_[qkv]",

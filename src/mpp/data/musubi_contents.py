@@ -1,8 +1,8 @@
 """How a family's samples lie in caches of musubi-tuner and blissful-tuner.
 
 A sample is two safetensors files, latents and text. A key is a content's name with `varlen_` before it and sizes and
-dtype behind: `latents_1x64x64_bfloat16` holds `latents`, `varlen_t5_bfloat16` holds `t5`, `llm_mask` itself. Families
-speak of contents; `mpp.data.musubi` knows files and keys.
+dtype behind: `latents_1x64x64_bfloat16` holds `latents`, `varlen_t5_bfloat16` holds `t5`, `llm_mask` itself. Here are
+contents; `musubi_files` knows files and keys, `musubi_formats` what each family has.
 
 Facts from musubi-tuner's `dataset/cache_io.py`, `dataset/architectures.py`, `*_cache_latents.py`,
 `*_cache_text_encoder_outputs.py`, and the `scale_shift_latents` of its `*_train_network.py`.
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from mpp.models.base import Conditioning, Tensors
+from mpp.models.conditioning import Conditioning, Tensors
 
 Contents = Mapping[str, Tensor]
 

@@ -1,0 +1,73 @@
+"""Where the weights of a model's components lie on this machine, and their fingerprints."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from mpp.files import weights_fingerprint
+
+_CONFIGS = ("", "tokenizer_", "preprocessor_", "scheduler_")  # what a component's folder holds: `..config.json`
+
+
+def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = True, files: str = "*") -> Path:
+    """Where a component of a diffusers folder or hub id lies on this machine.
+
+    Args:
+        source: A folder (a pipeline's, with `subfolder` in it, or the component's own) or a hub id `owner/name`.
+        subfolder: The component, e.g. `transformer`.
+        option: Name of the setting, for errors.
+        fetch: Whether a hub id may be downloaded; else only an earlier download is found.
+        files: Which of a hub id's files are wanted: without weights a model's description is small.
+
+    Raises:
+        ValueError: Nothing is there.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        for folder in (path / subfolder, path):
+            if any((folder / f"{kind}config.json").is_file() for kind in _CONFIGS):
+                return folder
+        raise ValueError(f"{option}={source}: the folder has neither {subfolder}/config.json nor config.json")
+    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ValueError(
+            f"{option}={source} is not there; give a diffusers folder, a hub id (owner/name), or for the transformer a "
+            "single .safetensors file"
+        )
+    try:
+        snapshot = snapshot_download(source, allow_patterns=[f"{subfolder}/{files}"], local_files_only=not fetch)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{option}={source} is neither a folder here nor a hub repository that could be fetched "
+            f"({type(error).__name__}); check the name and the network, or download it and give the folder"
+        ) from error
+    folder = Path(snapshot) / subfolder
+    if not folder.is_dir():
+        raise ValueError(f"{option}={source}: the hub repository has no folder {subfolder}")
+    return folder
+
+
+def fingerprint_if_present(source: str, subfolder: str, option: str, *, fetch: bool) -> str | None:
+    """Fingerprint of a component's weights, or None where they are not on this machine."""
+    try:
+        return weights_fingerprint(resolve_folder(source, subfolder, option, fetch=fetch))
+    except ValueError:
+        if fetch:
+            raise
+        return None
+
+
+def component_fingerprint(source: str, subfolder: str, option: str, *, fetch: bool) -> str | None:
+    """Fingerprint of a component's weights, or None; `source` may be the transformer's single file, which has none.
+
+    Raises:
+        ValueError: It was, or with `fetch`: nothing is there.
+    """
+    if source.endswith(".safetensors"):
+        if not fetch:
+            return None
+        raise ValueError(
+            f"{option} is not set and model.pretrained is a single file; set {option} to the folder or hub id of a "
+            f"pipeline that holds {subfolder}"
+        )
+    return fingerprint_if_present(source, subfolder, option, fetch=fetch)
