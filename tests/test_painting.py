@@ -15,6 +15,7 @@ import mpp.training.callbacks
 from mpp.data.prompts import Painted, Prompts
 from mpp.models.adapters import Adapter, adapters_off, inject
 from mpp.models.base import Prompt, Shot
+from mpp.models.frame_axis import Layers, Moments
 from mpp.models.wan import WanEncoders
 from mpp.painting import Pair, paint, save, strip
 from tests.helpers import config, logged, prepare, randomise_adapter, train, train_config
@@ -83,7 +84,7 @@ def ramp(frames, channels=3, height=48, width=64, start=0.0):
 
 
 def test_a_clip_becomes_an_mp4_of_base_beside_lora_and_a_strip(tmp_path):
-    files = save(Pair("0_a", "a", ramp(5), ramp(5, start=0.5), layered=False), tmp_path)
+    files = save(Pair("0_a", "a", ramp(5), ramp(5, start=0.5), Moments()), tmp_path)
     assert [file.suffix for file in files] == [".png", ".mp4"]
     with av.open(str(files[1])) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -96,13 +97,13 @@ def test_a_clip_becomes_an_mp4_of_base_beside_lora_and_a_strip(tmp_path):
 
 
 def test_a_picture_is_side_by_side_and_layers_are_a_strip_over_a_checkerboard(tmp_path):
-    (file,) = save(Pair("0_a", "a", ramp(1), ramp(1, start=1.0), layered=False), tmp_path)
+    (file,) = save(Pair("0_a", "a", ramp(1), ramp(1, start=1.0), Moments()), tmp_path)
     sheet = np.asarray(Image.open(file))
     assert sheet.shape == (48 + 16, 128, 3)
     assert sheet[30, 10].tolist() == [0, 0, 0]
     assert sheet[30, 100].tolist() == [255, 255, 255]
     layers = torch.cat([ramp(3, 3), torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 48, 64)], dim=1)
-    (file,) = save(Pair("1_b", "b", layers, None, layered=True), tmp_path)
+    (file,) = save(Pair("1_b", "b", layers, None, Layers()), tmp_path)
     sheet = np.asarray(Image.open(file))
     assert sheet.shape == (48 + 16, 3 * 64, 3)
     assert set(np.unique(sheet[17:, :64])) == {200, 255}  # transparent: nothing but the board
@@ -110,7 +111,7 @@ def test_a_picture_is_side_by_side_and_layers_are_a_strip_over_a_checkerboard(tm
 
 
 def test_strips_of_long_clips_show_their_first_and_last_frame():
-    sheet = np.asarray(strip(Pair("0", "a", ramp(9) / 2, None, layered=False)))
+    sheet = np.asarray(strip(Pair("0", "a", ramp(9) / 2, None, Moments())))
     assert sheet.shape[1] == 6 * 64
     assert sheet[30, 10, 0] == 0
     assert sheet[30, -10, 0] == round(0.4 * 255)

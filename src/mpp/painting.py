@@ -15,6 +15,7 @@ from mpp.data.prompts import Painted
 from mpp.files import write_atomically
 from mpp.models.adapters import adapters_off, has_adapter
 from mpp.models.base import Architecture, Encoders
+from mpp.models.frame_axis import FrameAxis
 
 _HEADER = 16
 _SHOWN_FRAMES = 6
@@ -31,7 +32,7 @@ class Pair:
         prompt: What was asked for.
         base: By the base model.
         lora: With the LoRA; None where there is none.
-        layered: Frames are layers.
+        frames: What the frames are.
         fps: Frames per second of a clip.
     """
 
@@ -39,7 +40,7 @@ class Pair:
     prompt: str
     base: Pixels
     lora: Pixels | None
-    layered: bool
+    frames: FrameAxis
     fps: float = 16.0
 
 
@@ -84,7 +85,7 @@ def paint(
         for module in training:
             module.training = True
     fps = architecture.fps or Pair.fps
-    return Pair(name, painted.prompt, bases[name], lora, architecture.latents.layered, fps)
+    return Pair(name, painted.prompt, bases[name], lora, architecture.latents.frames, fps)
 
 
 def sample_name(number: int, prompt: str) -> str:
@@ -102,7 +103,7 @@ def save(pair: Pair, folder: Path) -> list[Path]:
     sheet = strip(pair)
     picture = folder / f"{pair.name}.png"
     write_atomically(picture, lambda temporary: sheet.save(temporary, "PNG"))
-    if pair.layered or len(pair.base) == 1:
+    if not pair.frames.plays(len(pair.base)):
         return [picture]
     clip = folder / f"{pair.name}.mp4"
     write_atomically(clip, lambda temporary: _write_clip(pair, temporary))
@@ -113,7 +114,8 @@ def strip(pair: Pair) -> Image.Image:
     """Base and LoRA under each other, each a row of frames or layers; one frame: side by side."""
     rows = [("base", pair.base)] + ([("LoRA", pair.lora)] if pair.lora is not None else [])
     single = len(pair.base) == 1
-    images = [(label, [_image(frame) for frame in _some(pixels, layered=pair.layered)]) for label, pixels in rows]
+    shown = pair.frames.shown(len(pair.base), _SHOWN_FRAMES)
+    images = [(label, [_image(pixels[number]) for number in shown]) for label, pixels in rows]
     width, height = images[0][1][0].size
     columns = len(images) if single else max(len(row) for _, row in images)
     lines = 1 if single else len(images)
@@ -125,13 +127,6 @@ def strip(pair: Pair) -> Image.Image:
         for column, image in enumerate(row):
             sheet.paste(image, (left + column * width, top + _HEADER))
     return sheet
-
-
-def _some(pixels: Pixels, *, layered: bool) -> Float[Tensor, "shown channels height width"]:
-    """All layers, or evenly spread frames of a clip."""
-    if layered or len(pixels) <= _SHOWN_FRAMES:
-        return pixels
-    return pixels[torch.linspace(0, len(pixels) - 1, _SHOWN_FRAMES).round().long()]
 
 
 def _image(frame: Float[Tensor, "channels height width"]) -> Image.Image:

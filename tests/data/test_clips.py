@@ -43,8 +43,8 @@ def on_screen(timeline, moment):
     return shown[-1]
 
 
-def spec(stride, *, layered=False):
-    return LatentSpec(channels=16, spatial_stride=8, temporal_stride=stride, patch=(1, 2, 2), layered=layered)
+def spec(stride):
+    return LatentSpec(channels=16, spatial_stride=8, temporal_stride=stride, patch=(1, 2, 2))
 
 
 # ---------------------------------------------------------------- frame rates
@@ -268,9 +268,8 @@ def test_lengths_off_the_models_grid_are_refused_with_those_beside():
         Clips(frames=(17, 80)).check(spec(4))
     with pytest.raises(ValueError, match="instead of 21 use 17 or 25"):
         Clips(frames=(21,)).check(spec(8))
-    for single in (spec(1), spec(4, layered=True)):
-        with pytest.raises(ValueError, match="learns single pictures"):
-            Clips().check(single)
+    with pytest.raises(ValueError, match="learns single pictures"):
+        Clips().check(spec(1))
 
 
 # ---------------------------------------------------------------- masks pooled in time

@@ -10,6 +10,7 @@ from mpp.data.frames import (
     as_picture,
     as_pixels,
     check_controls,
+    check_layers,
     frame_files,
     mask_files,
     read_controls,
@@ -45,7 +46,7 @@ def source(root, **settings):
 
 
 def items(root, *, layered=True, **settings):
-    return source(root, **settings).items(layered=layered)
+    return source(root, **settings).items(with_layers=layered)
 
 
 def half(root, name, *, left):
@@ -59,15 +60,15 @@ def test_layers_belong_to_their_picture_in_order_and_are_no_samples_of_their_own
     (item,) = items(root)
     assert item.key == "p"
     assert [path.name for path in item.layers] == ["p.layer0.png", "p.layer1.png"]
-    assert [path.name for path in frame_files(item, LAYERED)] == ["p.png", "p.layer0.png", "p.layer1.png"]
+    assert [path.name for path in frame_files(item)] == ["p.png", "p.layer0.png", "p.layer1.png"]
     (plain,) = items(root, layered=False)
     assert plain.layers == ()
-    assert [path.name for path in frame_files(plain, PLAIN)] == ["p.png"]
+    assert [path.name for path in frame_files(plain)] == ["p.png"]
 
 
 def test_frames_are_the_picture_and_its_layers_with_alpha_and_colours_kept_under_it(root):
     (item,) = items(root)
-    frames = read_frames(item, Cut(Geometry((SIDE, SIDE), (32, 32))), LAYERED)
+    frames = read_frames(item, Cut(Geometry((SIDE, SIDE), (32, 32))))
     assert frames.shape == (4, 3, 32, 32)
     assert frames[:, :, 0, 0].T.tolist() == [[10, 20, 30, 255], [40, 50, 60, 255], [70, 80, 90, 0]]
     assert as_pixels(frames)[:, 2, 0, 0].tolist() == pytest.approx([v / 127.5 - 1 for v in (70, 80, 90, 0)])
@@ -103,8 +104,7 @@ def test_a_layer_without_a_mask_beside_one_with_is_refused(root):
     half(root, "p.layer0.png", left=True)
     (item,) = items(root)
     with pytest.raises(ValueError, match=r"1 of its 2 layers have a mask, layer 1 has none; add p.layer1.png"):
-        mask_files(item, LAYERED)
-    assert mask_files(item, PLAIN) == ()
+        mask_files(item)
 
 
 def test_a_layer_without_its_number_or_its_picture_is_refused(root):
@@ -122,11 +122,12 @@ def test_layers_of_another_size_and_pictures_without_layers_are_refused(root):
     save(root / "photos" / "p.layer1.png", (1, 2, 3), size=(SIDE, 32))
     (item,) = items(root)
     with pytest.raises(ValueError, match=r"p.layer1.png is 64x32, its picture .*p.png is 64x64"):
-        frame_files(item, LAYERED)
+        check_layers(item, LAYERED)
     save(root / "photos" / "r.png", (1, 2, 3))
     bare = next(item for item in items(root) if item.key == "r")
     with pytest.raises(ValueError, match=r"r.png has no layers.*add r.layer0.png"):
-        frame_files(bare, LAYERED)
+        check_layers(bare, LAYERED)
+    check_layers(bare, PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_numbers_with_a_gap_and_two_ways_to_name_controls_are_refused_and_unused
         items(root, control_dir=str(root / "controls"))
     (root / "controls" / "p_1.png").rename(root / "controls" / "p_0.png")
     chosen = source(root, control_dir=str(root / "controls"))
-    assert chosen.unused(chosen.items(layered=True)) == ["stranger.png"]
+    assert chosen.unused(chosen.items(with_layers=True)) == ["stranger.png"]
     save(root / "controls" / "p.png", (0, 0, 0))
     with pytest.raises(ValueError, match="p.png and .*p_0.png are both control pictures of p"):
         items(root, control_dir=str(root / "controls"))

@@ -17,7 +17,7 @@ from mpp.data.index import Entry, Index
 from mpp.data.provenance import MaskProvenance, Source
 from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps
-from mpp.models.base import LatentSpec
+from mpp.models.frame_axis import Layers
 from tests import helpers
 from tests.data import videos
 
@@ -32,7 +32,7 @@ def root(tmp_path, pipeline):
 
 def changes(root):
     cache = Cache(root / "cache")
-    return mask_changes(cache, cache.entries(), cache.manifest().latents)
+    return mask_changes(cache, cache.entries(), cache.manifest().latents.frames)
 
 
 def invert(path):
@@ -166,8 +166,7 @@ def test_masks_of_layers_that_come_later_are_edits(tmp_path):
     made = MaskProvenance(sources, (64, 64, 64, 64, False), None, "folder", (3, 8, 8), invert=False)
     write_tensors(cache.mask_path("p"), {"mask": torch.ones(1, 3, 8, 8)}, made.header())
     entries = Index.of([Entry("p", "train", (16, 3, 8, 8), "t", "", "folder")])
-    layered = LatentSpec(16, 8, 1, (1, 2, 2), layered=True)
-    assert mask_changes(cache, entries, layered) == MaskChanges()
+    assert mask_changes(cache, entries, Layers()) == MaskChanges()
     for number in (0, 1):
         shutil.copy(tmp_path / "masks" / "p.png", tmp_path / "masks" / f"p.layer{number}.png")
-        assert mask_changes(cache, entries, layered) == MaskChanges(edited=("p",))
+        assert mask_changes(cache, entries, Layers()) == MaskChanges(edited=("p",))

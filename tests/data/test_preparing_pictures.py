@@ -53,7 +53,7 @@ def test_layers_and_their_masks_are_frames_and_a_second_run_does_nothing(layered
     mask = cache.mask(entry)[0]
     assert torch.equal(mask[1], 1 - mask[2])  # each layer has its own
     assert mask[0].min() == 1  # the whole learns where any layer does
-    assert [cache.preview_path("p0", layer).is_file() for layer in (None, 0, 1)] == [True] * 3
+    assert [cache.preview_path("p0", suffix).is_file() for suffix in ("", ".layer0", ".layer1")] == [True] * 3
     again = layered.run()
     assert (again.encoded, again.masks_written, again.texts_encoded) == (0, 0, 0)
 

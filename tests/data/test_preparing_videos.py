@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import mpp.data.stamps
-from mpp.data.cache import Cache, key_frames
+from mpp.data.cache import Cache
 from mpp.data.datamodule import LatentDataModule
 from mpp.models.wan import WanEncoders
 from tests import helpers
@@ -255,10 +255,11 @@ def test_previews_show_key_frames(root, pipeline):
     (entry,) = entries(root).values()
     cache = Cache(root / "cache")
     assert entry.shape[1] == 10
-    for latent in key_frames(10):
-        number = videos.read_number(Image.open(cache.frame_path(entry.key, latent)))
+    names = {0: f"{entry.key}.jpg", **{n: f"{entry.key}.frame{n}.jpg" for n in (1, 3, 4, 5, 6, 8, 9)}}
+    assert {path.name for path in (cache.folder / "previews").iterdir()} == set(names.values())
+    for latent, name in names.items():
+        number = videos.read_number(Image.open(cache.folder / "previews" / name))
         assert number == 0 if latent == 0 else number in range(1 + 4 * (latent - 1), 1 + 4 * latent)
-    assert not cache.frame_path(entry.key, 2).is_file() or 2 in key_frames(10)
 
 
 # ---------------------------------------------------------------- what is current

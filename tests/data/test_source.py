@@ -122,7 +122,7 @@ def test_a_folder_beside_a_video_keeps_its_own_masks(tmp_path):
 
 def test_layers_have_sidecars_of_their_own(tmp_path):
     touch(tmp_path, "photos/a.png", "photos/a.layer0.png", "photos/a.layer0.mask.png", "photos/a.layer1.png")
-    (item,) = source(tmp_path).items(layered=True)
+    (item,) = source(tmp_path).items(with_layers=True)
     assert [mask and mask.name for mask in item.layer_masks] == ["a.layer0.mask.png", None]
 
 

@@ -31,7 +31,7 @@ def source(root, *rows, **settings):
 
 
 def items(root, *rows, layered=False, **settings):
-    return source(root, *rows, **settings).items(layered=layered)
+    return source(root, *rows, **settings).items(with_layers=layered)
 
 
 def test_all_fields_of_a_row_reach_its_item(root):

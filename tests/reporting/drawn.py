@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mpp.data.cache import Cache, Manifest, Notes, key_frames
+from mpp.data.cache import Cache, Manifest, Notes
 from mpp.data.index import Entry
 from mpp.models.base import LatentSpec
 
@@ -33,8 +33,9 @@ class Drawn:
 
     def __init__(self, folder: Path, *, layered=False, given=0, temporal=4, side=512, family="drawn"):
         self.cache, self.entries, self.side = Cache(folder), [], side
-        self.layered, self.given = layered, given
+        self.given = given
         spec = LatentSpec(4, STRIDE, 1 if layered else temporal, (1, 2, 2), layered)
+        self.axis = spec.frames
         self.cache.write_manifest(Manifest(family, spec, None, None, given_frames=given))
 
     def add(self, key, mask="disc", picture="own", **entry):
@@ -64,9 +65,8 @@ class Drawn:
         if picture is None:
             return
         pictures = picture if isinstance(picture, list) else [picture] * frames
-        for frame in range(frames) if self.layered else key_frames(frames):
-            layer = frame - 1 if frame else None
-            path = self.cache.preview_path(key, layer) if self.layered else self.cache.frame_path(key, frame)
+        for frame in self.axis.shown(frames):
+            path = self.cache.preview_path(key, self.axis.suffix(frame))
             path.parent.mkdir(parents=True, exist_ok=True)
             image = pictures[frame].copy()
             image.thumbnail((self.side, self.side))

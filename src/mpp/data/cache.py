@@ -39,7 +39,6 @@ P = TypeVar("P", bound=Provenance)
 
 FORMAT = 3
 _CHECKED = 10_000
-_KEY_FRAMES = 8
 _AGAIN = "run `python -m mpp.prepare` again"
 
 
@@ -140,14 +139,9 @@ class Cache:
         """Where a painted prompt's conditioning lies."""
         return self.folder / "samples" / f"{name}.safetensors"
 
-    def preview_path(self, key: str, layer: int | None = None) -> Path:
-        """Where a sample's preview picture lies, or that of one of its layers."""
-        suffix = "" if layer is None else f".layer{layer}"
+    def preview_path(self, key: str, suffix: str = "") -> Path:
+        """Where the preview of a sample's first frame lies, or with `FrameAxis.suffix` that of another one."""
         return self.folder / "previews" / f"{key}{suffix}.jpg"
-
-    def frame_path(self, key: str, frame: int) -> Path:
-        """Where the preview of a latent frame of a clip lies; only those of `key_frames` have one."""
-        return self.preview_path(key) if frame == 0 else self.folder / "previews" / f"{key}.frame{frame}.jpg"
 
     def manifest(self) -> Manifest:
         """What the cache was made with.
@@ -277,12 +271,6 @@ class Cache:
 def some(entries: Sequence[Entry], most: int = _CHECKED) -> Sequence[Entry]:
     """At most `most` of the entries, evenly spread: looking at more would delay the start of a run."""
     return entries[:: max(1, -(-len(entries) // most))]
-
-
-def key_frames(frames: int) -> list[int]:
-    """Latent frames of a clip of which previews are kept: at most 8, evenly spread, the first and last included."""
-    count = min(frames, _KEY_FRAMES)
-    return [round(i * (frames - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class Clips:
             ValueError: The model takes single pictures only, or names a length off its grid and those next to it.
         """
         stride = spec.temporal_stride
-        if spec.layered or stride == 1:
+        if stride == 1:
             raise ValueError("this model learns single pictures; take the videos out of the data, or another model")
         for length in self.frames:
             below = (length - 1) // stride * stride + 1

@@ -200,7 +200,7 @@ class LatentDataModule(LightningDataModule):
         Raises:
             ValueError: With `strict_masks`, there are any, or it cannot be told.
         """
-        changes = self.mask_changes = mask_changes(self.cache, entries, self.architecture.latents)
+        changes = self.mask_changes = mask_changes(self.cache, entries, self.architecture.latents.frames)
         if self.strict_masks and (changes or changes.unchecked):
             what = f"masks changed since the cache {self.cache.folder} was prepared: {changes}"
             if not changes:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mpp.data.cache import Cache, key_frames, write_tensors
+from mpp.data.cache import Cache, write_tensors
 from mpp.data.frames import as_picture, as_pixels, read_controls, read_frames
 from mpp.data.loader import chunks
 from mpp.data.planning import Job, source_files
@@ -46,8 +46,8 @@ class Decoded:
 class Decoding(Dataset[Decoded]):
     """Samples decoded by number."""
 
-    def __init__(self, jobs: Sequence[Job], architecture: Architecture) -> None:
-        self.jobs, self.architecture = jobs, architecture
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -58,8 +58,8 @@ class Decoding(Dataset[Decoded]):
         job = self.jobs[index]
         try:
             # The stamps are those of the files that are read, should one change meanwhile.
-            sources = Stamps().sources(source_files(job.item, self.architecture))
-            frames = read_frames(job.item, job.cut, self.architecture.latents)
+            sources = Stamps().sources(source_files(job.item))
+            frames = read_frames(job.item, job.cut)
             controls = tuple(read_controls(job.item, job.cut.geometry))
         except (ValueError, OSError) as error:
             return Decoded(job, error=str(error))
@@ -137,7 +137,7 @@ class LatentWriter:
         remote = any(not isinstance(job.item.media, Path) for job in jobs)
         # Clients of object storage do not survive a fork.
         workers = 0 if remote else min(self.work.workers, len(batches))
-        dataset = Decoding(jobs, self.architecture)
+        dataset = Decoding(jobs)
         ahead = {"prefetch_factor": 1} if workers else {}  # clips are large
         return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=workers, **ahead))
 
@@ -170,16 +170,11 @@ class LatentWriter:
         return replace(job, pictures=shapes)
 
     def _write_previews(self, job: Job, frames: Tensor) -> None:
-        spec = self.architecture.latents
-        if spec.layered:
-            for number in range(frames.shape[1]):
-                path = self.cache.preview_path(job.key, number - 1 if number else None)
-                _write_preview(path, as_picture(frames[:, number]))
-            return
-        for number in key_frames(job.shape[1]):
+        axis, stride = self.architecture.latents.frames, self.architecture.latents.temporal_stride
+        for number in axis.shown(job.shape[1]):
             # of the frames that make up a latent frame, the middle one
-            shown = 1 + spec.temporal_stride * (number - 1) + spec.temporal_stride // 2 if number else 0
-            _write_preview(self.cache.frame_path(job.key, number), as_picture(frames[:, shown]))
+            middle = 1 + stride * (number - 1) + stride // 2 if number else 0
+            _write_preview(self.cache.preview_path(job.key, axis.suffix(number)), as_picture(frames[:, middle]))
 
 
 def _write_preview(path: Path, image: Image.Image) -> None:

@@ -135,7 +135,7 @@ class MediaFolder:
         self.controls = _files(roots["control_dir"], "control pictures") if "control_dir" in roots else {}
         self.control_numbers = _numbers(self.controls, self.beside.media)
 
-    def items(self, *, layered: bool) -> list[tuple[Item, Found]]:
+    def items(self, *, with_layers: bool) -> list[tuple[Item, Found]]:
         """Its media without captions, sorted by key, and the file of each.
 
         Raises:
@@ -143,8 +143,8 @@ class MediaFolder:
                 mask is a video.
         """
         media = self.beside.media
-        layers = _layers(media) if layered else {}
-        whole = {key: found for key, found in media.items() if not self._is_layer(key, layered=layered)}
+        layers = _layers(media) if with_layers else {}
+        whole = {key: found for key, found in media.items() if not self._is_layer(key, with_layers=with_layers)}
         orphans = sorted(layers.keys() - whole.keys())
         if orphans:
             raise ValueError(
@@ -168,9 +168,9 @@ class MediaFolder:
         names = [posixpath.basename(found.name) for found in files if found.place not in used]
         return names + [found.name for found in orphans] + list(self.beside.strangers)
 
-    def _is_layer(self, key: str, *, layered: bool) -> bool:
+    def _is_layer(self, key: str, *, with_layers: bool) -> bool:
         match, media = _LAYER.fullmatch(key), self.beside.media
-        return match is not None and media[key].still and (layered or match[1] in media)
+        return match is not None and media[key].still and (with_layers or match[1] in media)
 
     def _item(self, key: str, found: Found, layers: Sequence[Found]) -> Item:
         mask, kind = self._mask(key, found)

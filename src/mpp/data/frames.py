@@ -55,14 +55,19 @@ class Cut:
         return None if self.clip is None else self.clip.frames
 
 
-def frame_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
-    """The files that make up a sample: the picture or video, and its layers for layered models.
+def frame_files(item: Item) -> tuple[Path, ...]:
+    """The files that make up a sample: the image or video, and its layers, which are only read for models of layers."""
+    return (item.media, *item.layers)
+
+
+def check_layers(item: Item, spec: LatentSpec) -> None:
+    """Refuse an image without layers where the model learns layers, and layers of another size than their image.
 
     Raises:
-        ValueError: A layered model and no layers, or layers of another size than the picture.
+        ValueError: As above.
     """
-    if not spec.layered:
-        return (item.media,)
+    if not spec.frames.has_layers:
+        return
     if not item.layers:
         stem = item.media.stem
         raise ValueError(f"{item.media} has no layers, and this model learns layers; add {stem}.layer0.png, ...")
@@ -71,10 +76,9 @@ def frame_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
         if picture_size(layer) != size:
             got = "x".join(map(str, picture_size(layer)))
             raise ValueError(f"{layer} is {got}, its picture {item.media} is {size[0]}x{size[1]}; export them alike")
-    return (item.media, *item.layers)
 
 
-def mask_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
+def mask_files(item: Item) -> tuple[Path, ...]:
     """The mask files that apply to a sample; () where only alpha can be the mask, or there is none.
 
     Raises:
@@ -82,7 +86,7 @@ def mask_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
     """
     own = (item.mask,) if item.mask is not None else ()
     layers = [path for path in item.layer_masks if path is not None]
-    if not spec.layered or not layers:
+    if not layers:
         return own
     if len(layers) < len(item.layer_masks):
         lacking = item.layer_masks.index(None)
@@ -93,28 +97,27 @@ def mask_files(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
     return (*own, *layers)
 
 
-def mask_sources(item: Item, spec: LatentSpec) -> tuple[Path, ...]:
+def mask_sources(item: Item) -> tuple[Path, ...]:
     """The files that a sample's mask is made from: its mask files, else the media itself, whose alpha it is.
 
     Raises:
         ValueError: As `mask_files` raises.
     """
-    return mask_files(item, spec) or (item.media,)
+    return mask_files(item) or (item.media,)
 
 
-def mask_kind(item: Item, spec: LatentSpec, *, transparent: bool) -> str | None:
+def mask_kind(item: Item, *, transparent: bool) -> str | None:
     """Where a sample's mask comes from; None without one.
 
     Args:
         item: The sample's.
-        spec: The model's: layers have masks of their own.
-        transparent: Whether the media has an alpha that is not opaque.
+        transparent: Whether the media has an alpha that is not opaque; with layers beside it that is no mask.
     """
     if item.mask_kind is not None:
         return item.mask_kind
-    if spec.layered:
-        return "folder" if any(item.layer_masks) else None
-    return "alpha" if transparent and item.alpha else None
+    if any(item.layer_masks):
+        return "folder"
+    return "alpha" if transparent and item.alpha and not item.layers else None
 
 
 def check_controls(item: Item, inputs: PictureInputs) -> None:
@@ -149,7 +152,7 @@ def read_controls(item: Item, geometry: Geometry) -> list[Image.Image]:
     return found
 
 
-def read_frames(item: Item, cut: Cut, spec: LatentSpec) -> Tensor:
+def read_frames(item: Item, cut: Cut) -> Tensor:
     """A sample's frames in their bucket.
 
     Returns:
@@ -161,9 +164,9 @@ def read_frames(item: Item, cut: Cut, spec: LatentSpec) -> Tensor:
     if cut.clip is not None:
         shown = video.read_frames(item.media, cut.media, cut.clip.frames)
         return torch.stack([_bytes(crop_picture(frame, cut.geometry)) for frame in shown], dim=1)
-    pictures = [read_picture(path) for path in frame_files(item, spec)]
+    pictures = [read_picture(path) for path in frame_files(item)]
     frames = torch.stack([_bytes(crop_picture(picture.rgb, cut.geometry)) for picture in pictures], dim=1)
-    if not spec.layered:
+    if not item.layers:
         return frames
     alphas = [_bytes(_alpha(picture, cut.geometry).convert("RGB"))[:1] for picture in pictures]
     return torch.cat([frames, torch.stack(alphas, dim=1)])
@@ -206,7 +209,7 @@ def read_mask_frames(item: Item, cut: Cut, shape: Sequence[int], spec: LatentSpe
         found = latent_mask(mask, cut.geometry, cells)
         return 1 - found if item.invert else found
 
-    if spec.layered:
+    if item.layers:
         return _layer_masks(
             None if item.mask is None else average(read_mask(item.mask)),
             [average(read_mask(path)) for path in item.layer_masks if path is not None],
@@ -226,14 +229,14 @@ def read_mask_frames(item: Item, cut: Cut, shape: Sequence[int], spec: LatentSpe
     return pool_in_time((average(mask)[0, 0] for mask in moving), spec.temporal_stride)[None]
 
 
-def check_masks(item: Item, cut: Cut, spec: LatentSpec) -> None:
+def check_masks(item: Item, cut: Cut) -> None:
     """Refuse masks of another shape or length than their media; those that stand still are decoded for that.
 
     Raises:
         ValueError: As above.
     """
     size = cut.geometry.source
-    for path in mask_files(item, spec):
+    for path in mask_files(item):
         if cut.mask is not None:
             video.check_counts(cut.media, cut.mask, str(item.media), str(path))
             mask_size = cut.mask.size

@@ -11,7 +11,7 @@ from mpp.data.places import as_path, reaching
 from mpp.data.provenance import MaskProvenance
 from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps
-from mpp.models.base import LatentSpec
+from mpp.models.frame_axis import FrameAxis
 
 _LISTED = 50_000  # sources of larger sets are not listed at the start of a run
 _SHOWN = 3
@@ -47,7 +47,7 @@ class MaskChanges:
         return ", ".join(found)
 
 
-def mask_changes(cache: Cache, entries: Index, spec: LatentSpec) -> MaskChanges:
+def mask_changes(cache: Cache, entries: Index, axis: FrameAxis) -> MaskChanges:
     """Compare the masks in a cache with those on disk, by size and time, and by content where these differ.
 
     At most 10,000 samples are looked at, evenly spread. New masks are looked for in sets of at most 50,000.
@@ -55,14 +55,14 @@ def mask_changes(cache: Cache, entries: Index, spec: LatentSpec) -> MaskChanges:
     Args:
         cache: The cache.
         entries: Its samples.
-        spec: The model's: layers have masks of their own.
+        axis: What the model's frames are: layers have masks of their own.
     """
     stamps = Stamps()
-    items, unchecked = _items(cache, entries, spec)
+    items, unchecked = _items(cache, entries, axis)
     found: dict[str, list[str]] = {"new": [], "edited": [], "deleted": []}
     for entry in _one_each(some(entries)):
         try:
-            change = _change(cache, entry, items, stamps, spec)
+            change = _change(cache, entry, items, stamps)
         except (ValueError, OSError) as error:  # storage that cannot be reached
             unchecked = unchecked or str(error)
             continue
@@ -71,7 +71,7 @@ def mask_changes(cache: Cache, entries: Index, spec: LatentSpec) -> MaskChanges:
     return MaskChanges(*(tuple(sorted(keys)) for keys in found.values()), unchecked)
 
 
-def _change(cache: Cache, entry: Entry, items: dict[str, Item], stamps: Stamps, spec: LatentSpec) -> str | None:
+def _change(cache: Cache, entry: Entry, items: dict[str, Item], stamps: Stamps) -> str | None:
     """What happened to one sample's mask, so that preparing again would write it anew, or leave it out.
 
     Raises:
@@ -79,11 +79,11 @@ def _change(cache: Cache, entry: Entry, items: dict[str, Item], stamps: Stamps, 
     """
     item = items.get(entry.origin)
     if entry.mask is None:
-        return "new" if item is not None and mask_kind(item, spec, transparent=False) else None
+        return "new" if item is not None and mask_kind(item, transparent=False) else None
     known = made_from(cache.mask_path(entry.key), MaskProvenance)
     if known is None:
         return None  # the file itself is checked elsewhere
-    if item is not None and _current(item, known, stamps, spec):
+    if item is not None and _current(item, known, stamps):
         return None
     paths = [as_path(source.place) for source in known.sources]
     for path in paths:
@@ -96,17 +96,17 @@ def _change(cache: Cache, entry: Entry, items: dict[str, Item], stamps: Stamps, 
     return None if item is None and stamps.current(known, known, paths) else "edited"
 
 
-def _current(item: Item, known: MaskProvenance, stamps: Stamps, spec: LatentSpec) -> bool:
+def _current(item: Item, known: MaskProvenance, stamps: Stamps) -> bool:
     """Whether an item's mask is the one that was cached; its cells are those of the latents, which stay as they are."""
-    kind = mask_kind(item, spec, transparent=known.kind == "alpha")
+    kind = mask_kind(item, transparent=known.kind == "alpha")
     try:
-        paths = mask_sources(item, spec)
+        paths = mask_sources(item)
     except ValueError:  # only some of its layers have one
         return False
     return stamps.current(known, replace(known, kind=kind, invert=item.invert), paths)
 
 
-def _items(cache: Cache, entries: Index, spec: LatentSpec) -> tuple[dict[str, Item], str | None]:
+def _items(cache: Cache, entries: Index, axis: FrameAxis) -> tuple[dict[str, Item], str | None]:
     """The media and masks there are now, by key; or why they cannot be listed."""
     record = cache.notes().sources
     if not record:
@@ -114,7 +114,8 @@ def _items(cache: Cache, entries: Index, spec: LatentSpec) -> tuple[dict[str, It
     if len(entries) > _LISTED:
         return {}, f"new masks are not looked for in sets of more than {_LISTED:,} samples"
     try:
-        return {item.key: item for item in FolderSource.from_record(record).items(layered=spec.layered)}, None
+        found = FolderSource.from_record(record).items(with_layers=axis.has_layers)
+        return {item.key: item for item in found}, None
     except (ValueError, OSError) as error:
         return {}, str(error)
 

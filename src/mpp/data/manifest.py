@@ -82,12 +82,12 @@ class _Placed:
         return [place for place in (self.media, self.mask, *others) if place is not None]
 
 
-def manifest_items(dataset: Dataset, *, layered: bool) -> list[tuple[Item, str]]:
+def manifest_items(dataset: Dataset, *, with_layers: bool) -> list[tuple[Item, str]]:
     """The rows of a dataset's manifest as items, each with its file and line.
 
     Args:
         dataset: Its settings, with a manifest.
-        layered: Whether layers are read.
+        with_layers: Whether layers are read.
 
     Raises:
         ValueError: Names file and line of a row that is damaged, has unknown fields, or names what is not there.
@@ -99,7 +99,7 @@ def manifest_items(dataset: Dataset, *, layered: bool) -> list[tuple[Item, str]]
     known = kinds(list(dict.fromkeys(place for row in rows for place in row.places())))
     for row in rows:
         _check(row, known)
-    return [(_item(row, manifest, dataset, layered=layered), row.where) for row in rows]
+    return [(_item(row, manifest, dataset, with_layers=with_layers), row.where) for row in rows]
 
 
 def _placed(manifest: Place, line: int, values: Mapping[str, object]) -> _Placed:
@@ -142,7 +142,7 @@ def _suffix(place: Place) -> str:
     return place.suffix.lower()
 
 
-def _item(placed: _Placed, manifest: Place, dataset: Dataset, *, layered: bool) -> Item:
+def _item(placed: _Placed, manifest: Place, dataset: Dataset, *, with_layers: bool) -> Item:
     row = placed.row
     train = row.split == "train"
     repeats = dataset.repeats if row.repeats is None else row.repeats
@@ -155,8 +155,8 @@ def _item(placed: _Placed, manifest: Place, dataset: Dataset, *, layered: bool) 
         mask_kind=None if placed.mask is None else "manifest",
         caption=clean(row.caption or ""),
         captioned=row.caption is not None,
-        layers=placed.layers if layered else (),
-        layer_masks=placed.layer_masks if layered else (),
+        layers=placed.layers if with_layers else (),
+        layer_masks=placed.layer_masks if with_layers else (),
         controls=placed.controls,
         invert=dataset.invert_mask if row.invert_mask is None else row.invert_mask,
         repeats=repeats if train else 1,

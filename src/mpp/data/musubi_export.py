@@ -129,7 +129,7 @@ def _plan(cache: Cache, model: Architecture, entries: list[Entry], folder: Path)
         ValueError: A latents file is damaged, or a name too long.
     """
     spec = model.latents
-    clips = [entry.shape[1] > 1 and not spec.layered for entry in entries]
+    clips = [spec.frames.plays(entry.shape[1]) for entry in entries]
     mixed = len(set(clips)) > 1
     jobs = []
     for entry, clip in zip(entries, clips, strict=True):

@@ -8,6 +8,7 @@ from mpp.data.cache import Cache, made_from, text_name
 from mpp.data.frames import (
     Cut,
     check_controls,
+    check_layers,
     check_masks,
     frame_files,
     mask_kind,
@@ -101,7 +102,7 @@ class Planner:
         known = next((made for made in current if made), None)
         prepared = known is not None and all(current)
         has_alpha = known.alpha if prepared else self._decode(item, cuts[0])
-        kind = mask_kind(item, self.architecture.latents, transparent=has_alpha)
+        kind = mask_kind(item, transparent=has_alpha)
         if kind is None and item.require_mask:
             raise ValueError(f"{item.media}: no mask, and data.require_mask=true; add one or leave it out")
         return [self._job(item, cut, made, kind, has_alpha=has_alpha) for cut, made in zip(cuts, current, strict=True)]
@@ -109,7 +110,8 @@ class Planner:
     def _whole(self, item: Item) -> list[Cut]:
         """A picture, and its mirror."""
         model = self.architecture
-        if model.least_frames > 1 and not model.latents.layered:
+        check_layers(item, model.latents)
+        if len(frame_files(item)) < model.least_frames:
             raise ValueError(
                 f"{item.media}: this model sees the first frame and learns from clips of at least {model.least_frames} "
                 "latent frames; pictures hold nothing for it to learn: give it videos, or choose a model that starts "
@@ -150,18 +152,18 @@ class Planner:
         """Read a picture's files whole; videos were, for their timelines. Returns whether it has an alpha."""
         if cut.media is not None:
             return cut.media.transparent
-        for path in (*frame_files(item, self.architecture.latents)[1:], *item.controls):
+        for path in (*item.layers, *item.controls):
             read_picture(path)
         return transparent(read_picture(item.media))
 
     def _job(self, item: Item, cut: Cut, made: LatentsProvenance | None, kind: str | None, *, has_alpha: bool) -> Job:
         spec = self.architecture.latents
         key = key_of(item, cut)
-        frames = len(cut.clip.frames) if cut.clip is not None else len(frame_files(item, spec))
+        frames = len(cut.clip.frames) if cut.clip is not None else len(frame_files(item))
         shape = spec.shape(frames, cut.geometry.size[1], cut.geometry.size[0])
         mask_current = kind is not None and self._mask_current(key, item, cut, kind, shape)
         if not mask_current:
-            check_masks(item, cut, spec)
+            check_masks(item, cut)
         return Job(
             key=key,
             item=item,
@@ -195,13 +197,11 @@ class Planner:
         if made.pictures and made_from(self.cache.pictures_path(key), LatentsProvenance) != made:
             return None
         wanted = LatentsProvenance((), cut.numbers, cut.frames, self.identity.vae)
-        return made if self.stamps.current(made, wanted, source_files(item, self.architecture)) else None
+        return made if self.stamps.current(made, wanted, source_files(item)) else None
 
     def _mask_current(self, key: str, item: Item, cut: Cut, kind: str, shape: Sequence[int]) -> bool:
         made = made_from(self.cache.mask_path(key), MaskProvenance)
-        return self.stamps.current(
-            made, mask_made(item, cut, kind, shape), mask_sources(item, self.architecture.latents)
-        )
+        return self.stamps.current(made, mask_made(item, cut, kind, shape), mask_sources(item))
 
 
 def key_of(item: Item, cut: Cut) -> str:
@@ -210,9 +210,9 @@ def key_of(item: Item, cut: Cut) -> str:
     return f"{item.key}{clip}{'@flip' if cut.geometry.flip else ''}"
 
 
-def source_files(item: Item, architecture: Architecture) -> tuple[Path, ...]:
+def source_files(item: Item) -> tuple[Path, ...]:
     """The files that a sample's latents and picture conditioning are made from."""
-    return (*frame_files(item, architecture.latents), *item.controls)
+    return (*frame_files(item), *item.controls)
 
 
 def mask_made(

@@ -66,7 +66,7 @@ class Preparation:
         """
         start = time.monotonic()
         self.prompts.check(self.architecture)
-        items = self.source.items(layered=self.architecture.latents.layered)
+        items = self.source.items(with_layers=self.architecture.latents.frames.has_layers)
         self.source.preservation.check([item.caption for item in items if item.split == "train"])
         identity = self.architecture.identity(fetch=True)
         self._claim(identity)
@@ -216,7 +216,7 @@ class Preparation:
         return None
 
     def _average_mask(self, job: Job) -> None:
-        sources = self.stamps.sources(mask_sources(job.item, self.architecture.latents))
+        sources = self.stamps.sources(mask_sources(job.item))
         made = mask_made(job.item, job.cut, str(job.mask_kind), job.shape, sources)
         mask = read_mask_frames(job.item, job.cut, job.shape, self.architecture.latents)
         write_tensors(self.cache.mask_path(job.key), {"mask": mask}, made.header())

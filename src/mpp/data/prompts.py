@@ -36,7 +36,7 @@ class Prompts:
             references, or the first frame.
         width: Pixels.
         height: Pixels.
-        frames: Frames of a clip; layers of a layered picture; 1 is a picture.
+        frames: Frames of a clip, or layers of a picture; 1 is a picture.
         steps: Sampling steps; None: the family's.
         guidance_scale: Classifier-free guidance; 1 is none; None: the family's.
         seed: Of the noise; base and LoRA begin with the same.
@@ -79,12 +79,12 @@ class Prompts:
                 raise ValueError(
                     f"sampling.{name} must be a multiple of {spec.pixel_step} for this model, got {getattr(self, name)}"
                 )
-        if not spec.layered and (self.frames - 1) % spec.temporal_stride:
+        if (self.frames - 1) % spec.temporal_stride:
             raise ValueError(
                 f"sampling.frames must be a multiple of {spec.temporal_stride} plus 1 for this model, got {self.frames}"
             )
         given = architecture.given_frames
-        if not spec.layered and spec.shape(self.frames, self.height, self.width)[1] <= given:
+        if spec.shape(spec.frames.length(self.frames), self.height, self.width)[1] <= given:
             raise ValueError(
                 f"sampling.frames={self.frames}: this model is given the first {given} latent frames, so nothing would "
                 f"be painted; set at least {given * spec.temporal_stride + 1}"
@@ -190,10 +190,9 @@ def encode_shot(architecture: Architecture, encoders: Encoders, shot: Shot) -> d
     if not inputs.first_frame:
         return encoders.encode_pictures(torch.zeros(1, 3, 1, shot.height, shot.width), shot.controls)
     first = picture_tensor(_one(shot.controls))
-    if spec.layered:
-        first = torch.cat([first, torch.ones_like(first[:1])])
-    frames = shot.frames + 1 if spec.layered else shot.frames
-    return encoders.encode_pictures(first[None].repeat(1, 1, frames, 1, 1), ())
+    opaque = first.new_ones(spec.frames.channels - len(first), *first.shape[1:])
+    frames = spec.frames.length(shot.frames)
+    return encoders.encode_pictures(torch.cat([first, opaque])[None].repeat(1, 1, frames, 1, 1), ())
 
 
 def _one(pictures: Sequence[Image.Image]) -> Image.Image:

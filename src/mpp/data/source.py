@@ -75,18 +75,18 @@ class FolderSource(Dataset):
         if not isinstance(self.datasets, str):
             read_datasets(self.datasets, self._defaults())
 
-    def items(self, *, layered: bool = False) -> list[Item]:
+    def items(self, *, with_layers: bool = False) -> list[Item]:
         """All media, those for training first, sorted by key.
 
         Args:
-            layered: Whether layers are read; else those of a picture that is there are left out.
+            with_layers: Whether layers are read; else those of a picture that is there are left out.
 
         Raises:
             ValueError: A place is not there, cannot be read or holds no media; two media, masks or captions share a
                 name; a caption is not UTF-8; a row of a file is damaged; layers or control pictures lack a number.
         """
         datasets = self._all()
-        found = [named for name in datasets for named in _read(name, datasets, layered=layered)]
+        found = [named for name in datasets for named in _read(name, datasets, with_layers=with_layers)]
         self._check(found)
         return sorted((named.item for named in found), key=lambda item: (item.split != "train", item.key))
 
@@ -109,7 +109,7 @@ class FolderSource(Dataset):
             folders = _folders(name, datasets)
             found += [file for folder in folders for file in folder.unused(used)]
             if dataset.captions is not None:
-                whole = [row for folder in folders for row in folder.items(layered=False)]
+                whole = [row for folder in folders for row in folder.items(with_layers=False)]
                 table = CaptionTable.read(dataset.captions)
                 _, strangers = table.match([(file.name, file.place) for _, file in whole])
                 found += [f"{table.place.name}:{row.line} ({row.media})" for row in strangers]
@@ -177,18 +177,18 @@ def _folders(name: str, datasets: Mapping[str, Dataset]) -> list[MediaFolder]:
     return found
 
 
-def _read(name: str, datasets: Mapping[str, Dataset], *, layered: bool) -> Iterator[_Named]:
+def _read(name: str, datasets: Mapping[str, Dataset], *, with_layers: bool) -> Iterator[_Named]:
     """The items of one of the datasets, complete."""
     dataset = datasets[name]
     if dataset.manifest is not None:
-        for item, where in manifest_items(dataset, layered=layered):
+        for item, where in manifest_items(dataset, with_layers=with_layers):
             caption = item.caption if item.captioned else None
             yield _Named(_finished(item, name, dataset, caption), where, real(item.media))
         return
     found = [
         (item, file, folder.beside.captions.get(file.key))
         for folder in _folders(name, datasets)
-        for item, file in folder.items(layered=layered)
+        for item, file in folder.items(with_layers=with_layers)
     ]
     captions = _captions(dataset, found)
     of = f" (data.datasets.{name})" if name else ""

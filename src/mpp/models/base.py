@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.experts import parts_of
+from mpp.models.frame_axis import FrameAxis, Layers, Moments
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class LatentSpec:
         temporal_stride: Pixel frames per latent frame after the first.
         patch: Latent cells (frames, height, width) per token of the transformer.
         layered: Frames are the RGBA layers of one picture, the whole picture first, instead of moments of a clip.
+
+    Raises:
+        ValueError: Layers with a temporal stride.
     """
 
     channels: int
@@ -35,8 +39,17 @@ class LatentSpec:
     layered: bool = False
 
     def __post_init__(self) -> None:
-        """A patch read from YAML is a list."""
+        """A patch read from YAML is a list; each layer is a latent frame of its own."""
         object.__setattr__(self, "patch", tuple(self.patch))
+        if self.layered and self.temporal_stride != 1:
+            raise ValueError(
+                f"model.latents.layered=true needs model.latents.temporal_stride=1, got {self.temporal_stride}"
+            )
+
+    @property
+    def frames(self) -> FrameAxis:
+        """What the frame axis is."""
+        return Layers() if self.layered else Moments()
 
     @property
     def pixel_step(self) -> int:

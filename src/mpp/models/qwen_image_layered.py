@@ -74,8 +74,8 @@ class QwenImageLayered(qwen_parts.QwenFamily):
     def __post_init__(self) -> None:
         """Refuse latents that are no layers."""
         super().__post_init__()
-        if not self.latents.layered or self.latents.temporal_stride != 1:
-            raise ValueError("Qwen-Image-Layered needs model.latents.layered=true and model.latents.temporal_stride=1")
+        if not self.latents.layered:
+            raise ValueError("Qwen-Image-Layered needs model.latents.layered=true")
         self.given_frames = int(self.drop_base_frame)
 
     def expected_config(self) -> dict[str, object]:

@@ -159,7 +159,7 @@ def _row(subject: Subject, sample: Sample, side: int, pictures: _Lines, weights:
     """A sample as the page's script reads it; its pictures and weights go into the text blocks."""
     entry, coverage, mask = sample.entry, sample.coverage, sample.mask
     own = mask is not None and entry.mask is not None
-    clip = entry.shape[1] > 1 and not subject.manifest.latents.layered
+    clip = subject.manifest.latents.frames.plays(entry.shape[1])
     stride = subject.manifest.latents.spatial_stride
     planes = weights_of(subject.cache, sample, subject.loss, subject.manifest.given_frames)
     if planes is not None:

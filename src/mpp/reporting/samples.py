@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mpp.core.loss import MaskedPriorLoss
 from mpp.coverage import SampleCoverage, cover
-from mpp.data.cache import Cache, Manifest, key_frames
+from mpp.data.cache import Cache, Manifest
 from mpp.data.index import Entry
 from mpp.models.base import LatentSpec
+from mpp.models.frame_axis import FrameAxis
 from mpp.reporting.likeness import Print, motion, open_small, print_of
 
 WHITE = 1 - 1 / 510  # a raw value that would be saved as 255, and below `1 - WHITE` as 0
@@ -103,7 +104,7 @@ def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, manifest: Manifes
     given = manifest.given_frames
     views = views_of(cache, entry, manifest)
     sample = Sample(entry, bucket_of(entry, manifest.latents), views)
-    sample = _with_pictures(sample, layered=manifest.latents.layered)
+    sample = _with_pictures(sample, manifest.latents.frames)
     if entry.shape[1] <= given:
         return replace(sample, problem=f"all {entry.shape[1]} latent frames are given to the model: nothing to learn")
     try:
@@ -117,19 +118,12 @@ def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, manifest: Manifes
 
 def views_of(cache: Cache, entry: Entry, manifest: Manifest) -> tuple[View, ...]:
     """A sample's pictures: one for each layer, or for each key frame of a clip."""
-    frames = entry.shape[1]
-    if manifest.latents.layered:
-        names = ["whole", *(f"layer {n}" for n in range(frames - 1))]
-        paths = [cache.preview_path(entry.key, n - 1 if n else None) for n in range(frames)]
-        numbers = list(range(frames))
-    else:
-        numbers = key_frames(frames)
-        names = [f"latent frame {n}" for n in numbers] if frames > 1 else [""]
-        paths = [cache.frame_path(entry.key, n) for n in numbers]
-    return tuple(
-        View(name, number, path if path.is_file() else None, number < manifest.given_frames)
-        for name, number, path in zip(names, numbers, paths, strict=True)
-    )
+    axis, frames, views = manifest.latents.frames, entry.shape[1], []
+    for number in axis.shown(frames):
+        path = cache.preview_path(entry.key, axis.suffix(number))
+        shown = path if path.is_file() else None
+        views.append(View(axis.name(number, frames), number, shown, number < manifest.given_frames))
+    return tuple(views)
 
 
 def weights_of(cache: Cache, sample: Sample, loss: MaskedPriorLoss, given: int) -> Tensor | None:
@@ -145,21 +139,17 @@ def bucket_of(entry: Entry, spec: LatentSpec) -> str:
     """Width and height in pixels, with the number of layers or frames where there are several."""
     _, frames, height, width = entry.shape
     size = f"{width * spec.spatial_stride}x{height * spec.spatial_stride}"
-    if frames == 1:
-        return size
-    if spec.layered:
-        return f"{size}, {frames - 1} {'layers' if frames > 2 else 'layer'}"
-    return f"{size}, {(frames - 1) * spec.temporal_stride + 1} frames"
+    return size if frames == 1 else f"{size}, {spec.frames.count(frames, spec.temporal_stride)}"
 
 
-def _with_pictures(sample: Sample, *, layered: bool) -> Sample:
+def _with_pictures(sample: Sample, axis: FrameAxis) -> Sample:
     """With print and motion, and without the pictures that cannot be read."""
     small = [_small(view.picture) for view in sample.views]
     views = tuple(
         view if picture is not None else replace(view, picture=None)
         for view, picture in zip(sample.views, small, strict=True)
     )
-    clip = len(views) > 1 and not layered
+    clip = axis.plays(len(views))
     shown = small[len(small) // 2 if clip else 0]  # clips often begin with a black frame
     moved = motion(small) if clip and None not in small else None
     return replace(sample, views=views, print=None if shown is None else print_of(shown), motion=moved)

@@ -10,9 +10,10 @@ from PIL import Image, ImageDraw
 
 from mpp.core.loss import MaskedPriorLoss
 from mpp.coverage import Coverage, measure_coverage, mode_of, step_cost
-from mpp.data.cache import Cache, key_frames
+from mpp.data.cache import Cache
 from mpp.data.datamodule import LatentDataModule
 from mpp.data.index import Entry
+from mpp.models.frame_axis import FrameAxis
 from mpp.training.callbacks import log_image
 from mpp.training.module import MaskedPriorModule
 
@@ -47,9 +48,7 @@ class RunReport(Callback):
         model = data.architecture
         first = data.train_entries.originals()[: self.pictures]
         chosen = [entry for entry in first if data.cache.preview_path(entry.key).is_file()]
-        rows = [
-            region_strip(data.cache, entry, loss, model.given_frames, layered=model.latents.layered) for entry in chosen
-        ]
+        rows = [region_strip(data.cache, entry, loss, model.latents.frames, model.given_frames) for entry in chosen]
         if not rows:
             return
         sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
@@ -127,26 +126,22 @@ def _data_advice(loss: MaskedPriorLoss, data: LatentDataModule, coverage: Covera
     return advice
 
 
-def region_strip(
-    cache: Cache, entry: Entry, loss: MaskedPriorLoss, given: int = 0, *, layered: bool = False
-) -> Image.Image:
+def region_strip(cache: Cache, entry: Entry, loss: MaskedPriorLoss, axis: FrameAxis, given: int = 0) -> Image.Image:
     """Picture, mask, target weights and prior weights of one sample side by side; layers under each other.
 
     Args:
         cache: The cache.
         entry: The sample.
         loss: Whose regions are shown.
+        axis: What its frames are: all layers are shown, and of a clip the first frame.
         given: Leading frames that the model is given, which are not shown.
-        layered: Frames are layers, the whole picture first; of a clip the first frame is shown.
     """
     weights = loss.weights(cache.mask(entry)[None, :, given:])
     rows = []
-    for number in range(weights.raw.shape[2] if layered else 1):
-        layer = number + given - 1 if layered and number + given > 0 else None
-        shown = next((f for f in key_frames(entry.shape[1]) if f >= given), 0)  # of a clip
-        path = cache.preview_path(entry.key, layer) if layered else cache.frame_path(entry.key, shown)
-        picture, frame = Image.open(path).convert("RGB"), number if layered else max(0, shown - given)
-        parts = [(entry.key if layer is None else f"{entry.key} layer {layer}", picture)]
+    for number in axis.compared(entry.shape[1], given):
+        picture = Image.open(cache.preview_path(entry.key, axis.suffix(number))).convert("RGB")
+        frame = max(0, number - given)
+        parts = [(f"{entry.key} {axis.name(number, entry.shape[1])}".strip(), picture)]
         for name, field in (("mask", weights.raw), ("learns", weights.target), ("keeps the base", weights.prior)):
             grey = Image.fromarray((field[0, 0, frame].numpy() * 255).round().astype(np.uint8))
             parts.append((name, grey.resize(picture.size, Image.Resampling.NEAREST).convert("RGB")))
