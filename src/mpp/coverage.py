@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.data.cache import Cache, some
+from mpp.data.cache import some
 from mpp.data.index import Entry
+from mpp.data.reader import Reader
 
 _SCANNED = 512  # masks read at the start of a run; more would delay it without changing the means
 # Student step over teacher forward (S/T) between no attention and all attention: a frozen linear layer costs 1
@@ -86,7 +87,7 @@ def cover(loss: MaskedPriorLoss, mask: torch.Tensor, entry: Entry) -> SampleCove
     )
 
 
-def measure_coverage(cache: Cache, entries: Sequence[Entry], loss: MaskedPriorLoss, given: int = 0) -> Coverage:
+def measure_coverage(cache: Reader, entries: Sequence[Entry], loss: MaskedPriorLoss, given: int = 0) -> Coverage:
     """Mean weights of both regions and the share of visits the teacher runs for, over evenly spread samples.
 
     Args:

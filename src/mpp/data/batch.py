@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpp.data.cache import Cache
 from mpp.data.index import Entry
+from mpp.data.reader import Reader
 from mpp.models.base import Architecture, Conditioning
 
 
@@ -25,11 +25,11 @@ class Sample:
     preserved: bool = False
 
 
-def read_sample(cache: Cache, entry: Entry, architecture: Architecture) -> Sample:
+def read_sample(cache: Reader, entry: Entry, architecture: Architecture) -> Sample:
     """One sample from a cache, without the leading frames that the model is given clean.
 
     Raises:
-        ValueError: As `Cache.latents`, `mask` and `conditioning` raise.
+        ValueError: As `Reader.latents`, `mask` and `conditioning` raise.
     """
     given = architecture.given_frames
     latents, mask = cache.latents(entry)[:, given:], cache.mask(entry)[:, given:]

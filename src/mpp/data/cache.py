@@ -31,7 +31,7 @@ from torch import Tensor
 from mpp import __version__
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.index import Entry, Index, write_index
-from mpp.data.provenance import Provenance
+from mpp.data.provenance import MaskProvenance, PromptProvenance, Provenance
 from mpp.files import write_atomically, write_json
 from mpp.models.base import Architecture, Conditioning, Identity, LatentSpec
 
@@ -139,6 +139,11 @@ class Cache:
         """Where a painted prompt's conditioning lies."""
         return self.folder / "samples" / f"{name}.safetensors"
 
+    def preview(self, key: str, suffix: str = "") -> Path | None:
+        """The preview at `preview_path`; None where there is none."""
+        path = self.preview_path(key, suffix)
+        return path if path.is_file() else None
+
     def preview_path(self, key: str, suffix: str = "") -> Path:
         """Where the preview of a sample's first frame lies, or with `FrameAxis.suffix` that of another one."""
         return self.folder / "previews" / f"{key}{suffix}.jpg"
@@ -227,6 +232,26 @@ class Cache:
         if entry.mask is None:
             return torch.ones(shape)
         return _tensor(self.mask_path(entry.key), "mask", shape)
+
+    def mask_made_from(self, entry: Entry) -> MaskProvenance | None:
+        """What a sample's mask was made from; None where there is none, or its file is damaged."""
+        return made_from(self.mask_path(entry.key), MaskProvenance)
+
+    def has_text(self, name: str) -> bool:
+        """Whether embeddings of that name are there."""
+        return self.text_path(name).is_file()
+
+    def prompt(self, name: str, model: Architecture) -> Conditioning | None:
+        """A prompt's conditioning, as it was prepared for a model's family and settings; None where it was not.
+
+        Raises:
+            ValueError: The file is of another family.
+        """
+        path = self.sample_path(name)
+        made = made_from(path, PromptProvenance)
+        if made is None or (made.family, made.settings) != (model.family, dict(model.cache_settings)):
+            return None
+        return as_record(read_tensors(path), model.conditioning, path)
 
     def conditioning(self, entry: Entry, record: type[Conditioning]) -> Conditioning:
         """A sample's text embeddings and picture conditioning as the family's record.

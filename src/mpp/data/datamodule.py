@@ -15,6 +15,7 @@ from mpp.data.index import Entry, Index
 from mpp.data.loader import BatchOrder, Shape, TrainLoader, ValidationLoader, pool_quota
 from mpp.data.musubi import MusubiCache
 from mpp.data.preservation import Preservation
+from mpp.data.reader import Reader
 from mpp.data.visits import Changes, TrainSamples
 from mpp.models.base import Architecture, draw_sigma
 from mpp.models.experts import expert_numbers
@@ -23,7 +24,7 @@ from mpp.models.experts import expert_numbers
 class CachedSamples(Dataset[Sample]):
     """Samples of a cache by number."""
 
-    def __init__(self, cache: Cache, entries: Sequence[Entry], architecture: Architecture) -> None:
+    def __init__(self, cache: Reader, entries: Sequence[Entry], architecture: Architecture) -> None:
         self.cache, self.entries, self.architecture = cache, entries, architecture
 
     def __len__(self) -> int:
@@ -84,13 +85,13 @@ class LatentDataModule(LightningDataModule):
         self.architecture = architecture
         if layout not in ("mpp", "musubi"):
             raise ValueError(f"data.layout must be mpp or musubi, got {layout!r}")
-        self.cache = Cache(cache_dir) if layout == "mpp" else MusubiCache(cache_dir, architecture)
+        self.cache: Reader = Cache(cache_dir) if layout == "mpp" else MusubiCache(cache_dir, architecture)
         self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
         self.require_mask, self.strict_masks, self.num_workers = require_mask, strict_masks, num_workers
         self.preservation = preservation or Preservation()
         self.changes = Changes(unmasked_probability, caption_dropout, seed)
         self.train_entries = Index.of([])
-        self.pool: list[tuple[Cache, Entry]] = []
+        self.pool: list[tuple[Reader, Entry]] = []
         self.val_entries = Index.of([])
         self.unchecked: list[str] = []
         self.mask_changes = MaskChanges()
@@ -216,7 +217,7 @@ class LatentDataModule(LightningDataModule):
         if not self.changes.caption_dropout:
             return
         for entry in some(entries):
-            if not self.cache.text_path(text_name("", entry.seen)).is_file():
+            if not self.cache.has_text(text_name("", entry.seen)):
                 raise ValueError(
                     f"data.caption_dropout={self.changes.caption_dropout}: {self.cache.folder} has no embeddings of "
                     "the empty caption; run `python -m mpp.prepare` again with data.empty_caption=true"

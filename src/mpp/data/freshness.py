@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from mpp.data.cache import Cache, made_from, some
+from mpp.data.cache import some
 from mpp.data.frames import mask_kind, mask_sources
 from mpp.data.index import Entry, Index
 from mpp.data.item import Item
 from mpp.data.places import as_path, reaching
 from mpp.data.provenance import MaskProvenance
+from mpp.data.reader import Reader
 from mpp.data.source import FolderSource
 from mpp.data.stamps import Stamps
 from mpp.models.frame_axis import FrameAxis
@@ -47,7 +48,7 @@ class MaskChanges:
         return ", ".join(found)
 
 
-def mask_changes(cache: Cache, entries: Index, axis: FrameAxis) -> MaskChanges:
+def mask_changes(cache: Reader, entries: Index, axis: FrameAxis) -> MaskChanges:
     """Compare the masks in a cache with those on disk, by size and time, and by content where these differ.
 
     At most 10,000 samples are looked at, evenly spread. New masks are looked for in sets of at most 50,000.
@@ -71,7 +72,7 @@ def mask_changes(cache: Cache, entries: Index, axis: FrameAxis) -> MaskChanges:
     return MaskChanges(*(tuple(sorted(keys)) for keys in found.values()), unchecked)
 
 
-def _change(cache: Cache, entry: Entry, items: dict[str, Item], stamps: Stamps) -> str | None:
+def _change(cache: Reader, entry: Entry, items: dict[str, Item], stamps: Stamps) -> str | None:
     """What happened to one sample's mask, so that preparing again would write it anew, or leave it out.
 
     Raises:
@@ -80,7 +81,7 @@ def _change(cache: Cache, entry: Entry, items: dict[str, Item], stamps: Stamps) 
     item = items.get(entry.origin)
     if entry.mask is None:
         return "new" if item is not None and mask_kind(item, transparent=False) else None
-    known = made_from(cache.mask_path(entry.key), MaskProvenance)
+    known = cache.mask_made_from(entry)
     if known is None:
         return None  # the file itself is checked elsewhere
     if item is not None and _current(item, known, stamps):
@@ -106,7 +107,7 @@ def _current(item: Item, known: MaskProvenance, stamps: Stamps) -> bool:
     return stamps.current(known, replace(known, kind=kind, invert=item.invert), paths)
 
 
-def _items(cache: Cache, entries: Index, axis: FrameAxis) -> tuple[dict[str, Item], str | None]:
+def _items(cache: Reader, entries: Index, axis: FrameAxis) -> tuple[dict[str, Item], str | None]:
     """The media and masks there are now, by key; or why they cannot be listed."""
     record = cache.notes().sources
     if not record:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.data.cache import Cache, Manifest, as_record
+from mpp.data.cache import Manifest, Notes, as_record
 from mpp.data.index import Entry, Index
 from mpp.data.musubi_files import MASK, LatentsName, blaming, read_contents, text_short
 from mpp.data.musubi_formats import format_of
@@ -19,7 +19,7 @@ from mpp.models.conditioning import Conditioning, flat_tensors
 _SLACK = 1e-3  # by which masks in half precision may leave [0, 1]
 
 
-class MusubiCache(Cache):
+class MusubiCache:
     """A folder of such files, which is only read. Constructing one touches nothing.
 
     Args:
@@ -36,14 +36,13 @@ class MusubiCache(Cache):
     """
 
     def __init__(self, folder: str | Path, architecture: Architecture) -> None:
-        super().__init__(folder)
         form = format_of(architecture)
         if form is None:
             raise ValueError(
                 f"data.layout=musubi: musubi-tuner has no caches of {architecture.family}; prepare with "
                 "`python -m mpp.prepare`, and train with data.layout=mpp"
             )
-        self.architecture, self.format = architecture, form
+        self.folder, self.architecture, self.format = Path(folder).expanduser(), architecture, form
         self.left_out: tuple[str, ...] = ()
         self.baked: Counter[tuple[float, float]] = Counter()
 
@@ -166,6 +165,27 @@ class MusubiCache(Cache):
                 contents["latents"] = self.format.latents(have(contents, "latents"))
                 tensors |= flat_tensors(self.format.pictures(contents))
         return as_record(tensors, record, path)
+
+    def mask_made_from(self, entry: Entry) -> None:
+        """Such files do not say it."""
+
+    def notes(self) -> Notes:
+        """Such files say nothing of their sources."""
+        return Notes()
+
+    def has_text(self, name: str) -> bool:
+        """Whether embeddings of that name are there.
+
+        Raises:
+            ValueError: The name is of another caption than a sample's own.
+        """
+        return self.text_path(name).is_file()
+
+    def prompt(self, name: str, model: Architecture) -> None:
+        """Such a cache has no prompts for generations."""
+
+    def preview(self, key: str, suffix: str = "") -> None:
+        """Such a cache has no previews."""
 
     def check_some(self, entries: Sequence[Entry]) -> None:
         """Nothing more: `entries` has looked at every header."""

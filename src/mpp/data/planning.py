@@ -201,7 +201,7 @@ class Planner:
 
     def _mask_current(self, key: str, item: Item, cut: Cut, kind: str, shape: Sequence[int]) -> bool:
         made = made_from(self.cache.mask_path(key), MaskProvenance)
-        return self.stamps.current(made, mask_made(item, cut, kind, shape), mask_sources(item))
+        return self.stamps.current(made, mask_provenance(item, cut, kind, shape), mask_sources(item))
 
 
 def key_of(item: Item, cut: Cut) -> str:
@@ -215,7 +215,7 @@ def source_files(item: Item) -> tuple[Path, ...]:
     return (*frame_files(item), *item.controls)
 
 
-def mask_made(
+def mask_provenance(
     item: Item, cut: Cut, kind: str, shape: Sequence[int], sources: tuple[Source, ...] = ()
 ) -> MaskProvenance:
     """What a sample's mask is made from and how, for latents of a shape."""

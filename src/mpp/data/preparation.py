@@ -13,7 +13,7 @@ from mpp.data.cache import Cache, Manifest, Notes, made_from, text_name, write_t
 from mpp.data.encoding import LatentWriter
 from mpp.data.frames import first_picture, mask_sources, read_controls, read_mask_frames
 from mpp.data.item import Item
-from mpp.data.planning import Job, Planner, mask_made
+from mpp.data.planning import Job, Planner, mask_provenance
 from mpp.data.prompts import Prompts
 from mpp.data.provenance import TextProvenance
 from mpp.data.source import FolderSource
@@ -217,7 +217,7 @@ class Preparation:
 
     def _average_mask(self, job: Job) -> None:
         sources = self.stamps.sources(mask_sources(job.item))
-        made = mask_made(job.item, job.cut, str(job.mask_kind), job.shape, sources)
+        made = mask_provenance(job.item, job.cut, str(job.mask_kind), job.shape, sources)
         mask = read_mask_frames(job.item, job.cut, job.shape, self.architecture.latents)
         write_tensors(self.cache.mask_path(job.key), {"mask": mask}, made.header())
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from mpp.data.cache import Cache, some, text_name
 from mpp.data.index import Entry
+from mpp.data.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Preservation(OtherCaptions):
         """Preservation samples in an epoch of `samples` training samples."""
         return max(1, round(self.rate / (1 - self.rate) * samples)) if self.rate else 0
 
-    def pool(self, cache: Cache, entries: Sequence[Entry]) -> list[tuple[Cache, Entry]]:
+    def pool(self, cache: Reader, entries: Sequence[Entry]) -> list[tuple[Reader, Entry]]:
         """All preservation samples there are, with the caches that hold them.
 
         Args:
@@ -117,7 +118,7 @@ class Preservation(OtherCaptions):
             for caption in self.of(entry.caption)
         ]
         for entry in some(list({entry.text: entry for _, entry in found}.values())):
-            if not cache.text_path(entry.text).is_file():
+            if not cache.has_text(entry.text):
                 raise ValueError(
                     f"the cache {cache.folder} has no embeddings of the caption {entry.caption!r}; run "
                     "`python -m mpp.prepare` again with the same data.preservation.replace and caption"
@@ -125,7 +126,7 @@ class Preservation(OtherCaptions):
             cache.check_files(entry)
         return found + self._other_pictures(cache)
 
-    def _other_pictures(self, training: Cache) -> list[tuple[Cache, Entry]]:
+    def _other_pictures(self, training: Reader) -> list[tuple[Reader, Entry]]:
         if self.cache_dir is None:
             return []
         cache = Cache(self.cache_dir)

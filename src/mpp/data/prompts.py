@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mpp.data.cache import Cache, as_record, made_from, read_tensors, text_name, write_tensors
+from mpp.data.cache import Cache, made_from, text_name, write_tensors
 from mpp.data.media import Geometry, crop_picture, picture_tensor, read_picture
 from mpp.data.provenance import PromptProvenance
+from mpp.data.reader import Reader
 from mpp.files import content_hash
 from mpp.models.base import Architecture, Conditioning, Encoders, Identity, Prompt, Shot
 from mpp.models.conditioning import flat_tensors
@@ -123,25 +124,23 @@ class Prompts:
             write_tensors(path, {**record.tensors(), **fields}, made.header())
         return len(self.prompts)
 
-    def read(self, architecture: Architecture, cache: Cache) -> list[Painted]:
+    def read(self, architecture: Architecture, cache: Reader) -> list[Painted]:
         """All prompts with their cached conditioning.
 
         Raises:
             ValueError: One was not prepared.
         """
-        found, settings = [], dict(architecture.cache_settings)
+        found = []
         for number, prompt in enumerate(self.prompts):
             shot = self._shot(architecture, number)
             records = []
             for text, negative in self._texts(number, shot):
-                path = cache.sample_path(self._name(architecture, text, number, negative=negative))
-                known = made_from(path, PromptProvenance)
-                if known is None or (known.family, known.settings) != (architecture.family, settings):
+                record = cache.prompt(self._name(architecture, text, number, negative=negative), architecture)
+                if record is None:
                     raise ValueError(
                         f"the cache {cache.folder} has no embeddings of the prompt {text!r} for samples; run "
                         "`python -m mpp.prepare` again with the same sampling settings"
                     )
-                record = as_record(read_tensors(path), architecture.conditioning, path)
                 records.append(architecture.collate([record]))
             found.append(Painted(prompt, shot, records[0], records[1] if len(records) > 1 else None))
         return found

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from mpp.core import draws
 from mpp.data.batch import Sample, read_sample
-from mpp.data.cache import Cache, text_name
+from mpp.data.cache import text_name
 from mpp.data.index import Entry
+from mpp.data.reader import Reader
 from mpp.models.base import Architecture
 
 
@@ -109,13 +110,13 @@ class TrainSamples(Dataset[Sample]):
 
     def __init__(
         self,
-        cache: Cache,
+        cache: Reader,
         entries: Sequence[Entry],
         architecture: Architecture,
         changes: Changes,
         *,
         repeats: Sequence[int] | np.ndarray,
-        pool: Sequence[tuple[Cache, Entry]] = (),
+        pool: Sequence[tuple[Reader, Entry]] = (),
     ) -> None:
         self.cache, self.entries, self.pool = cache, entries, pool
         self.architecture, self.changes = architecture, changes
@@ -125,7 +126,7 @@ class TrainSamples(Dataset[Sample]):
         """Visits of an epoch, each preservation sample counted once."""
         return self.numbering.count + len(self.pool)
 
-    def find(self, number: int) -> tuple[Cache, Entry, str, bool]:
+    def find(self, number: int) -> tuple[Reader, Entry, str, bool]:
         """Cache, entry and draw key of a visit, and whether it is a preservation sample's."""
         row, member, visit = self.numbering.place(number)
         if row is None:

@@ -120,9 +120,8 @@ def views_of(cache: Cache, entry: Entry, manifest: Manifest) -> tuple[View, ...]
     """A sample's pictures: one for each layer, or for each key frame of a clip."""
     axis, frames, views = manifest.latents.frames, entry.shape[1], []
     for number in axis.shown(frames):
-        path = cache.preview_path(entry.key, axis.suffix(number))
-        shown = path if path.is_file() else None
-        views.append(View(axis.name(number, frames), number, shown, number < manifest.given_frames))
+        preview = cache.preview(entry.key, axis.suffix(number))
+        views.append(View(axis.name(number, frames), number, preview, number < manifest.given_frames))
     return tuple(views)
 
 

@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw
 
 from mpp.core.loss import MaskedPriorLoss
 from mpp.coverage import Coverage, measure_coverage, mode_of, step_cost
-from mpp.data.cache import Cache
 from mpp.data.datamodule import LatentDataModule
 from mpp.data.index import Entry
+from mpp.data.reader import Reader
 from mpp.models.frame_axis import FrameAxis
 from mpp.training.callbacks import log_image
 from mpp.training.module import MaskedPriorModule
@@ -47,7 +47,7 @@ class RunReport(Callback):
     def _show_regions(self, trainer: Trainer, data: LatentDataModule, loss: MaskedPriorLoss) -> None:
         model = data.architecture
         first = data.train_entries.originals()[: self.pictures]
-        chosen = [entry for entry in first if data.cache.preview_path(entry.key).is_file()]
+        chosen = [entry for entry in first if data.cache.preview(entry.key)]
         rows = [region_strip(data.cache, entry, loss, model.latents.frames, model.given_frames) for entry in chosen]
         if not rows:
             return
@@ -126,7 +126,7 @@ def _data_advice(loss: MaskedPriorLoss, data: LatentDataModule, coverage: Covera
     return advice
 
 
-def region_strip(cache: Cache, entry: Entry, loss: MaskedPriorLoss, axis: FrameAxis, given: int = 0) -> Image.Image:
+def region_strip(cache: Reader, entry: Entry, loss: MaskedPriorLoss, axis: FrameAxis, given: int = 0) -> Image.Image:
     """Picture, mask, target weights and prior weights of one sample side by side; layers under each other.
 
     Args:
@@ -139,7 +139,7 @@ def region_strip(cache: Cache, entry: Entry, loss: MaskedPriorLoss, axis: FrameA
     weights = loss.weights(cache.mask(entry)[None, :, given:])
     rows = []
     for number in axis.compared(entry.shape[1], given):
-        picture = Image.open(cache.preview_path(entry.key, axis.suffix(number))).convert("RGB")
+        picture = Image.open(cache.preview(entry.key, axis.suffix(number))).convert("RGB")
         frame = max(0, number - given)
         parts = [(f"{entry.key} {axis.name(number, entry.shape[1])}".strip(), picture)]
         for name, field in (("mask", weights.raw), ("learns", weights.target), ("keeps the base", weights.prior)):
