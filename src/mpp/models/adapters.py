@@ -132,14 +132,18 @@ def adapters_off(transformer: nn.Module) -> Iterator[None]:
     and would make parameters trainable that were frozen on purpose. Train mode is not touched either. A test
     compares this with `disable_adapters`, since the flag is private to PEFT.
     """
-    before = [(layer, layer._disable_adapters) for layer in _layers(transformer)]  # noqa: SLF001
+    before = [(layer, layer.disable_adapters) for layer in _layers(transformer)]
     try:
         for layer, _ in before:
-            layer._disable_adapters = True  # noqa: SLF001
+            _switch(layer, off=True)
         yield
     finally:
-        for layer, state in before:
-            layer._disable_adapters = state  # noqa: SLF001
+        for layer, off in before:
+            _switch(layer, off=off)
+
+
+def _switch(layer: BaseTunerLayer, *, off: bool) -> None:
+    layer._disable_adapters = off  # noqa: SLF001 (tests/models/test_private.py says when it changes)
 
 
 def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:

@@ -48,8 +48,6 @@ _SINGLE = {
     "modulation.lin": ("norm.linear",),
 }
 _LONGEST_TEXT = 512  # tokens, FluxPipeline.check_inputs
-_pack, _unpack = FluxPipeline._pack_latents, FluxPipeline._unpack_latents  # noqa: SLF001 (both pipelines' own)
-_positions = FluxPipeline._prepare_latent_image_ids  # noqa: SLF001
 _SCHEDULE = {  # scheduler/scheduler_config.json of FLUX.1-dev
     "shift": 3.0,
     "use_dynamic_shifting": True,
@@ -58,6 +56,10 @@ _SCHEDULE = {  # scheduler/scheduler_config.json of FLUX.1-dev
     "base_shift": 0.5,
     "max_shift": 1.15,
 }
+
+# Private to diffusers: tests/models/test_private.py says when it changes.
+_pack, _unpack = FluxPipeline._pack_latents, FluxPipeline._unpack_latents  # noqa: SLF001 (both pipelines')
+_positions = FluxPipeline._prepare_latent_image_ids  # noqa: SLF001
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,12 @@ _TEXT = {
     "qwen3": (Flux2KleinPipeline, Qwen3ForCausalLM),
 }
 
+# Private to diffusers: tests/models/test_private.py says when it changes.
+_pack, _positions = Flux2Pipeline._pack_latents, Flux2Pipeline._prepare_latent_ids  # noqa: SLF001 (klein's are copies)
+_picture_positions, _text_positions = Flux2Pipeline._prepare_image_ids, Flux2Pipeline._prepare_text_ids  # noqa: SLF001
+_patchify, _unpatchify = Flux2Pipeline._patchify_latents, Flux2Pipeline._unpatchify_latents  # noqa: SLF001
+_at_most_a_megapixel = Flux2ImageProcessor._resize_if_exceeds_area  # noqa: SLF001
+
 
 @dataclass(frozen=True)
 class Flux2Conditioning(Conditioning):
@@ -180,14 +186,13 @@ class Flux2(Family):
         # input over bfloat16 weights, and so keeps them exact.
         kind = noisy.device.type
         dtype = torch.float32 if kind != "meta" and torch.is_autocast_enabled(kind) else weights
-        pipe = Flux2Pipeline  # its static methods; Flux2KleinPipeline's are copies
         pictures = [noisy[:, :, 0], *(conditioning.controls or ())]
-        tokens = [pipe._pack_latents(picture).to(dtype) for picture in pictures]  # noqa: SLF001
+        tokens = [_pack(picture).to(dtype) for picture in pictures]
         firsts = [picture[:1] for picture in pictures]  # the model takes one sample's positions for all
-        ids = [pipe._prepare_latent_ids(firsts[0])]  # noqa: SLF001
+        ids = [_positions(firsts[0])]
         if firsts[1:]:
-            ids.append(pipe._prepare_image_ids(firsts[1:]))  # noqa: SLF001
-        text_ids = pipe._prepare_text_ids(conditioning.text[:1])  # noqa: SLF001
+            ids.append(_picture_positions(firsts[1:]))
+        text_ids = _text_positions(conditioning.text[:1])
         (prediction,) = transformer(
             hidden_states=torch.cat(tokens, 1),
             encoder_hidden_states=conditioning.text.to(weights),
@@ -207,7 +212,7 @@ class Flux2(Family):
         parts = {"scheduler": scheduler, "vae": encoders.vae(), "transformer": transformer}
         pipe = kind(**parts, text_encoder=None, tokenizer=None)
         # else the VAE gets latents in the text's dtype, whatever its own is
-        pipe._unpatchify_latents = lambda latents: kind._unpatchify_latents(latents).to(pipe.vae.dtype)  # noqa: SLF001
+        pipe._unpatchify_latents = lambda latents: _unpatchify(latents).to(pipe.vae.dtype)  # noqa: SLF001
         return pipe
 
     def arguments(self, positive: Flux2Conditioning, negative: Flux2Conditioning | None, shot: Shot) -> dict[str, Any]:
@@ -247,7 +252,7 @@ class Flux2Encoders(FamilyEncoders):
         """Mode of the VAE's posterior as 2x2 patches, `(z - mean) / std` by the VAE's batch norm in float32."""
         vae = self.vae()
         latents = vae.encode(pixels[:, :, 0].to(self.device, vae.dtype)).latent_dist.mode().float().cpu()
-        latents = Flux2Pipeline._patchify_latents(latents)  # noqa: SLF001
+        latents = _patchify(latents)
         mean, variance = (v.float().cpu().view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
         return ((latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps))[:, :, None]
 
@@ -264,7 +269,7 @@ class Flux2Encoders(FamilyEncoders):
         processor = Flux2ImageProcessor(vae_scale_factor=stride)
         latents = []
         for control in controls:
-            picture = processor._resize_if_exceeds_area(processor.check_image_input(control))  # noqa: SLF001
+            picture = _at_most_a_megapixel(processor.check_image_input(control))
             width, height = (side // stride * stride for side in picture.size)
             cropped = processor.preprocess(picture, height=height, width=width, resize_mode="crop")
             latents.append(self.encode_pixels(cropped[:, :, None])[0, :, 0])

@@ -25,6 +25,12 @@ from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
 
+# Private to diffusers: tests/models/test_private.py says when it changes.
+# (`encode_prompt` and `encode_image` need a pipeline, and that a VAE.)
+_text_states = HunyuanVideo15Pipeline._get_mllm_prompt_embeds  # noqa: SLF001
+_glyph_states = HunyuanVideo15Pipeline._get_byt5_prompt_embeds  # noqa: SLF001
+_picture_states = HunyuanVideo15ImageToVideoPipeline._get_image_embeds  # noqa: SLF001
+
 
 @dataclass(frozen=True)
 class HunyuanVideo15Conditioning(Conditioning):
@@ -74,7 +80,7 @@ class _ImageToVideo(HunyuanVideo15ImageToVideoPipeline):
         if image_embeds is None:  # a still: the model takes it as text to video
             needless = ("image_encoder", "feature_extractor")
             pipe = _TextToVideo(**{name: part for name, part in self.components.items() if name not in needless})
-            pipe.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+            pipe.set_progress_bar_config(disable=True)
             return pipe(guidance_scale=guidance_scale, height=height, width=width, **arguments)
         self.guider = ClassifierFreeGuidance(guidance_scale=guidance_scale)
         self.video_processor.calculate_default_height_width = lambda **_: (height, width)
@@ -263,11 +269,8 @@ class HunyuanVideo15Encoders(FamilyEncoders):
     def encode_text(self, prompts: Sequence[Prompt]) -> list[HunyuanVideo15Conditioning]:
         """States of both text encoders as the pipeline makes them, without those of padding."""
         captions = captions_of(prompts)
-        pipe = HunyuanVideo15Pipeline
-        text = pipe._get_mllm_prompt_embeds(  # noqa: SLF001 (encode_prompt needs a pipeline, and that a VAE)
-            self.encoder(Qwen2_5_VLTextModel), self.tokenizer(), captions, self.device
-        )
-        glyphs = pipe._get_byt5_prompt_embeds(  # noqa: SLF001
+        text = _text_states(self.encoder(Qwen2_5_VLTextModel), self.tokenizer(), captions, self.device)
+        glyphs = _glyph_states(
             self.tokenizer("tokenizer_2", ByT5Tokenizer),
             self.encoder(T5EncoderModel, "text_encoder_2"),
             captions,
@@ -295,7 +298,7 @@ class HunyuanVideo15Encoders(FamilyEncoders):
         if self.model.task == "t2v" or pixels.shape[2] == 1:
             return {}
         frame = ((pixels[0, :, 0].permute(1, 2, 0).float() + 1) * 127.5).round().clamp(0, 255).byte()
-        embeds = HunyuanVideo15ImageToVideoPipeline._get_image_embeds(  # noqa: SLF001 (encode_image needs a VAE too)
+        embeds = _picture_states(
             self.encoder(SiglipVisionModel, "image_encoder"),
             self.tokenizer("feature_extractor", AutoImageProcessor),
             Image.fromarray(frame.cpu().numpy()),

@@ -23,6 +23,9 @@ from mpp.models.padding import pad_with_mask
 
 _LONGEST_TEXT = 1024  # positions of the transformer's Kandinsky5RoPE1D
 
+# Private to diffusers: tests/models/test_private.py says when it changes.
+_rotary_scale = Kandinsky5T2VPipeline._get_scale_factor  # noqa: SLF001
+
 
 @dataclass(frozen=True)
 class Kandinsky5Conditioning(Conditioning):
@@ -148,7 +151,7 @@ class Kandinsky5(Family):
             pooled_projections=pooled.to(dtype),
             visual_rope_pos=[torch.arange(size, device=device) for size in grid],
             text_rope_pos=torch.arange(text.shape[1], device=device),
-            scale_factor=Kandinsky5T2VPipeline._get_scale_factor(None, height * stride, width * stride),  # noqa: SLF001
+            scale_factor=_rotary_scale(None, height * stride, width * stride),
             return_dict=False,
         )
         return prediction.permute(0, 4, 1, 2, 3)

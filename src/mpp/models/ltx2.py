@@ -37,6 +37,10 @@ _OTHERS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")  # al
 _SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
 _SCHEDULE = {**_SHIFT, "use_dynamic_shifting": True, "shift_terminal": 0.1}
 
+# Private to diffusers: tests/models/test_private.py says when it changes.
+_pack, _unpack = LTX2Pipeline._pack_latents, LTX2Pipeline._unpack_latents  # noqa: SLF001
+_normalize = LTX2Pipeline._normalize_latents  # noqa: SLF001
+
 
 @dataclass(frozen=True)
 class LTX2Conditioning(Conditioning):
@@ -149,7 +153,7 @@ class LTX2(Family):
         batch, _, frames, height, width = noisy.shape
         text, time = conditioning.text.to(dtype), sigma.float() * 1000
         prediction, _ = transformer(
-            hidden_states=LTX2Pipeline._pack_latents(noisy.to(dtype)),  # noqa: SLF001 (the pipeline's own packing)
+            hidden_states=_pack(noisy.to(dtype)),
             audio_hidden_states=text.new_zeros(batch, 1, transformer.config.audio_in_channels),
             encoder_hidden_states=text,
             audio_encoder_hidden_states=text.new_zeros(batch, 1, text.shape[2]),
@@ -163,7 +167,7 @@ class LTX2(Family):
             isolate_modalities=True,
             return_dict=False,
         )
-        return LTX2Pipeline._unpack_latents(prediction, frames, height, width)  # noqa: SLF001
+        return _unpack(prediction, frames, height, width)
 
     def pipeline(self, transformer: nn.Module, encoders: "LTX2Encoders") -> LTX2HDRPipeline:
         """Diffusers' pipeline for video without sound, showing the picture as it is instead of as HDR."""
@@ -277,7 +281,7 @@ class LTX2Encoders(FamilyEncoders):
         vae = self.vae()
         latents = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode().float().cpu()
         mean, std = vae.latents_mean.float(), vae.latents_std.float()
-        return LTX2Pipeline._normalize_latents(latents, mean, std, vae.config.scaling_factor)  # noqa: SLF001
+        return _normalize(latents, mean, std, vae.config.scaling_factor)
 
     def check_vae(self, vae: AutoencoderKLLTX2Video) -> None:
         """Refuse a VAE of another latent shape."""

@@ -32,6 +32,9 @@ LONGEST = 1024  # tokens of a text; the pipelines refuse more
 _AXES = {128: (16, 56, 56)}  # rotary axes by head size, of every published Qwen-Image; files do not state them
 _ZERO_COND_T = "__index_timestep_zero__"  # an empty tensor that ComfyUI's files of Edit 2511 have
 
+# Private to diffusers: tests/models/test_private.py says when it changes.
+_pack, unpack = QwenImageLayeredPipeline._pack_latents, QwenImageLayeredPipeline._unpack_latents  # noqa: SLF001
+
 
 def original_file(*, zero_cond_t: bool = False) -> SingleFile:
     """Loader of a single file: the original names are diffusers', only ComfyUI's empty marker is dropped."""
@@ -153,13 +156,13 @@ def velocity(
     )
     frames, height, width = noisy.shape[2:]
     own = frames * (height // 2) * (width // 2)
-    return QwenImageLayeredPipeline._unpack_latents(prediction[:, :own], height, width, frames - 1, 1)  # noqa: SLF001
+    return unpack(prediction[:, :own], height, width, frames - 1, 1)
 
 
 def pack(latents: Float[Tensor, "b c f h w"]) -> Float[Tensor, "b tokens dim"]:
     """Patches of 2x2 cells as tokens, frame by frame; with one frame all Qwen-Image pipelines pack alike."""
     b, c, f, h, w = latents.shape
-    return QwenImageLayeredPipeline._pack_latents(latents.transpose(1, 2).contiguous(), b, c, h, w, f)  # noqa: SLF001
+    return _pack(latents.transpose(1, 2).contiguous(), b, c, h, w, f)
 
 
 def _grids(latents: Float[Tensor, "b c f h w"]) -> list[tuple[int, int, int]]:
