@@ -61,15 +61,27 @@ def test_a_shard_that_is_none_is_refused(shard):
         Work(shard=shard)
 
 
-def test_the_share_is_said_by_the_setting_then_torchrun_then_slurm():
-    torchrun = {"RANK": "2", "WORLD_SIZE": "4"}
-    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}
-    assert Work(shard="1/3").share(torchrun) == Share(1, 3, "prepare.shard")
-    assert Work().share(torchrun | slurm) == Share(2, 4, "torchrun")
-    assert Work().share(slurm) == Share(5, 8, "SLURM")
-    assert Work().share({}) == Share()
-    # A batch script that srun did not start is one process, whatever the allocation is for.
-    assert Work().share({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == Share()
+TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("shard", "environment", "share"),
+    [
+        ("1/3", TORCHRUN, Share(1, 3, "prepare.shard")),
+        (None, TORCHRUN | SLURM, Share(2, 4, "torchrun")),
+        (None, SLURM, Share(5, 8, "SLURM")),
+        (None, {}, Share()),
+        # A batch script that srun did not start is one process, whatever the allocation is for.
+        (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Share()),
+    ],
+)
+def test_the_share_is_said_by_the_setting_then_torchrun_then_slurm(shard, environment, share, monkeypatch):
+    for name in (*TORCHRUN, *SLURM):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Work(shard=shard).share() == share
 
 
 def test_shards_together_make_the_same_cache_in_whatever_order_they_finish(whole, pipeline, tmp_path):

@@ -66,9 +66,7 @@ class _Job:
         return self.folder / f"{self.item}_{short}_te.safetensors"
 
 
-def export_musubi(
-    cache: Cache, architecture: Architecture, folder: str | Path, *, short: str | None = None
-) -> MusubiSummary:
+def export_musubi(cache: Cache, architecture: Architecture, folder: str | Path) -> MusubiSummary:
     """Write every sample of a finished cache as a latents and a text file.
 
     A sample is called by its key, in which characters that a file name cannot have are written as `%2F` and so on.
@@ -79,7 +77,6 @@ def export_musubi(
         cache: The cache; it must be the architecture's.
         architecture: Whose samples it holds.
         folder: Where the files go. What an earlier export of the same samples wrote is replaced.
-        short: Short name of the architecture, where there are several; None: told by the width of the text.
 
     Raises:
         ValueError: musubi-tuner has no such architecture, the cache is another model's, empty or damaged, its samples
@@ -93,7 +90,7 @@ def export_musubi(
     entries = list(cache.entries())
     if not entries:
         raise ValueError(f"the cache {cache.folder} has no samples")
-    short = _short(form, cache, entries[0], architecture, short)
+    short = _short(form, cache, entries[0], architecture)
     jobs = _plan(cache, architecture, entries, folder)
     _check_folders(jobs, short)
     for job in jobs:
@@ -105,20 +102,19 @@ def export_musubi(
     return MusubiSummary(folders, short, masks, tuple(_notes(entries)))
 
 
-def _short(form: MusubiFormat, cache: Cache, entry: Entry, model: Architecture, wanted: str | None) -> str:
-    """The short name to write under."""
-    names = " or ".join(form.names)
-    if wanted is not None:
-        if wanted not in form.names:
-            raise ValueError(f"export=musubi: the short name of {model.family} is {names}, got {wanted}")
-        return wanted
+def _short(form: MusubiFormat, cache: Cache, entry: Entry, model: Architecture) -> str:
+    """The short name to write under; where there are several, the width of the text tells which."""
     if len(form.names) == 1:
         return next(iter(form.names))
     (field, *_) = form.text
     width = getattr(cache.conditioning(entry, model.conditioning), field).shape[-1]
     found = [name for name in form.names if form.widths.get(name) == width]
     if not found:
-        raise ValueError(f"export=musubi: text {width} wide is of no {names}; give the short name")
+        widths = " or ".join(f"{form.widths[name]} ({name})" for name in form.names if name in form.widths)
+        raise ValueError(
+            f"export=musubi: the cached text is {width} wide, and musubi-tuner knows {model.family} with {widths}; "
+            "prepare with the published text encoder"
+        )
     return found[0]
 
 

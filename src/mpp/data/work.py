@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,14 +63,14 @@ class Work:
             if match is None or int(match[1]) >= int(match[2]):
                 raise ValueError(f"prepare.shard must be i/n with i from 0 to n - 1, such as 0/8, got {self.shard!r}")
 
-    def share(self, environment: Mapping[str, str] = os.environ) -> Share:
+    def share(self) -> Share:
         """Which share of the work is this process's."""
         if self.shard is not None:
             index, count = map(int, self.shard.split("/"))
             return Share(index, count, "prepare.shard")
         for rank, size, who in _ENVIRONMENTS:
-            if rank in environment and int(environment.get(size, "1")) > 1:
-                return Share(int(environment[rank]), int(environment[size]), who)
+            if rank in os.environ and int(os.environ.get(size, "1")) > 1:
+                return Share(int(os.environ[rank]), int(os.environ[size]), who)
         return Share()
 
 
