@@ -2,7 +2,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage
 
 from mpp.masking.feather import Feather, blur, grow
@@ -27,20 +26,30 @@ def drawing(shape=(40, 57), dtype=np.uint8):
     return array
 
 
+def gaussian(values, sigma):
+    """By its formula up to four sigmas, shifted sums in float64, borders repeated."""
+    reach = max(1, math.ceil(4 * sigma))
+    weights = np.array([math.exp(-(offset**2) / (2 * sigma**2)) for offset in range(-reach, reach + 1)])
+    weights /= weights.sum()
+    for axis in (0, 1):
+        padded = np.pad(values.astype(np.float64), [(reach, reach) if axis == n else (0, 0) for n in range(2)], "edge")
+        values = sum(w * np.roll(padded, reach - n, axis) for n, w in enumerate(weights))
+        values = np.take(values, range(reach, values.shape[axis] - reach), axis)
+    return values
+
+
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.5, 9.0, 40.0])
-def test_blur_is_scipys_gaussian(sigma):
+def test_blur_is_a_gaussian_by_its_formula(sigma):
     values = drawing().astype(np.float32) / 255
-    want = ndimage.gaussian_filter(
-        values.astype(np.float64), sigma, mode="nearest", radius=max(1, math.ceil(4 * sigma))
-    )
-    np.testing.assert_allclose(blur(torch.from_numpy(values), sigma).numpy(), want, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(blur(values, sigma), gaussian(values, sigma), rtol=0, atol=1e-6)
+    assert blur(values, sigma).dtype == np.float32
 
 
 @pytest.mark.parametrize("radius", [1, 2, 5, 30, 70])
 def test_growing_is_scipys_dilation_by_a_disc(radius):
     values = drawing().astype(np.float32) / 255
     want = ndimage.grey_dilation(values, footprint=disc(radius), mode="constant", cval=0)
-    np.testing.assert_array_equal(grow(torch.from_numpy(values), radius).numpy(), want)
+    np.testing.assert_array_equal(grow(values, radius), want)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -83,7 +92,7 @@ def test_growing_comes_before_softening(tmp_path):
     save(tmp_path / "in" / "m.png", drawing())
     run("feather", tmp_path / "in", tmp_path / "out", "tool.sigma=1.5", "tool.grow=3")
     wide = ndimage.grey_dilation(drawing(), footprint=disc(3), mode="constant", cval=0)
-    want = ndimage.gaussian_filter(wide.astype(float), 1.5, mode="nearest", radius=6)
+    want = gaussian(wide, 1.5)
     assert np.abs(levels(tmp_path / "out" / "m.png") - want).max() <= 0.5 + 1e-3  # rounded once
 
 
@@ -103,7 +112,7 @@ def test_frames_are_softened_each_alone(tmp_path):
     first, second, third = (levels(path) for path in sorted((tmp_path / "out" / "m").iterdir()))
     assert not first.any()
     assert not third.any()
-    want = ndimage.gaussian_filter(frames[1].astype(float), 2, mode="nearest", radius=8)
+    want = gaussian(frames[1], 2)
     assert np.abs(second - want).max() <= 0.5 + 1e-3
 
 

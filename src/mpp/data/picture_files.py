@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mpp.data.mask import RawMask
 from mpp.data.places import Place, reaching, short
@@ -15,15 +15,6 @@ from mpp.data.places import Place, reaching, short
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # Pillow has others that start programs, such as EPS
 _LOSSY = ("JPEG", "MPO", "AVIF")
 _DEEP_CHANNELS = {"rgb48be": 3, "ya16be": 2, "rgba64be": 4}
-_UPRIGHT = {  # EXIF's orientations
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _TELLING = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp")  # PNG's texts that may say an orientation
 
 
@@ -72,7 +63,6 @@ def decode(handle: BinaryIO, path: Place) -> Image.Image:
         image.verify()
         handle.seek(0)
         image = open_picture(handle, path)
-    kind = image.format
     drawn = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in image.tile)
     if image.tile and drawn < (whole := image.width * image.height):  # Pillow would leave the rest black
         raise _RefusedError(
@@ -80,10 +70,10 @@ def decode(handle: BinaryIO, path: Place) -> Image.Image:
             "of an animation: save it again"
         )
     image.load()
-    method = _UPRIGHT.get(orientation(image))
-    if method is not None:
-        image = image.transpose(method)
-    image.format = kind
+    image.getexif()  # is kept, so what stands here is needed no more, and Pillow need not write it anew
+    image.info.pop("exif", None)
+    image.info.pop("Raw profile type exif", None)
+    ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
@@ -125,17 +115,21 @@ def read_deep(handle: BinaryIO, path: Place) -> np.ndarray | None:
     handle.seek(0)
     if head[:8] != b"\x89PNG\r\n\x1a\n" or head[24] != 16 or head[25] not in (2, 4, 6):
         return None
-    method = _UPRIGHT.get(orientation(open_picture(handle, path)))
+    turn = orientation(open_picture(handle, path))
     handle.seek(0)
     with av.open(handle) as container:
         frame = next(iter(container.decode(video=0)))
     channels = _DEEP_CHANNELS[frame.format.name]
     rows = np.frombuffer(frame.planes[0], ">u2").reshape(frame.height, -1)[:, : frame.width * channels]
     planes = rows.reshape(frame.height, frame.width, channels).astype(np.uint16)
-    if method is None:
-        return planes
-    turned = [Image.fromarray(planes[..., n].copy()).transpose(method) for n in range(channels)]
-    return np.stack([np.asarray(plane) for plane in turned], axis=-1)
+    return np.stack([_upright(plane, turn) for plane in np.moveaxis(planes, 2, 0)], axis=-1)
+
+
+def _upright(plane: np.ndarray, turn: int) -> np.ndarray:
+    image = Image.fromarray(np.ascontiguousarray(plane))
+    image.getexif()[0x0112] = turn
+    ImageOps.exif_transpose(image, in_place=True)
+    return np.asarray(image)
 
 
 def read_raw_mask(path: Place) -> RawMask:

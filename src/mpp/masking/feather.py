@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+import numpy as np
+from scipy import ndimage
 
 from mpp.data.mask import Mask
 from mpp.masking.clips import Clip
@@ -45,42 +44,37 @@ class Feather(Tool):
     def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
         """The softened masks."""
         del other
-        for mask in clip.masks():
-            yield Mask(self._softened(torch.from_numpy(mask.values)).numpy(), mask.bits)
+        return (Mask(self._softened(mask.values), mask.bits) for mask in clip.masks())
 
-    def _softened(self, values: Tensor) -> Tensor:
+    def _softened(self, values: np.ndarray) -> np.ndarray:
         grown = grow(values, self.grow) if self.grow >= 0 else 1 - grow(1 - values, -self.grow)
         soft = blur(grown, self.sigma)
         if self.side == "both":
             return soft
-        return torch.maximum(soft, grown) if self.side == "out" else torch.minimum(soft, grown)
+        return np.maximum(soft, grown) if self.side == "out" else np.minimum(soft, grown)
 
 
-def grow(values: Tensor, radius: int) -> Tensor:
-    """The greatest value within `radius` pixels (Euclidean) of each, `(height, width)`; outside is nothing."""
-    if radius == 0:
-        return values
+def grow(values: np.ndarray, radius: int) -> np.ndarray:
+    """The greatest value within `radius` pixels (Euclidean) of each, `(height, width)`; outside is nothing.
+
+    A distance transform would be needed for each grey level, 0.09 s at 1920 x 1080: for a soft mask of 256 levels 23 s,
+    where this takes 0.2 s (radius 30).
+    """
     height, width = values.shape
-    padded = functional.pad(values[None, None], (radius,) * 4, value=-1.0)[0, 0]
-    rows = padded[:, radius : radius + width]  # the greatest value within `reach` to the left and right
-    grown = values
+    padded = np.pad(values, radius, constant_values=-1)
+    rows = padded[:, radius : radius + width].copy()  # the greatest value within `reach` to the left and right
+    grown = values.copy()
     for reach in range(radius + 1):
         for start in (radius - reach, radius + reach):
-            rows = torch.maximum(rows, padded[:, start : start + width])
+            np.maximum(rows, padded[:, start : start + width], out=rows)
         for away in range(-radius, radius + 1):
             if math.isqrt(radius**2 - away**2) == reach:
-                grown = torch.maximum(grown, rows[radius + away : radius + away + height])
+                np.maximum(grown, rows[radius + away : radius + away + height], out=grown)
     return grown
 
 
-def blur(values: Tensor, sigma: float) -> Tensor:
+def blur(values: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian of `(height, width)` float32 in [0, 1], borders repeated."""
     if sigma == 0:
         return values
-    reach = max(1, math.ceil(_REACH * sigma))
-    offset = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    kernel = torch.exp(-(offset**2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).to(values.dtype)
-    padded = functional.pad(values[None, None], (reach, reach, reach, reach), mode="replicate")
-    soft = functional.conv2d(functional.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
-    return soft[0, 0].clamp(0, 1)
+    return ndimage.gaussian_filter(values, sigma, mode="nearest", radius=max(1, math.ceil(_REACH * sigma))).clip(0, 1)
