@@ -1,7 +1,9 @@
 """Shape checks on, one thread, a tiny pipeline and a tiny cache."""
 
+import gc
 import logging
 import os
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,11 +17,15 @@ install_import_hook(
 )
 
 import pytest
-import torch
 
-from tests import helpers
 
-torch.set_num_threads(1)
+def pytest_collection_finish():
+    """One thread; and what the imports made stays, so that collecting garbage, as preparing does, need not walk it."""
+    import torch
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +37,21 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """From a variant to the folder of its tiny pipeline, which all processes of a test run share."""
+    from tests.families.base import built as build
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"
+    root.mkdir(exist_ok=True)
+    return partial(build, root=root)
+
+
+@pytest.fixture(scope="session")
 def prepared(tmp_path_factory, pipeline):
     """A cache of eight drawn pictures in two buckets, six of them with masks."""
+    from tests import helpers
+
     root = tmp_path_factory.mktemp("prepared")
     helpers.draw_photos(root / "photos", root / "masks")
     helpers.prepare(pipeline, root)
@@ -42,6 +61,8 @@ def prepared(tmp_path_factory, pipeline):
 @pytest.fixture
 def architecture(pipeline):
     """The tiny WAN."""
+    from tests import helpers
+
     return helpers.architecture(pipeline)
 
 

@@ -1,11 +1,14 @@
 """What several tests need: configs, drawn pictures, batches."""
 
-import subprocess
-import sys
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 import mpp.prepare
@@ -22,25 +25,35 @@ from mpp.training.teacher import Teacher
 QUIET = ["trainer.enable_progress_bar=false", "callbacks.learning_rate=null"]
 
 
-def unchecked_errors(setup, expressions):
-    """Error of each expression, in a process without the test run's type checker, which would answer first."""
-    lines = [setup]
-    for expression in expressions:
-        lines += [
-            "try:",
-            f"    {expression}",
-            "except Exception as error:",
-            "    print(type(error).__name__, error, sep=': ')",
-        ]
-        lines += ["else:", "    print('accepted')"]
-    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
-    return run.stdout.splitlines()
+def unchecked_error(call: Callable[..., object], *arguments, **settings) -> str:
+    """Type and message of a call's error, or `accepted`; without the run's type checker, which would answer first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        call(*arguments, **settings)
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    return "accepted"
 
 
 def config(name, overrides):
-    """A composed configuration, as the command line makes it; preparing without worker processes of its own."""
+    """A composed configuration, as the command line makes it; preparing without worker processes of its own.
+
+    Composing takes longer than many a test, so it is done once for all that differ in absolute paths alone.
+    """
     overrides = ["prepare.workers=0", *overrides] if name == "prepare" else overrides
-    return compose(name, overrides)
+    last = dict(override.partition("=")[::2] for override in overrides)
+    paths = {key: value for key, value in last.items() if value.startswith("/") and key.replace(".", "").isidentifier()}
+    composed = deepcopy(_composed(name, *(o for o in overrides if o.partition("=")[0] not in paths)))
+    for key, value in paths.items():
+        OmegaConf.update(composed, key, value)
+    return composed
+
+
+@cache
+def _composed(name, *overrides):
+    return compose(name, list(overrides))
 
 
 def architecture(pipeline, *overrides):

@@ -124,12 +124,11 @@ TRAINED = [case for number, case in enumerate(CASES) if number in (0, 3, 5, 7, 1
 
 
 @pytest.mark.parametrize("case", TRAINED, ids=[f"{case.variant} {number}" for number, case in enumerate(TRAINED)])
-def test_what_is_read_trains(case, tmp_path):
+def test_what_is_read_trains(case, built, tmp_path):
     for item in ("a", "b"):
         case.made.write(tmp_path / "cache", case.short, item)
     variant = VARIANTS[case.variant]
-    variant.build(tmp_path / "model")
-    arch = architecture(variant, tmp_path / "model")
+    arch = architecture(variant, built(variant))
     cache = MusubiCache(tmp_path / "cache", arch)
     cache.manifest().check(cache.manifest(), cache.folder)
     entries = cache.entries()

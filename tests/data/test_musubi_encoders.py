@@ -13,11 +13,10 @@ from tests.families.base import architecture, pixels
 VARIANTS = {variant.name: variant for variant in variants()}
 
 
-def build(name, folder):
+def build(name, built):
     """The variant's architecture, its encoders, and a clip."""
     variant = VARIANTS[name]
-    variant.build(folder)
-    arch = architecture(variant, folder)
+    arch = architecture(variant, built(variant))
     encoders = arch.load_encoders("cpu")
     if arch.family.startswith("hunyuan"):  # the published VAE's scale, which diffusers' class has by default
         published = inspect.signature(type(encoders.vae()).__init__).parameters["scaling_factor"].default
@@ -38,9 +37,9 @@ def sizes(tensor):
     ],
 )
 @torch.no_grad()
-def test_latents_as_the_vae_makes_them_become_ours(name, short, text, tmp_path):
+def test_latents_as_the_vae_makes_them_become_ours(name, short, text, built, tmp_path):
     """These three are cached without the VAE's scale: `latent_dist.sample()` or `mode()` and nothing more."""
-    arch, encoders, clip = build(name, tmp_path / "model")
+    arch, encoders, clip = build(name, built)
     frames = clip[:, :, 0] if short == "zi" else clip
     raw = encoders.vae().encode(frames).latent_dist.mode()[0]
     key = f"latents_1x{sizes(raw)}_float32" if short == "zi" else f"latents_{sizes(raw)}_float32"
@@ -51,9 +50,9 @@ def test_latents_as_the_vae_makes_them_become_ours(name, short, text, tmp_path):
 
 
 @torch.no_grad()
-def test_first_frames_of_wan_are_stored_as_we_prepare_them(tmp_path):
+def test_first_frames_of_wan_are_stored_as_we_prepare_them(built, tmp_path):
     """wan_cache_latents.py: ones for the first pixel frame, of which there are four, then the padded clip's latents."""
-    arch, encoders, clip = build("WAN 2.2 A14B I2V low", tmp_path / "model")
+    arch, encoders, clip = build("WAN 2.2 A14B I2V low", built)
     vae = encoders.vae()
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     normalised = (vae.encode(clip).latent_dist.mode() - mean) / std
@@ -77,9 +76,9 @@ def test_first_frames_of_wan_are_stored_as_we_prepare_them(tmp_path):
 
 
 @torch.no_grad()
-def test_first_frames_of_hunyuan_video_15_are_ours_from_their_own_encoding(tmp_path):
+def test_first_frames_of_hunyuan_video_15_are_ours_from_their_own_encoding(built, tmp_path):
     """hv_1_5_cache_latents.py: the first frame alone as the VAE makes it, before zeros, above a mask of ones."""
-    arch, encoders, clip = build("HunyuanVideo 1.5 I2V", tmp_path / "model")
+    arch, encoders, clip = build("HunyuanVideo 1.5 I2V", built)
     vae = encoders.vae()
     raw, alone = (vae.encode(part).latent_dist.mode()[0] for part in (clip, clip[:, :, :1]))
     stored = torch.zeros(33, *raw.shape[1:])
@@ -100,9 +99,9 @@ def test_first_frames_of_hunyuan_video_15_are_ours_from_their_own_encoding(tmp_p
 
 
 @torch.no_grad()
-def test_patches_of_flux2_lie_as_ours(tmp_path):
+def test_patches_of_flux2_lie_as_ours(built, tmp_path):
     """flux2_models.py: `c (i pi) (j pj) -> (c pi pj) i j` of the mean, then the batch norm in eval mode."""
-    arch, encoders, clip = build("FLUX.2 dev", tmp_path / "model")
+    arch, encoders, clip = build("FLUX.2 dev", built)
     vae = encoders.vae()
     mode = vae.encode(clip[:, :, 0]).latent_dist.mode()[0]
     channels, rows, columns = (size // part for size, part in zip(mode.shape, (1, 2, 2), strict=True))

@@ -19,10 +19,9 @@ from tests.helpers import config, prepare
 class Prepared:
     """A variant's pipeline, a set of two pictures, and its cache."""
 
-    def __init__(self, name, tmp_path):
+    def __init__(self, name, built, tmp_path):
         self.variant = next(v for v in variants() if v.name == name)
-        self.root, self.folder = tmp_path, tmp_path / "pipeline"
-        self.variant.build(self.folder)
+        self.root, self.folder = tmp_path, built(self.variant)
         self.files = draw_set(self.variant, architecture(self.variant, self.folder), tmp_path)
 
     def run(self, *overrides):
@@ -36,13 +35,13 @@ class Prepared:
 
 
 @pytest.fixture
-def layered(tmp_path):
-    return Prepared("Qwen-Image-Layered", tmp_path)
+def layered(built, tmp_path):
+    return Prepared("Qwen-Image-Layered", built, tmp_path)
 
 
 @pytest.fixture
-def edit(tmp_path):
-    return Prepared("Qwen-Image-Edit", tmp_path)
+def edit(built, tmp_path):
+    return Prepared("Qwen-Image-Edit", built, tmp_path)
 
 
 def test_layers_and_their_masks_are_frames_and_a_second_run_does_nothing(layered):

@@ -7,7 +7,7 @@ from PIL import Image
 from mpp.data.cache import Cache
 from mpp.data.prompts import Prompts
 from mpp.models.base import Identity, PictureInputs, Prompt
-from tests.helpers import unchecked_errors
+from tests.helpers import unchecked_error
 
 SMALL = {"width": 64, "height": 48, "frames": 5, "steps": 2}
 IDENTITY = Identity(None, "v", "t")
@@ -112,8 +112,7 @@ def test_conditioning_pictures_are_counted_and_read(architecture, tmp_path, monk
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    setup = "from mpp.data.prompts import Prompts"
-    calls = ["Prompts(['a'], controls=[['x'], ['y']])", "Prompts(['a'], frames=0)", "Prompts(['a'], steps=0)"]
-    found = unchecked_errors(setup, calls)
-    assert found[0].startswith("ValueError: sampling.controls has 2 lists of pictures for 1 prompts")
-    assert all(message.startswith("ValueError: sampling.frames and steps") for message in found[1:])
+    two = unchecked_error(Prompts, ["a"], controls=[["x"], ["y"]])
+    assert two.startswith("ValueError: sampling.controls has 2 lists of pictures for 1 prompts")
+    for name in ("frames", "steps"):
+        assert unchecked_error(Prompts, ["a"], **{name: 0}).startswith("ValueError: sampling.frames and steps")

@@ -1,8 +1,10 @@
 """What the contract tests need to know of a variant, and what they make of it."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -50,6 +52,20 @@ class Variant:
     unpack: Callable[[Tensor, Sequence[int]], Tensor] = as_is
     fixed_text: bool = False
     single_file: Callable[[], tuple[torch.nn.Module, dict[str, Tensor]]] | None = None
+
+
+def built(variant: Variant, root: Path) -> Path:
+    """The variant's pipeline under `root`, built by the process that needs it first; tests copy what they change."""
+    folder = root / re.sub(r"[^\w.-]+", "_", variant.name)
+    if not folder.exists():
+        with TemporaryDirectory(dir=root) as own:
+            variant.build(Path(own) / "pipeline")
+            try:
+                (Path(own) / "pipeline").rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster
+                    raise
+    return folder
 
 
 def architecture(variant: Variant, folder: Path, *overrides: str):

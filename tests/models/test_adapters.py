@@ -17,7 +17,7 @@ from mpp.models.adapters import (
     save_lora,
 )
 from mpp.models.tiny import TRANSFORMER
-from tests.helpers import randomise_adapter, unchecked_errors
+from tests.helpers import randomise_adapter, unchecked_error
 
 KINDS = ["lora", "rslora", "dora", "lokr"]
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -135,11 +135,13 @@ def test_targets_may_be_one_regex():
 
 
 def test_settings_out_of_range_are_refused():
-    setup = "from mpp.models.adapters import Adapter"
-    calls = ["Adapter(rank=0)", "Adapter(alpha=0)", "Adapter(kind='loha')", "Adapter(dropout=1.0)"]
-    starts = ["lora.rank", "lora.rank", "lora.kind", "lora.dropout"]
-    for message, start in zip(unchecked_errors(setup, calls), starts, strict=True):
-        assert message.startswith(f"ValueError: {start}")
+    for name, value, start in [
+        ("rank", 0, "lora.rank"),
+        ("alpha", 0, "lora.rank"),
+        ("kind", "loha", "lora.kind"),
+        ("dropout", 1.0, "lora.dropout"),
+    ]:
+        assert unchecked_error(Adapter, **{name: value}).startswith(f"ValueError: {start}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,29 +10,26 @@ from diffusers.loaders.lora_conversion_utils import (
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, Mistral3ForConditionalGeneration, ProcessorMixin, Qwen3ForCausalLM
 
+from mpp.config import build
 from mpp.models.adapters import Adapter, adapter_state, inject
 from mpp.models.base import Prompt, Shot
 from mpp.models.flux2 import Flux2Conditioning
 from tests.families import flux2
 from tests.families.base import architecture, picture
-from tests.helpers import unchecked_errors
+from tests.helpers import config, unchecked_error
 
 DEV, _, KLEIN, _ = flux2.VARIANTS
 TEXTS = ["a red box", "", "a [IMG] cat on a blue chair"]
 
 
 @pytest.fixture(scope="module")
-def dev(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flux2") / "dev"
-    flux2.dev(folder)
-    return folder
+def dev(built):
+    return built(DEV)
 
 
 @pytest.fixture(scope="module")
-def klein(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flux2") / "klein"
-    flux2.klein(folder)
-    return folder
+def klein(built):
+    return built(KLEIN)
 
 
 def vae_of(folder):
@@ -264,10 +261,7 @@ def test_dev_and_klein_are_told_apart(dev, klein):
 
 
 def test_an_unknown_text_encoder_is_refused():
-    setup = "from mpp.config import build; from tests.helpers import config"
-    (message,) = unchecked_errors(
-        setup, ["build(config('train', ['model=flux2', 'data.cache_dir=x', 'model.text=t5']).model)"]
-    )
+    message = unchecked_error(build, config("train", ["model=flux2", "data.cache_dir=x", "model.text=t5"]).model)
     assert message.startswith("ValueError: model.text must be one of mistral, qwen3, got 't5'")
 
 

@@ -20,7 +20,7 @@ from mpp.models.adapters import Adapter, inject
 from mpp.models.base import Prompt, Shot
 from tests.families.base import architecture, batch, conditioning, picture
 from tests.families.hunyuan_video import VARIANTS
-from tests.helpers import unchecked_errors
+from tests.helpers import unchecked_error
 
 TEXT = "a red fox runs through the snow"
 LONG = "zq " * 150  # two tokens a word under the tests' tokenizer: more than the 256 that the pipelines read
@@ -33,12 +33,9 @@ def named(variant):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(built):
     """The pipeline folder of each variant."""
-    root = tmp_path_factory.mktemp("hunyuan")
-    for variant in VARIANTS:
-        variant.build(root / named(variant))
-    return {variant.name: root / named(variant) for variant in VARIANTS}
+    return {variant.name: built(variant) for variant in VARIANTS}
 
 
 @pytest.fixture(params=VARIANTS, ids=named)
@@ -278,8 +275,7 @@ def test_guidance_must_fit_the_transformer(folders):
 
 
 def test_an_unknown_image_condition_is_refused():
-    setup = "from tests.families.base import architecture; from tests.families.hunyuan_video import VARIANTS"
-    (error,) = unchecked_errors(setup, ["architecture(VARIANTS[0], 'x', 'model.image_condition=concat')"])
+    error = unchecked_error(architecture, T2V, "x", "model.image_condition=concat")
     assert "model.image_condition must be latent_concat, token_replace or null, got 'concat'" in error
 
 

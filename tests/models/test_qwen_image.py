@@ -21,7 +21,7 @@ from mpp.models.qwen_image import QwenImageConditioning
 from mpp.models.qwen_parts import PictureProcessor
 from tests.families import qwen_image as family
 from tests.families.base import Variant, architecture, batch, picture
-from tests.helpers import unchecked_errors
+from tests.helpers import unchecked_error
 
 NAMED = {variant.name: variant for variant in family.VARIANTS}
 BASE, EDIT, PLUS, LATEST = NAMED.values()
@@ -30,12 +30,9 @@ CAPTIONS = ["a photo of a cat", "", "Tom & Jerry are here " * 40]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(built):
     """A tiny random pipeline of each variant, by its name."""
-    root = tmp_path_factory.mktemp("qwen")
-    for variant in family.VARIANTS:
-        variant.build(root / variant.name)
-    return {variant.name: root / variant.name for variant in family.VARIANTS}
+    return {variant.name: built(variant) for variant in family.VARIANTS}
 
 
 @pytest.fixture
@@ -265,11 +262,8 @@ def test_layered_transformers_and_vaes_are_refused(folders, tmp_path):
 
 
 def test_wrong_settings_are_refused():
-    setup = "from tests.families.base import architecture\nfrom tests.families.qwen_image import VARIANTS"
     settings = ("task=inpaint", "control_pixels=100", "text_length=2000", "text_length=1024")
-    task, area, length, fits = unchecked_errors(
-        setup, [f"architecture(VARIANTS[0], 'x', 'model.{setting}')" for setting in settings]
-    )
+    task, area, length, fits = (unchecked_error(architecture, BASE, "x", f"model.{setting}") for setting in settings)
     assert "model.task must be one of text, edit, edit_plus, got 'inpaint'" in task
     assert "model.control_pixels must be at least 1024 (32x32), got 100" in area
     assert "model.text_length must be in 1 to 1024, got 2000" in length

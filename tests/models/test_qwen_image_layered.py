@@ -18,11 +18,9 @@ WITH_BASE, WITHOUT = VARIANTS
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(built):
     """A tiny random pipeline."""
-    target = tmp_path_factory.mktemp("layered") / "pipeline"
-    WITH_BASE.build(target)
-    return target
+    return built(WITH_BASE)
 
 
 @pytest.fixture

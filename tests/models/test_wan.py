@@ -17,30 +17,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from mpp.config import build
-from mpp.core.flow import interpolate
+from mpp.core.flow import SigmaLaw, interpolate
 from mpp.models.adapters import Adapter, adapter_state, inject, load_adapter_state
 from mpp.models.base import LatentSpec, Prompt, Shot
 from mpp.models.experts import Experts
 from mpp.models.tiny import TRANSFORMER
-from mpp.models.wan import WanConditioning
+from mpp.models.wan import Wan, WanConditioning
 from tests.families.base import architecture, batch, conditioning, picture
 from tests.families.wan import CHANNELS, CLIP, SMALL, VARIANTS, original_keys
 from tests.helpers import architecture as make
-from tests.helpers import config, randomise_adapter, unchecked_errors
+from tests.helpers import config, randomise_adapter, unchecked_error
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Tiny pipelines of all variants by name, each made when first asked for."""
-    root, made = tmp_path_factory.mktemp("variants"), {}
-
-    def folder(variant):
-        if variant.name not in made:
-            made[variant.name] = root / variant.name.replace(" ", "_")
-            variant.build(made[variant.name])
-        return made[variant.name]
-
-    return folder
+def folders(built):
+    """Tiny pipelines by variant, each made when first asked for."""
+    return built
 
 
 def named(name):
@@ -564,26 +556,24 @@ def test_two_single_files_make_both_experts(tmp_path):
 
 
 def test_settings_that_exclude_one_another_are_refused():
-    setup = """
-from mpp.core.flow import SigmaLaw
-from mpp.models.base import LatentSpec
-from mpp.models.wan import Wan
-def wan(**settings):
-    return Wan(pretrained="x", latents=LatentSpec(16, 8, 4, (1, 2, 2)), sigma=SigmaLaw(), lora_targets="x", **settings)
-"""
-    calls = {
-        "expert='medium'": "model.expert must be high, low, both or null, got 'medium'",
-        "expert='high', boundary=0.5": "model.boundary and model.pretrained_low are for model.expert=both",
-        "pretrained_low='x'": "model.boundary and model.pretrained_low are for model.expert=both",
-        "expert='both', boundary=875.0": "model.boundary must lie between 0 and 1, got 875.0",
-        "expert='both', expand_timesteps=True": "model.expand_timesteps is TI2V-5B",
-        "clip_dim=1280": "model.clip_dim is for WAN 2.1 image to video",
-        "clip_dim=1280, image_to_video=True, expert='low'": "model.clip_dim is for WAN 2.1 image to video",
-        "clip_dim=1280, image_to_video=True, text_length=226": "model.text_length must be 512 where the model sees",
+    needed = {
+        "pretrained": "x",
+        "latents": LatentSpec(16, 8, 4, (1, 2, 2)),
+        "sigma": SigmaLaw(),
+        "lora_targets": "x",
     }
-    errors = unchecked_errors(setup, [f"wan({call})" for call in calls])
-    for message, start in zip(errors, calls.values(), strict=True):
-        assert message.startswith(f"ValueError: {start}")
+    clip = {"clip_dim": 1280, "image_to_video": True}
+    for settings, start in [
+        ({"expert": "medium"}, "model.expert must be high, low, both or null, got 'medium'"),
+        ({"expert": "high", "boundary": 0.5}, "model.boundary and model.pretrained_low are for model.expert=both"),
+        ({"pretrained_low": "x"}, "model.boundary and model.pretrained_low are for model.expert=both"),
+        ({"expert": "both", "boundary": 875.0}, "model.boundary must lie between 0 and 1, got 875.0"),
+        ({"expert": "both", "expand_timesteps": True}, "model.expand_timesteps is TI2V-5B"),
+        ({"clip_dim": 1280}, "model.clip_dim is for WAN 2.1 image to video"),
+        ({**clip, "expert": "low"}, "model.clip_dim is for WAN 2.1 image to video"),
+        ({**clip, "text_length": 226}, "model.text_length must be 512 where the model sees"),
+    ]:
+        assert unchecked_error(Wan, **needed, **settings).startswith(f"ValueError: {start}")
 
 
 @every

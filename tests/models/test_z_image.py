@@ -12,17 +12,15 @@ from transformers import AutoTokenizer, Qwen3Model
 from mpp.models.adapters import Adapter, inject
 from mpp.models.base import Prompt, Shot
 from tests.families.base import architecture, batch, pixels
-from tests.families.z_image import VARIANTS, text_to_image, transformer
+from tests.families.z_image import VARIANTS, transformer
 
 (VARIANT,) = VARIANTS
 SHORT, LONG = "a red box", "a cat on a blue chair by the sea, " * 3
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    target = tmp_path_factory.mktemp("z_image")
-    text_to_image(target)
-    return target
+def folder(built):
+    return built(VARIANT)
 
 
 @pytest.fixture(scope="module")
