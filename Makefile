@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-photos proof test lint format clean
+.PHONY: help setup demo demo-photos proof test test-all lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -27,8 +27,11 @@ demo-photos: $(STAMP) ## photos and masks to a trained LoRA on a tiny random mod
 proof: $(STAMP) ## the comparison behind the claims, all variants and seeds; PROOF=full for more
 	$(BIN)/python -m benchmarks.phantom_limb.proof $(if $(filter full,$(PROOF)),--full)
 
-test: $(STAMP) ## the whole suite, on the CPU, offline
-	$(BIN)/python -m pytest -n 2 $(PYTEST)
+test: $(STAMP) ## what to run at each change, under 3 minutes: on the CPU, offline
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+
+test-all: $(STAMP) ## every test: all variants, browser, damaged files, kills, processes of their own
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu' $(PYTEST)
 
 lint: $(STAMP) ## ruff, and types of the core
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers import draw_photos
 
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
 TRAIN = [
     "model=tiny_wan",

@@ -19,7 +19,7 @@ from mpp.export import Export
 from mpp.models.adapters import Adapter, adapter_state, inject, save_lora
 from mpp.models.base import Shot
 from mpp.models.experts import Experts, parts_of
-from tests.families import variants
+from tests.families import parameters
 from tests.families.base import architecture as of_variant
 from tests.helpers import architecture as tiny
 from tests.helpers import config, randomise_adapter, train
@@ -70,10 +70,10 @@ def test_a_merged_model_answers_as_the_adapter_did_and_is_a_whole_pipeline(pipel
     assert list(tmp_path.glob(".*")) == []
 
 
-@pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name.replace(" ", "_"))
-def test_every_variant_merges_as_peft_does(variant, tmp_path):
-    variant.build(tmp_path / "pipeline")
-    arch = of_variant(variant, tmp_path / "pipeline")
+@pytest.mark.parametrize("variant", parameters())
+def test_every_variant_merges_as_peft_does(variant, built, tmp_path):
+    source = built(variant)
+    arch = of_variant(variant, source)
     expected = merged_by_peft(trained(arch, tmp_path))
     (folder,) = Export(lora=str(tmp_path), merge=True).run(arch)
     merged = of_variant(variant, folder)
@@ -83,7 +83,7 @@ def test_every_variant_merges_as_peft_does(variant, tmp_path):
         assert state.keys() == expected[part].keys()
         for name, tensor in state.items():
             torch.testing.assert_close(tensor, expected[part][name], rtol=1e-5, atol=1e-6)
-    assert {p.name for p in (tmp_path / "pipeline").iterdir()} <= {p.name for p in folder.iterdir()}
+    assert {p.name for p in source.iterdir()} <= {p.name for p in folder.iterdir()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -415,6 +415,7 @@ def test_a_trained_run_is_exported_by_its_folder(pipeline, prepared, tmp_path, c
         mpp.export.run(again)
 
 
+@pytest.mark.slow
 def test_the_command_takes_lora_and_answers_bad_input_in_one_line(pipeline, tmp_path):
     arch = tiny(pipeline)
     trained(arch, tmp_path)

@@ -1,6 +1,6 @@
 """The support matrix in the docs is that of the variants there are."""
 
-from tests.families import variants
+from tests.families import REPRESENTATIVES, variants
 from tests.families.base import Variant
 from tests.matrix import COLUMNS, DOCUMENT, HEAD, cell, table
 
@@ -16,6 +16,10 @@ def test_the_matrix_has_each_variant_and_column_and_nothing_fails_or_was_left_ou
     assert head == ["variant", *COLUMNS]
     assert [row[0] for row in found] == [variant.name for variant in variants()]
     assert {value for row in found for value in row[1:]} <= {"yes", "no", "clips", "neutral", "fixed", "rules"}
+
+
+def test_representatives_are_variants_that_there_are():
+    assert REPRESENTATIVES.keys() <= {variant.name for variant in variants()}
 
 
 def test_kinds_of_yes_follow_the_variants():

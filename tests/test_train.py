@@ -123,7 +123,15 @@ def kill_after(monkeypatch, batches):
 
 @pytest.mark.parametrize(
     ("killed_after", "accumulate", "batch_size", "workers"),
-    [(3, 1, 2, 0), (4, 1, 2, 0), (6, 1, 2, 2), (6, 2, 1, 0), (9, 2, 1, 0), (12, 3, 1, 0), (8, 1, 2, 0)],
+    [
+        (3, 1, 2, 0),
+        (9, 2, 1, 0),
+        pytest.param(4, 1, 2, 0, marks=pytest.mark.slow),
+        pytest.param(6, 1, 2, 2, marks=pytest.mark.slow),
+        pytest.param(6, 2, 1, 0, marks=pytest.mark.slow),
+        pytest.param(12, 3, 1, 0, marks=pytest.mark.slow),
+        pytest.param(8, 1, 2, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_resumes_bit_for_bit(
     pipeline, prepared, tmp_path, monkeypatch, killed_after, accumulate, batch_size, workers

@@ -101,7 +101,7 @@ def test_masks_are_tiered_where_the_subject_is(tmp_path):
         assert (levels[body] == 255).all()
 
 
-@pytest.mark.parametrize("name", ["control", *proof.STUDIES])
+@pytest.mark.parametrize("name", ["control", *(pytest.param(name, marks=pytest.mark.slow) for name in proof.STUDIES)])
 def test_every_variant_of_the_protocol_is_a_valid_run(name, tmp_path):
     rules = study.protocol()
     part = rules[name]
@@ -143,6 +143,7 @@ def test_a_grid_lays_pictures_out_by_rows():
     assert sheet.getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_measures_once(tmp_path, rules, monkeypatch):
     monkeypatch.setattr(study, "protocol", lambda: rules)
     root = tmp_path / "data"

@@ -100,6 +100,7 @@ def attempt(read, path):
         assert time.monotonic() - start < SLOW
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of much that it reads all the same; as errors they would hide it
 @pytest.mark.parametrize("part", range(4))
 def test_damaged_pictures_are_refused_by_name_or_are_sound(tmp_path, part):
@@ -147,6 +148,7 @@ def tables():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tables())
 def test_damaged_text_files_are_refused_by_name_or_give_sound_items(tmp_path, name):
     for file in ("a.png", "m.png", "s/b.png", "b.png", "t/c.png"):

@@ -174,6 +174,7 @@ def same(found, wanted, finite):
 BYTES = [flip_header, flip_anything, cut, grow, overwrite, length, edit, edit, edit]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [video, padded, pictures, first_frames])
 def test_damaged_files_are_refused_by_name_or_harmless(write, tmp_path):
     folder = tmp_path / "cache"
@@ -209,6 +210,7 @@ def test_damaged_files_are_refused_by_name_or_harmless(write, tmp_path):
     assert harmless > ROUNDS // 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [video, padded, pictures, first_frames])
 def test_renamed_files_are_refused_by_name_or_said(write, tmp_path):
     folder = tmp_path / "cache"

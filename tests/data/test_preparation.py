@@ -284,6 +284,7 @@ def test_a_half_written_latents_file_is_made_again(root, pipeline):
     Cache(root / "cache").latents(entries(root)["p0"])
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_no_half_file(root, pipeline):
     # A real limit of the kernel on file size, in a process of its own: writes of latents fail part way.
     script = f"""

@@ -14,6 +14,7 @@ from mpp.models.wan import WanEncoders
 from tests import helpers
 from tests.data import videos
 
+SLOW = pytest.mark.slow
 LOSSLESS = {"codec": "libx264rgb", "pix_fmt": "rgb24", "options": {"crf": "0"}}
 GREY = {"codec": "ffv1", "pix_fmt": "gray"}
 
@@ -78,7 +79,9 @@ def cells_of(pixels, stride=4, side=8):
 # ---------------------------------------------------------------- the mask lies where the square is
 
 
-@pytest.mark.parametrize("rates", [(16, 16), (24, 16), (30, 16), (12, 16), (25, 10)])
+@pytest.mark.parametrize(
+    "rates", [(16, 16), (30, 16), *(pytest.param(rates, marks=SLOW) for rates in ((24, 16), (12, 16), (25, 10)))]
+)
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_moving_mask_covers_exactly_the_cells_in_which_the_square_is(root, pipeline, seen, rates, flip):
     source, target = rates
@@ -94,7 +97,9 @@ def test_a_moving_mask_covers_exactly_the_cells_in_which_the_square_is(root, pip
         np.testing.assert_allclose(cache.mask(entry)[0].numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(192, 128), (96, 64), (130, 70), (71, 127), (64, 64)])
+@pytest.mark.parametrize(
+    "size", [(192, 128), (71, 127), *(pytest.param(size, marks=SLOW) for size in ((96, 64), (130, 70), (64, 64)))]
+)
 def test_the_mask_stays_on_the_square_through_scaling_and_cropping(root, pipeline, seen, size):
     clip(root, count=12, size=size, rate=16)
     prepare(pipeline, root)

@@ -830,6 +830,7 @@ print(timeline.count, *marks)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells its peak memory here")
 def test_a_long_video_is_read_in_flat_memory(tmp_path):
     frames = videos.number_frames(8, (320, 180))

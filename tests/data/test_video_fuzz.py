@@ -177,6 +177,7 @@ def check(rows):
     assert not [row for row in lost if row[2] == "cut"], lost
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the child limits its memory as Linux tells it")
 def test_mutated_videos_are_refused_by_name_or_read_whole(tmp_path):
     check(fuzz(tmp_path, seed=int(os.environ.get("MPP_FUZZ_SEED", "7")), count=2004))

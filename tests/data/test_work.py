@@ -119,6 +119,7 @@ def test_more_shards_than_pictures_finish_too_and_skipped_ones_are_noted(pipelin
     assert "p1.png" in cache.notes().skipped[0]
 
 
+@pytest.mark.slow
 def test_two_at_once_on_one_cache_make_the_same_cache(whole, pipeline, tmp_path):
     draw_photos(tmp_path / "photos", tmp_path / "masks", 6)
     both = [launch(pipeline, tmp_path) for _ in range(2)]
@@ -172,6 +173,7 @@ def test_numbers_out_of_range_are_refused(pipeline, tmp_path, setting):
 # ---------------------------------------------------------------- kills and folders
 
 
+@pytest.mark.slow
 def test_a_cache_killed_at_any_moment_holds_no_half_sample_and_is_finished_later(whole, pipeline, tmp_path):
     """SIGKILL at random moments, over and over, until one run gets through."""
     draw_photos(tmp_path / "photos", tmp_path / "masks", 6)

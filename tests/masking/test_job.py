@@ -217,6 +217,7 @@ def test_a_video_whose_making_fails_midway_leaves_the_old_one(tmp_path, monkeypa
     assert snapshot(tmp_path / "out") | snapshot(tmp_path / "frames") == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_only_whole_files_and_goes_on(tmp_path):
     for number in range(40):
         save(tmp_path / "in" / f"m{number:03d}.png", random_mask(number, (300, 400)))
@@ -303,6 +304,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(tmp_path, monkeypatch, 
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_did_or_one_error(tmp_path):
     save(tmp_path / "in" / "p.png", random_mask(0))
     command = [sys.executable, "-m", "mpp.masks", "input=in", "output=out"]

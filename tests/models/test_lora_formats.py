@@ -21,7 +21,7 @@ from mpp.models.hunyuan_video import HunyuanVideo
 from mpp.models.lora_files import Update
 from mpp.models.lora_formats import comfyui, kohya, to_native
 from tests import comfy_reference
-from tests.families import variants
+from tests.families import parameters
 from tests.families.base import architecture, batch
 from tests.helpers import randomise_adapter
 
@@ -46,16 +46,14 @@ FUSED = ("FLUX", "HunyuanVideo", "Z-Image")  # families whose original has qkv a
 FAIL_ON_ALPHA = {"Flux2Pipeline", "HunyuanVideoPipeline"}
 
 
-@pytest.fixture(scope="module", params=variants(), ids=lambda v: v.name.replace(" ", "_"))
+@pytest.fixture(scope="module", params=parameters())
 def variant(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def arch(variant, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("family") / "pipeline"
-    variant.build(folder)
-    return architecture(variant, folder)
+def arch(variant, built):
+    return architecture(variant, built(variant))
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +103,12 @@ def read_by(variant):
     return found[0]
 
 
-def name_of(value):
-    return value.name.replace(" ", "_") if hasattr(value, "build") else None
+def with_reader(format):
+    """Variants whose files of this format a pipeline of diffusers reads."""
+    return parameters(format, of=lambda variant: format in read_by(variant)[1])
 
 
-@pytest.mark.parametrize(
-    ("variant", "format"), [(v, f) for v in variants() for f in read_by(v)[1]], indirect=["variant"], ids=name_of
-)
+@pytest.mark.parametrize(("variant", "format"), [*with_reader("comfyui"), *with_reader("kohya")], indirect=["variant"])
 def test_diffusers_importer_gives_the_trained_output(variant, arch, seen, tmp_path, format):
     name, formats = read_by(variant)
     fresh = arch.load_transformer()
@@ -130,7 +127,7 @@ def test_diffusers_importer_gives_the_trained_output(variant, arch, seen, tmp_pa
 
 
 # Without a single file there is no independent way from the original's names to diffusers'.
-@pytest.mark.parametrize("variant", [v for v in variants() if v.single_file], indirect=True, ids=name_of)
+@pytest.mark.parametrize("variant", parameters(of=lambda v: v.single_file), indirect=True)
 @pytest.mark.parametrize(("kind", "format"), [("lora", "comfyui"), ("rslora", "kohya"), ("lokr", "comfyui")])
 def test_comfyui_on_the_original_file_gives_the_merged_model(variant, tmp_path, kind, format):
     model, state = variant.single_file()
@@ -195,7 +192,7 @@ def expected_deltas(arch, model, layers):
     return wanted
 
 
-@pytest.mark.parametrize("variant", [v for v in variants() if v.name.startswith(FUSED)], indirect=True, ids=name_of)
+@pytest.mark.parametrize("variant", parameters(of=lambda v: v.name.startswith(FUSED)), indirect=True)
 def test_some_parts_of_a_fused_layer_are_enough(variant, arch, tmp_path):
     fused = [rule for rule in arch.native if rule.parts]
     model = next(m for _, m in parts_of(arch.load_transformer()))

@@ -23,6 +23,7 @@ from mpp.models.base import LatentSpec, Prompt, Shot
 from mpp.models.experts import Experts
 from mpp.models.tiny import TRANSFORMER
 from mpp.models.wan import Wan, WanConditioning
+from tests.families import parameters
 from tests.families.base import architecture, batch, conditioning, picture
 from tests.families.wan import CHANNELS, CLIP, SMALL, VARIANTS, original_keys
 from tests.helpers import architecture as make
@@ -40,7 +41,7 @@ def named(name):
 
 
 WITH_PICTURE = [variant for variant in VARIANTS if " I2V" in variant.name]
-every = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+every = pytest.mark.parametrize("variant", parameters(of=VARIANTS.__contains__))
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +343,7 @@ def whole_pipeline(folder, arch):
     return (WanImageToVideoPipeline if arch.image_to_video else WanPipeline)(**parts)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "low" not in v.name], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", parameters(of=lambda v: v in VARIANTS and "low" not in v.name))
 def test_samples_are_those_of_the_whole_pipeline(variant, folders):
     arch = architecture(variant, folders(variant))
     step = arch.latents.pixel_step

@@ -16,11 +16,11 @@ from tests.reporting.browsing import (
     THRESHOLD,
     TIERS,
     cells_of,
-    needs_chromium,
+    in_chromium,
 )
 from tests.reporting.drawn import Drawn, disc
 
-pytestmark = needs_chromium
+pytestmark = in_chromium
 
 
 # ---------------------------------------------------------------- what is shown

@@ -8,10 +8,10 @@ from tests.reporting.browsing import (
     END,
     ENTER,
     ESCAPE,
-    needs_chromium,
+    in_chromium,
 )
 
-pytestmark = needs_chromium
+pytestmark = in_chromium
 
 
 # ---------------------------------------------------------------- filters and order

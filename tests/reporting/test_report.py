@@ -289,6 +289,7 @@ def test_a_prepared_cache_is_reported_as_configured(prepared, tmp_path, capsys):
     assert f"wrote {out}" in said
 
 
+@pytest.mark.slow
 def test_the_command_names_the_preset_and_bad_input_in_one_message(drawn, tmp_path):
     drawn.add("a").write()
 
@@ -306,6 +307,7 @@ def test_the_command_names_the_preset_and_bad_input_in_one_message(drawn, tmp_pa
     assert "Traceback" not in bad.stderr
 
 
+@pytest.mark.slow
 def test_a_wheel_carries_the_page(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)

@@ -44,6 +44,7 @@ def launch(arguments, ranks):
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["global", "per_sample"])
 def test_two_ranks_and_accumulation_have_the_gradient_of_one_big_batch(pipeline, prepared, tmp_path, normalization):
     cache = tmp_path / "cache"

@@ -73,6 +73,7 @@ def test_the_law_of_a_lone_expert_is_its_share_of_the_law_of_both():
         assert float(share.quantile(q)) == pytest.approx(float(low.quantile(q)), abs=0.02)
 
 
+@pytest.mark.slow
 def test_several_processes_need_to_be_told_that_parameters_may_be_unused(pair, prepared, tmp_path):
     # In a process of its own: Lightning leaves the process group and its environment behind.
     ended = run([pair, str(prepared), str(tmp_path / "out"), *BOTH, "trainer.strategy=ddp", "trainer.devices=1"])
@@ -80,6 +81,7 @@ def test_several_processes_need_to_be_told_that_parameters_may_be_unused(pair, p
     assert "set trainer.strategy=ddp_find_unused_parameters_true" in ended.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_gradient_of_one_process(pair, prepared, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(prepared, cache)
