@@ -13,6 +13,7 @@ from PIL import Image
 
 import mpp.prepare
 import mpp.train
+from mpp import cli
 from mpp.config import build, compose
 from mpp.core.loss import MaskedPriorLoss
 from mpp.data.batch import Batch
@@ -42,7 +43,7 @@ def config(name, overrides):
 
     Composing takes longer than many a test, so it is done once for all that differ in absolute paths alone.
     """
-    overrides = ["prepare.workers=0", *overrides] if name == "prepare" else overrides
+    overrides = cli.overrides(name, ["prepare.workers=0", *overrides] if name == "prepare" else overrides)
     last = dict(override.partition("=")[::2] for override in overrides)
     paths = {key: value for key, value in last.items() if value.startswith("/") and key.replace(".", "").isidentifier()}
     composed = deepcopy(_composed(name, *(o for o in overrides if o.partition("=")[0] not in paths)))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import mpp.export
 import mpp.prepare
 from mpp.data.datamodule import LatentDataModule
-from mpp.models.base import flat_tensors
+from mpp.models.conditioning import flat_tensors
 from tests.families.base import architecture as of_variant
 from tests.families.qwen_image_layered import VARIANTS
 from tests.helpers import architecture, config, logged, prepare, train

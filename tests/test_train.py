@@ -1,5 +1,6 @@
 """Runs through the same code as `python -m mpp.train`."""
 
+import itertools
 import json
 import shutil
 
@@ -183,6 +184,25 @@ def test_other_optimizers_train_and_resume(pipeline, prepared, tmp_path, optimiz
         torch.testing.assert_close(straight[name], parts[name], rtol=1e-5, atol=1e-7)
 
 
+def test_what_was_resumed_from_is_not_saved_again_in_the_middle_of_a_step(pipeline, prepared, tmp_path):
+    settings = ["trainer.accumulate_grad_batches=2", "callbacks.checkpoints.every_n_steps=2", "data.batch_size=1"]
+    train(pipeline, prepared, tmp_path, *settings, "trainer.max_steps=2")
+    (tmp_path / "lora" / "step-000002.safetensors").unlink()
+    train(pipeline, prepared, tmp_path, *settings, "logger=tensorboard", "ckpt_path=last")
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["step-000004.safetensors"]
+
+
+def test_the_lora_holds_the_weights_that_a_schedule_free_optimizer_evaluates(pipeline, prepared, tmp_path):
+    trainer, module = train(pipeline, prepared, tmp_path, "optimizer=schedulefree", "optimizer.lr=1e-2")
+    trained = {f"transformer.{name}": tensor.clone() for name, tensor in module.state_dict().items()}
+    trainer.optimizers[0].eval()
+    for path in (tmp_path / "lora.safetensors", tmp_path / "lora" / "step-000004.safetensors"):
+        saved = load_file(path)
+        assert any((saved[name] - tensor).abs().max() > 1e-3 for name, tensor in trained.items())
+        for name, tensor in module.state_dict().items():
+            torch.testing.assert_close(saved[f"transformer.{name}"], tensor, rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------- accumulation
 
 
@@ -200,13 +220,20 @@ def test_the_weights_of_a_batch_are_computed_once_a_step(
     assert len(calls) == 4 + once_more
 
 
-@pytest.mark.parametrize("preset", ["threshold", "continuous"])
-@pytest.mark.parametrize("normalization", ["global", "per_sample"])
-@pytest.mark.parametrize("sizes", [(1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("preset", "normalization", "sizes"),
+    [
+        *itertools.product(["threshold", "continuous"], ["global", "per_sample"], [(1, 4), (2, 2)]),
+        ("continuous", "global", (1, 3)),
+    ],
+)
 def test_accumulated_batches_have_the_gradient_of_one_big_batch(
     pipeline, prepared, tmp_path, preset, normalization, sizes, monkeypatch
 ):
-    """One optimizer step of plain SGD moves the weights by the gradient; the masks' areas differ between samples."""
+    """One optimizer step of plain SGD moves the weights by the gradient; the masks' areas differ between samples.
+
+    An epoch has four samples: after a window of three batches the next one holds a single batch.
+    """
     # One bucket only, so that a big batch holds the same samples as the window.
     cache = tmp_path / "cache"
     shutil.copytree(prepared, cache)
@@ -222,7 +249,7 @@ def test_accumulated_batches_have_the_gradient_of_one_big_batch(
         "optimizer._target_=torch.optim.SGD",
         "optimizer.lr=0.1",
     ]
-    train(pipeline, cache, tmp_path / "big", *base, "data.batch_size=4")
+    train(pipeline, cache, tmp_path / "big", *base, f"data.batch_size={size * accumulate}")
     train(
         pipeline,
         cache,
@@ -343,6 +370,17 @@ def test_everything_is_checked_before_the_transformer_is_loaded(pipeline, prepar
     cfg.lora = None  # what lora=none gives
     with pytest.raises(ValueError, match="needs an adapter"):
         mpp.train.run(cfg)
+
+
+def test_a_checkpoint_of_another_base_is_refused_before_the_transformer_is_loaded(
+    pipeline, prepared, tmp_path, monkeypatch
+):
+    train(pipeline, prepared, tmp_path / "a", "trainer.max_steps=1")
+    content = read_checkpoint(tmp_path / "a" / "checkpoints" / "last.ckpt")
+    torch.save({**content, "mpp": {**content["mpp"], "base": "0123"}}, tmp_path / "other.ckpt")
+    monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="trained on another base model"):
+        train(pipeline, prepared, tmp_path / "b", f"ckpt_path={tmp_path / 'other.ckpt'}")
 
 
 def test_targets_that_match_nothing_are_refused(pipeline, prepared, tmp_path):

@@ -101,6 +101,18 @@ def test_an_empty_region_gives_zero_never_nan(normalization, value):
     assert (terms.target if value == 1 else terms.prior).detach() > 0
 
 
+@pytest.mark.parametrize("normalization", ["global", "per_sample"])
+def test_a_tiny_region_counts_in_full(normalization):
+    """One cell of hardly any weight is its region's whole mean."""
+    pred, target, prior = (torch.full((1, 2, 1, 8, 8), value, dtype=torch.float64) for value in (0.0, 3.0, 2.0))
+    loss = MaskedPriorLoss(1.0, normalization=normalization)
+    for rest, cell, learned in ((0.0, 1e-5, True), (1.0, 1 - 1e-5, False)):
+        mask = torch.full((1, 1, 1, 8, 8), rest, dtype=torch.float64)
+        mask[..., 3, 4] = cell
+        terms = loss(pred, target, mask, prior)
+        assert float(terms.target if learned else terms.prior) == pytest.approx(9 if learned else 4)
+
+
 def test_full_mask_is_plain_flow_matching():
     pred, target, mask, prior = case(3)
     terms = MaskedPriorLoss(prior_weight=2.0, normalization="per_sample")(pred, target, torch.ones_like(mask), prior)
@@ -157,6 +169,13 @@ def test_needs_prior_names_samples_with_a_cell_to_preserve():
     off = MaskedPriorLoss(0.0, 0.1)
     assert off.weights(masks).needs_prior().tolist() == [False, False, False]
     assert off.split(off.weights(masks)).needs_prior().tolist() == [False, True, False]
+
+
+def test_one_cell_of_many_calls_for_the_prior():
+    masks = torch.ones(3, 1, 1, 64, 64)
+    masks[1, ..., 5, 7], masks[2, ..., 5, 7] = 0.0, 0.999
+    assert MaskedPriorLoss(1.0).needs_prior(masks).tolist() == [False, True, True]
+    assert MaskedPriorLoss(1.0, 0.1).needs_prior(masks).tolist() == [False, True, False]
 
 
 BAD = {

@@ -28,6 +28,14 @@ def test_every_sample_is_seen_once_per_epoch_by_some_rank(batch_size, world):
         assert len({SHAPES[index] for index in batch}) == 1
 
 
+@pytest.mark.parametrize("world", [2, 4, 8, 13])
+def test_no_batch_is_repeated_more_often_than_filling_up_the_ranks_needs(world):
+    ranks = [BatchOrder(SHAPES, 3, seed=0, rank=rank, world_size=world).epoch_batches() for rank in range(world)]
+    counts = Counter(tuple(batch) for batches in ranks for batch in batches)
+    assert len(counts) == 5
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
 def test_order_changes_with_epoch_and_seed_only():
     def epoch(seed, number):
         order = BatchOrder(SHAPES, 2, seed)
@@ -68,6 +76,15 @@ def test_loader_goes_on_at_the_very_next_batch(prepared, architecture):
                 second.sampler.set_epoch(second.sampler.epoch + 1)
             seen += [batch.keys for batch in second]
         assert seen == everything
+
+
+def test_a_loader_that_was_read_to_its_end_starts_again(prepared, architecture):
+    data = LatentDataModule(architecture=architecture, cache_dir=str(prepared), batch_size=1)
+    data.setup()
+    loader = data.train_dataloader()
+    first, second = ([batch.keys for batch in loader] for _ in range(2))
+    assert len(first) == 8
+    assert second == first
 
 
 def test_an_epoch_cut_short_does_not_shift_the_next_one():

@@ -52,6 +52,11 @@ def test_each_batch_is_one_experts_and_an_epoch_has_each_sample_once_in_equally_
         assert swaps <= 1  # weights of 28 GB move at most once in an epoch
 
 
+def test_a_batch_that_is_divided_for_the_number_is_divided_evenly():
+    order = BatchOrder([(16, 1, 4, 4)] * 16, 8, seed=0, routes=2, route=lambda *_: 0)
+    assert sorted(len(batch) for batch in order.epoch_batches()) == [4, 4, 8]
+
+
 def test_the_expert_at_the_end_of_an_epoch_goes_on_in_the_next():
     order = BatchOrder([(16, 1, 4, 4)] * 16, 2, seed=0, routes=2, route=law)
     ends = []

@@ -69,6 +69,44 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(kind):
     assert torch.equal(model(**inputs())[0], base)
 
 
+def first_layer(model):
+    return next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("lora", 6 / 2), ("rslora", 6 / 2**0.5), ("lokr", 6 / 2)])
+def test_the_update_is_the_product_of_the_factors_by_alpha_over_rank_or_its_root(kind, scale):
+    model = transformer()
+    inject(model, Adapter(kind=kind, rank=2, alpha=6), TARGETS, seed=0)
+    randomise_adapter(model)
+    layer, name = first_layer(model), "blocks.0.attn1.to_q"
+    factor = {key.removeprefix(f"{name}."): t for key, t in adapter_state(model).items() if key.startswith(f"{name}.")}
+    if kind == "lokr":
+        product = torch.kron(factor["lokr_w1"], factor["lokr_w2_a"] @ factor["lokr_w2_b"])
+    else:
+        product = factor["lora_B.weight"] @ factor["lora_A.weight"]
+    seen = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        update = layer(seen) - layer.get_base_layer()(seen)
+    torch.testing.assert_close(update, scale * seen @ product.T, rtol=1e-4, atol=1e-5)
+    assert update.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_acts_on_the_adapter_in_training_alone(kind):
+    model = transformer()
+    inject(model, Adapter(kind=kind, rank=4, dropout=0.5), TARGETS, seed=0)
+    randomise_adapter(model)
+    layer, seen = first_layer(model), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        counts = []
+        for mode in (True, False):
+            model.train(mode)
+            counts.append(len({tuple(layer(seen).flatten().tolist()) for _ in range(16)}))
+    assert counts[0] == (2 if kind == "lokr" else 16)  # the whole update comes and goes, or parts of its input
+    assert counts[1] == 1
+
+
 def test_switching_restores_each_layers_own_state_also_after_an_exception():
     model = transformer()
     inject(model, Adapter(rank=4), TARGETS, seed=0)
@@ -185,6 +223,8 @@ def test_state_of_another_adapter_is_refused():
     inject(other, Adapter(rank=8), TARGETS, seed=0)
     with pytest.raises(ValueError, match="40 of another shape"):
         load_adapter_state(other, state, "file")
+    with pytest.raises(ValueError, match=r"0 of 40 tensors missing, 1 unknown \(first: blocks.7.to_q.lora_A.weight\)"):
+        load_adapter_state(model, {**state, "blocks.7.to_q.lora_A.weight": torch.zeros(4, 64)}, "file")
 
 
 def test_has_adapter_tells():
