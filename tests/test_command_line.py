@@ -23,8 +23,7 @@ TRAIN = [
 def run(module, *arguments, cwd, path=None):
     command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(cwd), "OMP_NUM_THREADS": "1"}
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
+    environment["PYTHONPATH"] = str(path or REPOSITORY / "src")
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -50,7 +49,7 @@ def test_pictures_to_lora_by_the_two_commands(tmp_path):
         (["data.cache_dir=c", "lora=none"], "error: lora=none: loss.prior_weight=1.0 needs an adapter"),
         (["data.cache_dir=c", "loss=treshold"], "Could not find 'loss/treshold'"),
         (["data.cache_dir=c", "losss=masked"], "losss"),
-        ([], "data.cache_dir"),
+        ([], "error: data.cache_dir=... is missing"),
     ],
 )
 def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, message):

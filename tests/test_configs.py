@@ -219,6 +219,11 @@ def test_all_mistakes_are_named_at_once_with_their_path():
     assert "lora.rank should be a valid integer, got '8'" in str(e.value)
 
 
+def test_what_has_to_be_said_is_named_where_it_is_missing():
+    with pytest.raises(ValueError, match=r"data.cache_dir=... is missing\nlora.rank should be"):
+        check_config(config("train", ["lora.rank='8'"]))
+
+
 def test_unknown_settings_of_other_packages_are_named_too():
     cfg = typed("train", "+trainer.max_step=3", "+trainer.callbacks=[]", "+optimizer.beta=1")
     with pytest.raises(ValueError, match=r"trainer.max_step is not a setting of lightning.Trainer; nearest") as caught:

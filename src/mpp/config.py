@@ -151,7 +151,7 @@ def as_record(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check_config(cfg: DictConfig) -> None:
-    """Refuse settings that are unknown or of the wrong type, and packages that are not installed, all of them at once.
+    """Refuse settings that are missing, unknown or of the wrong type, and packages that are not installed, all at once.
 
     The constructors' signatures are the schema: names are compared with them for every node with a `_target_`, and
     values with the type hints where the class is of mpp.
@@ -159,7 +159,7 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         ValueError: Names each setting, what it must be, and what it is.
     """
-    problems = []
+    problems = [f"{key}=... is missing" for key in sorted(OmegaConf.missing_keys(cfg))]
     for path, node in _targets(as_record(cfg), ""):
         problems += _problems(path, node)
     if problems:
@@ -195,7 +195,7 @@ def _problems(path: str, node: dict[str, Any]) -> Iterator[str]:
             continue
         if name not in options and not open_ended:
             yield _unknown(f"{path}.{name}", name, options, target)
-        elif ours and not _has_target(value):
+        elif ours and not _has_target(value) and value != "???":
             yield from (f"{path}.{name} {problem}" for problem in _mismatch(hints.get(name), value))
 
 
