@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import mpp.export
 from mpp.export import Export
 from mpp.models.adapters import Adapter, adapter_state, inject, save_lora
 from mpp.models.base import Shot
-from mpp.models.experts import Experts, parts_of
+from mpp.models.experts import parts_of
 from tests.families import parameters
 from tests.families.base import architecture as of_variant
 from tests.helpers import architecture as tiny
@@ -107,28 +106,7 @@ def experts(pipeline, folder):
     model = low.load_transformer()
     torch.nn.init.normal_(model.proj_out.weight, std=0.1)
     model.save_pretrained(folder / "transformer_2")
-
-    def load(make):
-        return Experts({"low": make("transformer_2"), "high": make("transformer")})
-
-    class Two(type(low)):
-        folders = MappingProxyType({"low": "transformer_2", "high": "transformer"})
-
-        def check(self):
-            pass
-
-        def skeleton(self):
-            return load(lambda name: self.transformer_class(**small(low.transformer_config())).to("meta"))
-
-        def load_transformer(self):
-            return load(self.load_part)
-
-    def small(found):
-        return {name: value for name, value in found.items() if not name.startswith("_")}
-
-    two = object.__new__(Two)
-    two.__dict__.update(vars(low))
-    return two
+    return tiny(folder, "model.expert=both")
 
 
 def test_each_expert_gets_its_file_and_its_folder(pipeline, tmp_path):

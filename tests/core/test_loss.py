@@ -174,8 +174,8 @@ def test_needs_prior_names_samples_with_a_cell_to_preserve():
 def test_one_cell_of_many_calls_for_the_prior():
     masks = torch.ones(3, 1, 1, 64, 64)
     masks[1, ..., 5, 7], masks[2, ..., 5, 7] = 0.0, 0.999
-    assert MaskedPriorLoss(1.0).needs_prior(masks).tolist() == [False, True, True]
-    assert MaskedPriorLoss(1.0, 0.1).needs_prior(masks).tolist() == [False, True, False]
+    assert MaskedPriorLoss(1.0).weights(masks).needs_prior().tolist() == [False, True, True]
+    assert MaskedPriorLoss(1.0, 0.1).weights(masks).needs_prior().tolist() == [False, True, False]
 
 
 BAD = {

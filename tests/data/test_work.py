@@ -149,10 +149,10 @@ def test_what_breaks_in_a_worker_is_named_or_skipped(pipeline, tmp_path, monkeyp
     draw_photos(tmp_path / "photos", tmp_path / "masks", 4)
     read = mpp.data.encoding.read_frames
 
-    def breaks(item, cut, spec):
+    def breaks(item, cut):
         if item.key == "p2":
             raise OSError(f"{item.media}: the network share is gone")
-        return read(item, cut, spec)
+        return read(item, cut)
 
     monkeypatch.setattr(mpp.data.encoding, "read_frames", breaks)
     settings = ["prepare.workers=1", "prepare.batch_size=2"]

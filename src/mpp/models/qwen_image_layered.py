@@ -34,7 +34,7 @@ class BaselessLayeredPipeline(SizedLayeredPipeline):
 
     def _unpack_latents(self, *arguments: Any) -> Float[Tensor, "b c f h w"]:  # noqa: ANN401
         """With a frame in front, which the pipeline takes for the base frame and drops before it decodes."""
-        layers = qwen_parts.unpack(*arguments)
+        layers = super()._unpack_latents(*arguments)
         return torch.cat([layers[:, :, :1], layers], 2)
 
 

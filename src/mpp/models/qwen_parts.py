@@ -33,7 +33,7 @@ _AXES = {128: (16, 56, 56)}  # rotary axes by head size, of every published Qwen
 _ZERO_COND_T = "__index_timestep_zero__"  # an empty tensor that ComfyUI's files of Edit 2511 have
 
 # Private to diffusers: tests/models/test_private.py says when it changes.
-_pack, unpack = QwenImageLayeredPipeline._pack_latents, QwenImageLayeredPipeline._unpack_latents  # noqa: SLF001
+_pack, _unpack = QwenImageLayeredPipeline._pack_latents, QwenImageLayeredPipeline._unpack_latents  # noqa: SLF001
 
 
 def original_file(*, zero_cond_t: bool = False) -> SingleFile:
@@ -156,7 +156,7 @@ def velocity(
     )
     frames, height, width = noisy.shape[2:]
     own = frames * (height // 2) * (width // 2)
-    return unpack(prediction[:, :own], height, width, frames - 1, 1)
+    return _unpack(prediction[:, :own], height, width, frames - 1, 1)
 
 
 def pack(latents: Float[Tensor, "b c f h w"]) -> Float[Tensor, "b tokens dim"]:
