@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP) ## make the virtual environment
 
-demo: $(STAMP) ## what the prior does, in one picture: a toy world, a few minutes on two CPU cores
+demo: $(STAMP) ## what the prior does, in one image: a toy world, a few minutes on two CPU cores
 	$(BIN)/python -m benchmarks.phantom_limb.demo $(DEMO)
 
 demo-photos: $(STAMP) ## photos and masks to a trained LoRA on a tiny random model

@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 
 import mpp.prepare
+from mpp.batching.datamodule import LatentDataModule
+from mpp.batching.loader import BatchOrder
+from mpp.cache.format import Cache, CacheIdentity, text_name, write_tensors
+from mpp.cache.index import Entry, Index, write_index
 from mpp.config import build, compose
-from mpp.data.cache import Cache, Manifest, text_name, write_tensors
-from mpp.data.datamodule import LatentDataModule
-from mpp.data.index import Entry, Index, write_index
-from mpp.data.loader import BatchOrder
-from mpp.models.base import Identity
+from mpp.models.contract import Identity
 from mpp.models.tiny import tiny_wan
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -91,7 +91,7 @@ def prepare(folder: Path, pipeline: str, *overrides: str) -> mpp.prepare.Summary
 
 
 def measure_masks(folder: Path, count: int = 1000) -> dict[str, float]:
-    """`count` pictures of 512 pixels with masks: prepared, then all masks edited and prepared again."""
+    """`count` images of 512 pixels with masks: prepared, then all masks edited and prepared again."""
     random = np.random.default_rng(0)
     for name in ("photos", "masks"):
         (folder / name).mkdir(parents=True)
@@ -116,7 +116,7 @@ def measure_reading(folder: Path, count: int = 32) -> dict[str, float]:
     found = {}
     for name, shape in {"clips": (16, 21, 60, 104), "pictures": (16, 1, 60, 104)}.items():
         cache = Cache(folder / name)
-        cache.write_manifest(Manifest.of(model, Identity(None, None, None)))
+        cache.write_identity(CacheIdentity.of(model, Identity(None, None, None)))
         write_tensors(cache.text_path(text_name("a")), {"text": torch.randn(120, 4096)}, {})
         entries = []
         for number in range(count):

@@ -81,14 +81,14 @@ def main() -> None:
         figures = ", ".join(f"{name} {before:.4f} -> {after:.4f}" for name, (before, after) in values.items())
         print(f"  loss={preset:<10} {figures}")
     print(
-        "The prior keeps the outside near the base model (drift); the tiny model is random, so no picture would look "
+        "The prior keeps the outside near the base model (drift); the tiny model is random, so no image would look "
         "like anything yet."
     )
     run = out / "threshold"
     print(f"LoRA (diffusers format):  {run / 'lora.safetensors'}")
     print(f"TensorBoard logs:         tensorboard --logdir {out}")
     print(f"Report of the data:       {out / 'report.html'}  (open it in a browser)")
-    print(f"Picture to look at:       {run / 'regions.png'}  (photo, mask, what learns, what keeps the base)")
+    print(f"Image to look at:       {run / 'regions.png'}  (photo, mask, what learns, what keeps the base)")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Usage: ``python demo/photos.py OUT_DIR``
 
-The photos are public-domain pictures that ship inside the scikit-image wheel,
+The photos are public-domain images that ship inside the scikit-image wheel,
 so nothing is downloaded. Running the script again rewrites the same files.
 """
 

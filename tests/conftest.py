@@ -13,7 +13,8 @@ from jaxtyping import install_import_hook
 import tests.typecheck  # noqa: F401 (the hook looks it up by name)
 
 install_import_hook(
-    ["mpp.core", "mpp.models", "mpp.painting", "mpp.training.step", "mpp.training.teacher"], "tests.typecheck.checked"
+    ["mpp.core", "mpp.models", "mpp.lora", "mpp.sampling.generation", "mpp.training.step", "mpp.training.teacher"],
+    "tests.typecheck.checked",
 )
 
 import pytest
@@ -49,7 +50,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, pipeline):
-    """A cache of eight drawn pictures in two buckets, six of them with masks."""
+    """A cache of eight drawn images in two buckets, six of them with masks."""
     from tests import helpers
 
     root = tmp_path_factory.mktemp("prepared")

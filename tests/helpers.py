@@ -1,4 +1,4 @@
-"""What several tests need: configs, drawn pictures, batches."""
+"""What several tests need: configs, drawn images, batches."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -14,11 +14,11 @@ from PIL import Image
 import mpp.prepare
 import mpp.train
 from mpp import cli
+from mpp.batching.batch import Batch
 from mpp.config import build, compose
 from mpp.core.loss import MaskedPriorLoss
-from mpp.data.batch import Batch
-from mpp.models.adapters import Adapter
-from mpp.models.wan import WanConditioning
+from mpp.lora.adapters import Adapter
+from mpp.models.families.wan import WanConditioning
 from mpp.training.module import MaskedPriorModule
 from mpp.training.step import Position
 from mpp.training.teacher import Teacher
@@ -64,7 +64,7 @@ def architecture(pipeline, *overrides):
 
 
 def draw_photos(photos: Path, masks: Path, count: int = 8):
-    """Noise pictures in two shapes with a bright rectangle; a mask of it for all but every fourth; captions."""
+    """Noise images in two shapes with a bright rectangle; a mask of it for all but every fourth; captions."""
     random = np.random.default_rng(0)
     photos.mkdir(parents=True)
     masks.mkdir(parents=True)

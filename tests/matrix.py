@@ -27,8 +27,8 @@ HEAD = """# What works for which variant
 Made from the outcomes of the tests, on tiny random models of the real classes, on the CPU:
 
 ```
-python -m pytest -n 2 -m "not gpu" tests/models/test_contract.py tests/models/test_lora_formats.py \\
-  tests/test_export.py --matrix docs/support_matrix.md
+python -m pytest -n 2 -m "not gpu" tests/models/test_contract.py tests/lora/test_formats.py \\
+  tests/lora/test_export.py --matrix docs/support_matrix.md
 ```
 
 **yes** means that all tests of the column pass. *Text*: `neutral` is padded and masked without effect, `fixed` is

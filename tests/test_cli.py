@@ -45,7 +45,7 @@ def test_short_words_stand_for_longer_keys(command, typed, meant):
         ("train", "data.cache_dir=???  The cache."),
         ("train", "trainer.max_steps=1000"),
         ("train", "schedule.num_training_steps=$${trainer.max_steps}"),
-        ("prepare", "data.flip=false  Also prepare each training picture mirrored."),
+        ("prepare", "data.flip=false  Also prepare each training image mirrored."),
         ("prepare", "data.repeats=1  How often an epoch visits each training media, >= 1."),
     ],
 )

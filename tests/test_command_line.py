@@ -27,7 +27,7 @@ def run(module, *arguments, cwd, path=None):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_pictures_to_lora_by_the_two_commands(tmp_path):
+def test_images_to_lora_by_the_two_commands(tmp_path):
     draw_photos(tmp_path / "photos", tmp_path / "masks", count=4)
     prepared = run(
         "mpp.prepare", "model=tiny_wan", "data.image_dir=photos", "data.mask_dir=masks", "data.cache_dir=c",

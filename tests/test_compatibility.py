@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import mpp.export
 import mpp.prepare
-from mpp.data.datamodule import LatentDataModule
+from mpp.batching.datamodule import LatentDataModule
 from mpp.models.conditioning import flat_tensors
 from tests.families.base import architecture as of_variant
 from tests.families.qwen_image_layered import VARIANTS

@@ -7,8 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from mpp.config import CONFIG_DIR, build, check_config
-from mpp.data.clips import Clips
 from mpp.settings import default_settings, locate
+from mpp.sources.clips import Clips
 from tests.helpers import config
 
 FILES = sorted(path.relative_to(CONFIG_DIR).with_suffix("").as_posix() for path in CONFIG_DIR.rglob("*.yaml"))
@@ -113,7 +113,7 @@ def test_a_repeated_default_is_named_with_file_and_key(tmp_path, monkeypatch):
     files = {
         "loss/one.yaml": "_target_: mpp.core.loss.MaskedPriorLoss\nprior_weight: 1.0\nmask_gamma: 1\nmask_blur: 3\n",
         "loss/two.yaml": "defaults: [one, _self_]\nprior_weight: 1.0\nmask_blur: 0\nprior_threshold: null\n",
-        "data/three.yaml": "_target_: mpp.data.source.FolderSource\nclips: {fps: 24.0, count: 4}\nflip: true\n",
+        "data/three.yaml": "_target_: mpp.sources.source.FolderSource\nclips: {fps: 24.0, count: 4}\nflip: true\n",
     }
     for file, text in files.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -258,9 +258,9 @@ def test_a_package_that_is_missing_is_named_with_its_extra():
         ("train", "callbacks.sample=null", r"callbacks.sample is not a setting of callbacks; nearest is samples"),
         ("train", "model.sigma.shfit=5", r"model.sigma.shfit is not .*flow.SigmaLaw; nearest is shift"),
         ("train", "optimzer._target_=torch.optim.SGD", r"optimzer is not .*this command; nearest is optimizer"),
-        ("prepare", "data.clips.fsp=24", r"data.clips.fsp is not a setting of mpp.data.clips.Clips; nearest is fps"),
+        ("prepare", "data.clips.fsp=24", r"data.clips.fsp is not a setting of mpp.sources.clips.Clips; nearest is fps"),
         ("prepare", "data.batch_size=2", r"data.batch_size is not .*FolderSource; it has cache_dir"),
-        ("export", "export.fromat=kohya", r"export.fromat is not a setting of mpp.export.Export; nearest is format"),
+        ("export", "export.fromat=kohya", r"export.fromat is not a setting of .*lora.export.Export; nearest is format"),
         ("masks", "tool.sigma=3", r"tool.sigma is not a setting of mpp.masking.tools.Invert; it has none"),
     ],
 )  # fmt: skip

@@ -3,13 +3,13 @@
 import pytest
 
 import mpp.prepare
-from mpp.data.cache import Cache
+from mpp.cache.format import Cache
 from tests import helpers
 
 
 @pytest.fixture(scope="module")
 def exported(prepared, pipeline, tmp_path_factory):
-    """The shared cache of eight pictures as musubi-tuner's files."""
+    """The shared cache of eight images as musubi-tuner's files."""
     folder = tmp_path_factory.mktemp("musubi")
     summary = mpp.prepare.run(export(pipeline, prepared, f"export_dir={folder}"))
     assert summary.lines()[0] == f"{folder}: 8 samples of the architecture wan"
@@ -28,7 +28,7 @@ def run(pipeline, cache, out, *overrides):
 
 
 def test_a_run_on_exported_files_learns_what_a_run_on_the_cache_learns(exported, prepared, pipeline, tmp_path):
-    from mpp.data.datamodule import LatentDataModule
+    from mpp.batching.datamodule import LatentDataModule
 
     model = helpers.architecture(pipeline)
     ours = LatentDataModule(architecture=model, cache_dir=str(prepared))

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mpp.train
 from mpp.core import draws
-from mpp.models.wan import WanConditioning
+from mpp.models.families.wan import WanConditioning
 from mpp.training.checkpoint import read_checkpoint
 from tests.helpers import logged, train, train_config
 
@@ -266,7 +266,7 @@ def test_accumulated_batches_have_the_gradient_of_one_big_batch(
 # ---------------------------------------------------------------- logging
 
 
-def test_tensorboard_holds_scalars_and_the_regions_as_pictures(pipeline, prepared, tmp_path):
+def test_tensorboard_holds_scalars_and_the_regions_as_images(pipeline, prepared, tmp_path):
     train(pipeline, prepared, tmp_path, "logger=tensorboard")
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
     assert set(events.Tags()["scalars"]) >= TRAIN_NAMES
@@ -296,7 +296,7 @@ def test_a_prior_that_never_applies_is_warned_of(pipeline, prepared, tmp_path, c
 
 
 def test_a_floor_baked_into_the_masks_is_warned_of(pipeline, prepared, tmp_path, caplog):
-    from mpp.data.cache import Cache, write_tensors
+    from mpp.cache.format import Cache, write_tensors
 
     cache = Cache(tmp_path / "cache")
     shutil.copytree(prepared, cache.folder)

@@ -1,7 +1,7 @@
 """The phantom limb in a few minutes: `python -m benchmarks.phantom_limb.demo OUT_DIR`, or `make demo`.
 
 Makes a fine-tune set, trains one adapter on its masks alone and one with the prior by the commands that users run,
-loads both files into the base model with diffusers' own loader, and writes one picture with base and both side by side.
+loads both files into the base model with diffusers' own loader, and writes one image with base and both side by side.
 An earlier demo in OUT_DIR is replaced.
 """
 
@@ -21,10 +21,10 @@ from benchmarks.phantom_limb.study import (
     KEPT,
     Job,
     damage,
+    generate,
+    generated,
     jobs,
     make_data,
-    paint,
-    painted,
     prompts_of,
     protocol,
 )
@@ -56,26 +56,26 @@ def train(job: Job, folder: Path) -> None:
 
 
 def adapted(file: Path | None) -> dict[str, Tensor]:
-    """Pictures of the protocol's prompts by the base, with a LoRA file or without."""
+    """Images of the protocol's prompts by the base, with a LoRA file or without."""
     architecture = toy(pretrained=str(BASE))
     transformer = architecture.load_transformer()
     if file is not None:
         transformer.load_lora_adapter(str(file), prefix="transformer")
-    return paint(architecture, transformer, SUBJECT, protocol())
+    return generate(architecture, transformer, SUBJECT, protocol())
 
 
-def judge(variant: str, pictures: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float | str]:
-    """The protocol's measures of a variant's pictures."""
+def judge(variant: str, images: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float | str]:
+    """The protocol's measures of a variant's images."""
     rules, subject = protocol(), SUBJECTS[SUBJECT]
-    values = painted(pictures["subject"], base["subject"], subject, SUBJECT, rules)
-    values |= damage(pictures["others"], base["others"], prompts_of(SUBJECT, rules)["others"], subject)
+    values = generated(images["subject"], base["subject"], subject, SUBJECT, rules)
+    values |= damage(images["others"], base["others"], prompts_of(SUBJECT, rules)["others"], subject)
     return {"variant": variant, **values}
 
 
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out_dir", type=Path, help="folder for pictures, cache and runs")
+    parser.add_argument("out_dir", type=Path, help="folder for images, cache and runs")
     rules = protocol()
     parser.add_argument("--variants", nargs="+", default=["masked", "threshold_w1"], choices=list(rules.main.variants))
     args = parser.parse_args()
@@ -83,19 +83,19 @@ def main() -> None:
     chosen = {name: rules.main.variants[name] for name in args.variants}
     for folder in ("data", *chosen):
         shutil.rmtree(out / folder, ignore_errors=True)
-    print(f"Fine-tune set: {rules.pictures} pictures of the subject, always beside one bystander on one background.")
+    print(f"Fine-tune set: {rules.images} images of the subject, always beside one bystander on one background.")
     make_data(out / "data" / SUBJECT, SUBJECT, BASE, rules, rules.main.halo)
-    painted_by = {"base": adapted(None)}
+    generated_by = {"base": adapted(None)}
     for job in jobs(rules, out / "data", chosen, [0]):
         if job.subject == SUBJECT:
             train(job, out / job.variant)
-            painted_by[job.variant] = adapted(out / job.variant / "lora.safetensors")
-    rows = [judge(variant, pictures, painted_by["base"]) for variant, pictures in painted_by.items()]
-    columns = {name: torch.cat([p["subject"][:KEPT], p["others"][:KEPT]]) for name, p in painted_by.items()}
+            generated_by[job.variant] = adapted(out / job.variant / "lora.safetensors")
+    rows = [judge(variant, images, generated_by["base"]) for variant, images in generated_by.items()]
+    columns = {name: torch.cat([p["subject"][:KEPT], p["others"][:KEPT]]) for name, p in generated_by.items()}
     side_by_side(columns).save(out / "phantom_limb.png")
-    print(f"\n{rules.prompts} pictures each, prompted with the trigger word on named backgrounds:\n")
+    print(f"\n{rules.prompts} images each, prompted with the trigger word on named backgrounds:\n")
     print(table(rows, SHOWN))
-    print(f"Picture to look at:       {out / 'phantom_limb.png'}  (the last two rows are prompts without the subject)")
+    print(f"Image to look at:       {out / 'phantom_limb.png'}  (the last two rows are prompts without the subject)")
     print(f"LoRA (diffusers format):  {out / args.variants[-1] / 'lora.safetensors'}")
     print(f"Regions of the masks:     {out / args.variants[-1] / 'regions.png'}")
 

@@ -1,6 +1,6 @@
-"""Judges of toy pictures, by their pixels alone.
+"""Judges of toy images, by their pixels alone.
 
-They know the world's rules and what a caption asked for, never how a picture was made. Thresholds were set on
+They know the world's rules and what a caption asked for, never how an image was made. Thresholds were set on
 rendered scenes, which all pass, and on scenes broken on purpose, which all fail (`tests/benchmarks`).
 """
 
@@ -46,27 +46,27 @@ def grow(mask: Tensor, pixels: int) -> Tensor:
     return functional.max_pool2d(mask[:, None].float(), 2 * pixels + 1, stride=1, padding=pixels)[:, 0] > 0
 
 
-def objects(pictures: Tensor) -> Tensor:
+def objects(images: Tensor) -> Tensor:
     """Which pixels are saturated, which is where objects are, (B, H, W) bool."""
-    return (pictures.amax(1) - pictures.amin(1)) > CHROMA
+    return (images.amax(1) - images.amin(1)) > CHROMA
 
 
 # ---------------------------------------------------------------- whole objects
 
 
-def object_faults(pictures: Tensor, captions: list[str]) -> list[str]:
-    """What is wrong with each picture's object: `count`, `colour`, `shape`, or nothing.
+def object_faults(images: Tensor, captions: list[str]) -> list[str]:
+    """What is wrong with each image's object: `count`, `colour`, `shape`, or nothing.
 
     A caption with `nothing` wants no object, all others exactly one, whole, of the named shape and colour. Where no
     shape or colour is named, any of the world's will do.
     """
     return [
-        _object_fault(picture, mask, caption.split())
-        for picture, mask, caption in zip(pictures, objects(pictures), captions, strict=True)
+        _object_fault(image, mask, caption.split())
+        for image, mask, caption in zip(images, objects(images), captions, strict=True)
     ]
 
 
-def _object_fault(picture: Tensor, mask: Tensor, words: list[str]) -> str:
+def _object_fault(image: Tensor, mask: Tensor, words: list[str]) -> str:
     labels, count = ndimage.label(mask.numpy(), structure=np.ones((3, 3)))
     areas = ndimage.sum_labels(mask.numpy(), labels, range(1, count + 1)) if count else np.zeros(0)
     large = np.flatnonzero(areas >= SPECK) + 1
@@ -80,7 +80,7 @@ def _object_fault(picture: Tensor, mask: Tensor, words: list[str]) -> str:
     if not inside.any():
         return "shape"
     allowed = torch.tensor([COLOURS[w] for w in words if w in COLOURS] or list(COLOURS.values()))
-    right = torch.cdist(picture[:, inside].T, allowed) <= COLOUR_RADIUS
+    right = torch.cdist(image[:, inside].T, allowed) <= COLOUR_RADIUS
     if right.float().mean(0).max() < COLOUR_SHARE:
         return "colour"
     templates, kinds = _shape_templates()
@@ -91,7 +91,7 @@ def _object_fault(picture: Tensor, mask: Tensor, words: list[str]) -> str:
 
 @cache
 def _shape_templates() -> tuple[Tensor, list[int]]:
-    """Every shape at every half-pixel place within the picture, in sizes near the world's: (T, H * W) and its kind."""
+    """Every shape at every half-pixel place within the image, in sizes near the world's: (T, H * W) and its kind."""
     axis = torch.arange(5.0, SIZE - 4.9, 0.5)
     sizes = torch.tensor([RADIUS - 0.5, RADIUS - 0.25, RADIUS, RADIUS + 0.25])
     kind, x, y, size = (
@@ -110,15 +110,15 @@ def _overlap(templates: Tensor, masks: Tensor) -> Tensor:
 # ---------------------------------------------------------------- backgrounds
 
 
-def background_off(pictures: Tensor, captions: list[str]) -> Tensor:
-    """Share of each picture's background that is off the named texture and palette, (B,).
+def background_off(images: Tensor, captions: list[str]) -> Tensor:
+    """Share of each image's background that is off the named texture and palette, (B,).
 
-    What is not named may be any of the world's. Objects, grown by two pixels, are no background; a picture that has
+    What is not named may be any of the world's. Objects, grown by two pixels, are no background; an image that has
     none left is all off.
     """
-    free = ~grow(objects(pictures), 2)
+    free = ~grow(objects(images), 2)
     shares = []
-    for picture, where, caption in zip(pictures, free, captions, strict=True):
+    for image, where, caption in zip(images, free, captions, strict=True):
         words = caption.split()
         textures = [w for w in words if w in NAMED_TEXTURES] or NAMED_TEXTURES
         palettes = [w for w in words if w in PALETTES] or PALETTES
@@ -126,7 +126,7 @@ def background_off(pictures: Tensor, captions: list[str]) -> Tensor:
             shares.append(1.0)
             continue
         wanted = torch.stack([_ground(texture, palette) for texture in textures for palette in palettes])
-        error = torch.linalg.vector_norm(wanted - picture, dim=1)[:, where]
+        error = torch.linalg.vector_norm(wanted - image, dim=1)[:, where]
         shares.append(float((error > GROUND_RADIUS).float().mean(1).min()))
     return torch.tensor(shares)
 
@@ -142,11 +142,11 @@ def _ground(texture: str, palette: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Found:
-    """What of a subject, and of its company, was found in a batch of pictures.
+    """What of a subject, and of its company, was found in a batch of images.
 
     Attributes:
         success: Whether a whole subject is there, (B,) bool.
-        place: Where the best match lies, (B, H, W) bool; nowhere if there is none.
+        location: Where the best match lies, (B, H, W) bool; nowhere if there is none.
         phantom: Pixels in the subject's colours away from the best match, a pixel of margin allowed, (B,).
         area: All pixels in the subject's colours, (B,).
         bystander: Whether its bystander is there, (B,) bool.
@@ -154,20 +154,20 @@ class Found:
     """
 
     success: Tensor
-    place: Tensor
+    location: Tensor
     phantom: Tensor
     area: Tensor
     bystander: Tensor
     ground: Tensor
 
 
-def find(pictures: Tensor, subject: Subject) -> Found:
+def find(images: Tensor, subject: Subject) -> Found:
     """Look for a subject at every place, with its ring and core each overlapping by at least `SUBJECT_IOU`.
 
     The overlap is judged within two pixels of the place, so that what lies elsewhere does not count against it: that
     is what `phantom` counts.
     """
-    names = _nearest(pictures, subject)
+    names = _nearest(images, subject)
     ring, core = (names == 0).float(), (names == 1).float()
     whole, inner, near = _subject_templates(subject.shape)
     outer = whole - inner
@@ -177,25 +177,25 @@ def find(pictures: Tensor, subject: Subject) -> Found:
         return both / (templates.sum(1) + here - both).clamp(min=1)
 
     score, best = torch.minimum(local(outer, ring), local(inner, core)).max(1)
-    shape = (-1, *pictures.shape[-2:])
-    place = (whole[best].view(shape) > 0) & (score > 0)[:, None, None]
+    shape = (-1, *images.shape[-2:])
+    location = (whole[best].view(shape) > 0) & (score > 0)[:, None, None]
     coloured = ((ring + core) > 0).view(shape)
     grounds = torch.stack([(names == k).float().mean(1) for k in (3, 4)])
     return Found(
         success=score >= SUBJECT_IOU,
-        place=place,
-        phantom=(coloured & ~grow(place, 1)).flatten(1).sum(1),
+        location=location,
+        phantom=(coloured & ~grow(location, 1)).flatten(1).sum(1),
         area=coloured.flatten(1).sum(1),
         bystander=(names == 2).sum(1) >= BYSTANDER_PIXELS,
         ground=grounds.amin(0) >= SUBJECT_GROUND_SHARE,
     )
 
 
-def _nearest(pictures: Tensor, subject: Subject) -> Tensor:
+def _nearest(images: Tensor, subject: Subject) -> Tensor:
     """Nearest colour of every pixel: 0 subject, 1 core, 2 bystander, 3 and 4 its ground; -1 the world's or none."""
     own: list[Colour] = [subject.colour, subject.core, subject.bystander, *subject.ground]
     anchors = torch.tensor([*own, *COLOURS.values(), *(colour for pair in PALETTES.values() for colour in pair)])
-    distance, index = torch.cdist(pictures.flatten(2).transpose(1, 2), anchors).min(-1)
+    distance, index = torch.cdist(images.flatten(2).transpose(1, 2), anchors).min(-1)
     return torch.where((distance <= ANCHOR_RADIUS) & (index < len(own)), index, -1)
 
 

@@ -1,6 +1,6 @@
 """The gate before any comparison: `python -m benchmarks.phantom_limb.gate`.
 
-The detectors must pass every real scene, the base must paint whole objects on clean backgrounds, and the positive
+The detectors must pass every real scene, the base must generate whole objects on clean backgrounds, and the positive
 control (no mask, the subject alone on clean backgrounds) must learn its subject.
 """
 
@@ -20,17 +20,17 @@ from benchmarks.phantom_limb.study import BASE, HERE, generator, jobs, make_data
 from benchmarks.phantom_limb.world import SUBJECTS, named_scenes, render, subject_scenes
 from mpp.files import write_json
 
-PICTURES = 512
+IMAGES = 512
 LIMITS = {"malformed": 0.02, "bad_background": 0.05, "control_success": 0.80}
 
 
 def real_scenes(count: int) -> dict[str, float]:
     """How the detectors judge rendered scenes: all shares must be 1."""
     scenes, captions = named_scenes(count, generator("gate real"))
-    pictures = render(scenes)
+    images = render(scenes)
     shares = {
-        "whole": sum(not fault for fault in object_faults(pictures, captions)) / count,
-        "background": (background_off(pictures, captions) <= GROUND_SHARE).float().mean().item(),
+        "whole": sum(not fault for fault in object_faults(images, captions)) / count,
+        "background": (background_off(images, captions) <= GROUND_SHARE).float().mean().item(),
     }
     for name, subject in SUBJECTS.items():
         ugly, _ = subject_scenes(subject, count, generator("gate", name), alone=False)
@@ -40,15 +40,15 @@ def real_scenes(count: int) -> dict[str, float]:
     return shares
 
 
-def base_figures(base: Path, count: int, picture: Path) -> dict[str, object]:
-    """How the detectors judge pictures that the base paints of full captions."""
+def base_figures(base: Path, count: int, image: Path) -> dict[str, object]:
+    """How the detectors judge images that the base generates of full captions."""
     architecture = toy(pretrained=str(base))
     transformer = architecture.load_transformer().eval()
     _, captions = named_scenes(count, generator("gate prompts"))
-    pictures = sample(architecture, transformer, captions, draw_noise(architecture, count, 3000))
-    faults = object_faults(pictures, captions)
-    off = background_off(pictures, captions) > GROUND_SHARE
-    grid(pictures[:64], 16).save(picture)
+    images = sample(architecture, transformer, captions, draw_noise(architecture, count, 3000))
+    faults = object_faults(images, captions)
+    off = background_off(images, captions) > GROUND_SHARE
+    grid(images[:64], 16).save(image)
     return {
         "parameters": parameters(transformer),
         "pictures": count,
@@ -72,15 +72,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for gate.json and gate.png")
-    parser.add_argument("--pictures", type=int, default=PICTURES)
+    parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the control")
     args = parser.parse_args()
     torch.set_num_threads(2)
     args.out.mkdir(parents=True, exist_ok=True)
     figures = {
         "limits": LIMITS,
-        "real_scenes": real_scenes(args.pictures),
-        "base": base_figures(args.base, args.pictures, args.out / "gate.png"),
+        "real_scenes": real_scenes(args.images),
+        "base": base_figures(args.base, args.images, args.out / "gate.png"),
     }
     print(json.dumps(figures, indent=2), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,9 +26,9 @@ from benchmarks.phantom_limb.study import (
     Job,
     damage,
     fingerprint,
+    generated,
     jobs,
     make_data,
-    painted,
     prompts_of,
     protocol,
     result,
@@ -63,11 +63,11 @@ def data(args: tuple[Path, str, Path, Mapping[str, float]]) -> None:
     root, name, base, halo = args
     torch.set_num_threads(1)
     rules = protocol()
-    stamp, source = root / name / "made_from", fingerprint(base, rules, name, halo)
-    if not stamp.is_file() or stamp.read_text() != source:
+    recorded, source = root / name / "made_from", fingerprint(base, rules, name, halo)
+    if not recorded.is_file() or recorded.read_text() != source:
         shutil.rmtree(root / name, ignore_errors=True)
         make_data(root / name, name, base, rules, halo)
-        stamp.write_text(source)
+        recorded.write_text(source)
 
 
 def run_all(found: Sequence[Job], base: Path, root: Path, out: Path, workers: int) -> list[Row]:
@@ -81,13 +81,13 @@ def run_all(found: Sequence[Job], base: Path, root: Path, out: Path, workers: in
 
 
 def base_rows(root: Path) -> list[Row]:
-    """What the base itself scores, for each fine-tune set: the floor of every measure of pictures."""
+    """What the base itself scores, for each fine-tune set: the floor of every measure of images."""
     rules, rows = protocol(), []
     for name in rules.subjects:
-        pictures = {kind: torch.load(root / name / f"base_{kind}.pt") for kind in ("subject", "others")}
-        values = painted(pictures["subject"], pictures["subject"], SUBJECTS[name], name, rules)
+        images = {kind: torch.load(root / name / f"base_{kind}.pt") for kind in ("subject", "others")}
+        values = generated(images["subject"], images["subject"], SUBJECTS[name], name, rules)
         others = prompts_of(name, rules)["others"]
-        values |= damage(pictures["others"], pictures["others"], others, SUBJECTS[name])
+        values |= damage(images["others"], images["others"], others, SUBJECTS[name])
         rows.append({"variant": "base", "subject": name, "seed": 0, **values})
     return rows
 
@@ -140,10 +140,10 @@ def against(rows: Sequence[Row], reference: str) -> str:
 
 
 def side_by_side(columns: Mapping[str, Tensor], rows: int = 6) -> Image.Image:
-    """Pictures of several models with their names above: each row one noise and caption, the last two without the word.
+    """Images of several models with their names above: each row one noise and caption, the last two without the word.
 
     Args:
-        columns: By name, `KEPT` pictures with the trigger word and as many without.
+        columns: By name, `KEPT` images with the trigger word and as many without.
         rows: How many.
     """
     chosen = [*range(rows - 2), KEPT, KEPT + 1]
@@ -157,7 +157,7 @@ def side_by_side(columns: Mapping[str, Tensor], rows: int = 6) -> Image.Image:
 
 
 def kept(folder: Path, root: Path, subject: str, variants: Iterable[str]) -> dict[str, Tensor]:
-    """The pictures that the base and the first seed of each variant left."""
+    """The images that the base and the first seed of each variant left."""
     found = {
         "base": torch.cat([torch.load(root / subject / f"base_{kind}.pt")[:KEPT] for kind in ("subject", "others")])
     }
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every study, with twice the seeds")
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--work", type=Path, default=Path("outputs/proof"), help="folder for data and runs")
-    parser.add_argument("--out", type=Path, default=Path("outputs/proof/results"), help="tables and pictures")
+    parser.add_argument("--out", type=Path, default=Path("outputs/proof/results"), help="tables and images")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     for name in STUDIES if args.full else (args.study,):

@@ -1,4 +1,4 @@
-"""From noise to toy pictures, and pictures to files."""
+"""From noise to toy images, and images to files."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from benchmarks.phantom_limb.world import SIZE
 from mpp.config import CONFIG_DIR, build
-from mpp.models.base import Prompt
-from mpp.models.toy import Toy
+from mpp.models.contract import Prompt
+from mpp.models.families.toy import Toy
 
 STEPS = 16
 SHIFT = 3.0
@@ -26,30 +26,30 @@ def toy(**settings: object) -> Toy:
 
 
 def draw_noise(architecture: Toy, n: int, seed: int) -> Tensor:
-    """Starting points of `n` pictures."""
+    """Starting points of `n` images."""
     shape = architecture.latents.shape(1, SIZE, SIZE)
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def sample(architecture: Toy, transformer: nn.Module, captions: Sequence[str], noise: Tensor) -> Tensor:
-    """Pictures in [0, 1], `(b, 3, height, width)`, by Euler steps without guidance on shifted noise levels."""
+    """Images in [0, 1], `(b, 3, height, width)`, by Euler steps without guidance on shifted noise levels."""
     levels = torch.linspace(1, 0, STEPS + 1)
     sigmas = SHIFT * levels / (1 + (SHIFT - 1) * levels)
     encoders = architecture.load_encoders("cpu")
-    pictures = []
+    images = []
     for start in range(0, len(captions), BATCH):
         conditioning = architecture.collate(encoders.encode_text([Prompt(c) for c in captions[start : start + BATCH]]))
         x = noise[start : start + BATCH]
         for now, then in pairwise(sigmas):
             x = x + (then - now) * architecture.velocity(transformer, x, now.expand(len(x)), conditioning)
-        pictures.append((encoders.decode_pixels(x)[:, :, 0] + 1) / 2)
-    return torch.cat(pictures).clamp(0, 1)
+        images.append((encoders.decode_pixels(x)[:, :, 0] + 1) / 2)
+    return torch.cat(images).clamp(0, 1)
 
 
-def grid(pictures: Tensor, columns: int, scale: int = 3, line: float = 1.0) -> Image.Image:
-    """Pictures `(b, 3, h, w)` side by side, enlarged, with a line between of a brightness in [0, 1]."""
-    framed = functional.pad(pictures, (1, 1, 1, 1), value=line)
+def grid(images: Tensor, columns: int, scale: int = 3, line: float = 1.0) -> Image.Image:
+    """Images `(b, 3, h, w)` side by side, enlarged, with a line between of a brightness in [0, 1]."""
+    framed = functional.pad(images, (1, 1, 1, 1), value=line)
     framed = torch.cat([framed, framed.new_ones(-len(framed) % columns, *framed.shape[1:])])
     rows, (height, width) = len(framed) // columns, framed.shape[-2:]
     sheet = framed.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, -1, 3)
@@ -57,10 +57,10 @@ def grid(pictures: Tensor, columns: int, scale: int = 3, line: float = 1.0) -> I
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def write_pictures(pictures: Tensor, captions: Sequence[str], folder: Path) -> None:
-    """Pictures as `0000.png` with captions as `0000.txt`, as a user has them."""
+def write_images(images: Tensor, captions: Sequence[str], folder: Path) -> None:
+    """Images as `0000.png` with captions as `0000.txt`, as a user has them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        array = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        array = (image.permute(1, 2, 0) * 255).round().byte().numpy()
         Image.fromarray(array).save(folder / f"{number:04d}.png")
         (folder / f"{number:04d}.txt").write_text(caption + "\n")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import mpp.prepare
 import mpp.train
 from benchmarks.phantom_limb.detectors import GROUND_SHARE, background_off, find, grow, object_faults, objects
-from benchmarks.phantom_limb.sampling import draw_noise, sample, toy, write_pictures
+from benchmarks.phantom_limb.sampling import draw_noise, sample, toy, write_images
 from benchmarks.phantom_limb.world import (
     SIZE,
     SUBJECTS,
@@ -31,14 +31,14 @@ from benchmarks.phantom_limb.world import (
     render,
     subject_scenes,
 )
+from mpp.batching.datamodule import CachedSamples, LatentDataModule
+from mpp.batching.loader import ValidationLoader
+from mpp.cache.format import Cache
 from mpp.config import compose
 from mpp.core import draws
 from mpp.core.loss import MaskedPriorLoss
-from mpp.data.cache import Cache
-from mpp.data.datamodule import CachedSamples, LatentDataModule
-from mpp.data.loader import ValidationLoader
 from mpp.files import weights_fingerprint, write_json
-from mpp.models.base import Architecture
+from mpp.models.contract import Architecture
 from mpp.training.metrics import LossMetrics
 from mpp.training.module import MaskedPriorModule
 from mpp.training.step import MaskedPriorStep, WholePasses
@@ -47,7 +47,7 @@ HERE = Path(__file__).parent
 BASE = HERE / "base"
 NOISE_SEEDS = {"subject": 1000, "others": 2000}
 JUDGE_SEED = 12345
-KEPT = 8  # pictures of each run that are kept for the grid
+KEPT = 8  # images of each run that are kept for the grid
 
 
 def protocol() -> DictConfig:
@@ -64,7 +64,7 @@ def generator(*names: object) -> torch.Generator:
 
 
 def make_data(root: Path, name: str, base: Path, rules: DictConfig, halo: Mapping[str, float]) -> None:
-    """Write a subject's pictures, masks and captions, prepare them, and paint the base's pictures to compare with.
+    """Write a subject's images, masks and captions, prepare them, and generate the base's images to compare with.
 
     Args:
         root: Folder of this fine-tune set.
@@ -75,14 +75,14 @@ def make_data(root: Path, name: str, base: Path, rules: DictConfig, halo: Mappin
     """
     subject = SUBJECTS[name]
     sets = {
-        "train": subject_scenes(subject, rules.pictures, generator(name, "train"), alone=False),
-        "clean": subject_scenes(subject, rules.pictures, generator(name, "clean"), alone=True),
+        "train": subject_scenes(subject, rules.images, generator(name, "train"), alone=False),
+        "clean": subject_scenes(subject, rules.images, generator(name, "clean"), alone=True),
         "held_out": subject_scenes(subject, rules.held_out, generator(name, "held out"), alone=False),
         "alone": subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True),
         "others": other_scenes(name, rules),
     }
     for kind, (scenes, captions) in sets.items():
-        write_pictures(render(scenes), captions, root / kind / "pictures")
+        write_images(render(scenes), captions, root / kind / "pictures")
         masks = []
         if kind != "others":
             write_masks(scenes, halo, root / kind / "masks")
@@ -93,25 +93,25 @@ def make_data(root: Path, name: str, base: Path, rules: DictConfig, halo: Mappin
     for kind in ("train", "clean"):
         prepare(root / kind, base, [], cache="unmasked")
     architecture = toy(pretrained=str(base))
-    for kind, pictures in paint(architecture, architecture.load_transformer(), name, rules).items():
-        torch.save(pictures, root / f"base_{kind}.pt")
+    for kind, images in generate(architecture, architecture.load_transformer(), name, rules).items():
+        torch.save(images, root / f"base_{kind}.pt")
 
 
 def other_scenes(name: str, rules: DictConfig) -> tuple[Scenes, list[str]]:
-    """Other pictures for preservation: none has a caption that other prompts are judged by."""
-    scenes, captions = named_scenes(16 * rules.pictures, generator(name, "others"))
+    """Other images for preservation: none has a caption that other prompts are judged by."""
+    scenes, captions = named_scenes(16 * rules.images, generator(name, "others"))
     judged = set(prompts_of(name, rules)["others"])
-    chosen = [number for number, caption in enumerate(captions) if caption not in judged][: 4 * rules.pictures]
+    chosen = [number for number, caption in enumerate(captions) if caption not in judged][: 4 * rules.images]
     return scenes[torch.tensor(chosen)], [captions[number] for number in chosen]
 
 
-def paint(architecture: Architecture, transformer: nn.Module, name: str, rules: DictConfig) -> dict[str, Tensor]:
-    """Pictures of the protocol's prompts by kind, each kind from its own noise, the same for all models."""
-    pictures = {}
+def generate(architecture: Architecture, transformer: nn.Module, name: str, rules: DictConfig) -> dict[str, Tensor]:
+    """Images of the protocol's prompts by kind, each kind from its own noise, the same for all models."""
+    images = {}
     for kind, captions in prompts_of(name, rules).items():
         noise = draw_noise(architecture, len(captions), NOISE_SEEDS[kind])
-        pictures[kind] = sample(architecture, transformer.eval(), captions, noise)
-    return pictures
+        images[kind] = sample(architecture, transformer.eval(), captions, noise)
+    return images
 
 
 def write_masks(scenes: Scenes, halo: Mapping[str, float], folder: Path) -> None:
@@ -124,7 +124,7 @@ def write_masks(scenes: Scenes, halo: Mapping[str, float], folder: Path) -> None
 
 
 def prompts_of(name: str, rules: DictConfig) -> dict[str, list[str]]:
-    """What is painted to judge a run: the trigger word on named backgrounds, and other objects."""
+    """What is generated to judge a run: the trigger word on named backgrounds, and other objects."""
     _, subject = subject_scenes(SUBJECTS[name], rules.prompts, generator(name, "prompts"), alone=True)
     _, others = named_scenes(rules.prompts, generator(name, "other prompts"))
     return {"subject": subject, "others": others}
@@ -136,7 +136,7 @@ def configured(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def prepare(folder: Path, base: Path, more: Sequence[str], cache: str = "cache") -> None:
-    """`python -m mpp.prepare` on a folder of pictures."""
+    """`python -m mpp.prepare` on a folder of images."""
     settings = ["model=toy", f"model.pretrained={base}", f"data.image_dir={folder / 'pictures'}", "device=cpu"]
     settings += [f"data.cache_dir={folder / cache}", f"data.resolution={SIZE}", *more]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -169,15 +169,15 @@ class Job:
 
 def jobs(rules: DictConfig, root: Path, variants: Mapping[str, DictConfig], seeds: Sequence[int]) -> list[Job]:
     """All runs of some variants."""
-    places = {"clean": ("clean", "unmasked"), "unmasked": ("train", "unmasked"), "train": ("train", "cache")}
+    folders = {"clean": ("clean", "unmasked"), "unmasked": ("train", "unmasked"), "train": ("train", "cache")}
     found = []
     for seed in seeds:
         for subject in rules.subjects:
             for name, variant in variants.items():
-                cache = root / subject / Path(*places[variant.get("data", "train")])
+                cache = root / subject / Path(*folders[variant.get("data", "train")])
                 steps = round(rules.steps * variant.get("steps_factor", 1.0))
-                places_of = {"<data>": str(root / subject), "<subject>": subject}
-                settings = [_filled(setting, places_of) for setting in variant.set]
+                paths_of = {"<data>": str(root / subject), "<subject>": subject}
+                settings = [_filled(setting, paths_of) for setting in variant.set]
                 found.append(Job(name, subject, seed, steps, cache, tuple(settings)))
     return found
 
@@ -219,7 +219,7 @@ def quiet() -> None:
 
 
 def measure(module: MaskedPriorModule, name: str, root: Path, rules: DictConfig) -> tuple[dict[str, float], Tensor]:
-    """All measures of a trained module, and the pictures that are kept.
+    """All measures of a trained module, and the images that are kept.
 
     Args:
         module: Holds the transformer with its adapter.
@@ -228,30 +228,30 @@ def measure(module: MaskedPriorModule, name: str, root: Path, rules: DictConfig)
         rules: The protocol.
     """
     prompts = prompts_of(name, rules)
-    pictures = paint(module.architecture, module.transformer, name, rules)
-    values = painted(pictures["subject"], torch.load(root / "base_subject.pt"), SUBJECTS[name], name, rules)
-    values |= damage(pictures["others"], torch.load(root / "base_others.pt"), prompts["others"], SUBJECTS[name])
+    images = generate(module.architecture, module.transformer, name, rules)
+    values = generated(images["subject"], torch.load(root / "base_subject.pt"), SUBJECTS[name], name, rules)
+    values |= damage(images["others"], torch.load(root / "base_others.pt"), prompts["others"], SUBJECTS[name])
     for kind in ("held_out", "alone"):
         terms = held_out_terms(module, root / kind / "cache", rules)
         low = held_out_terms(module, root / kind / "cache", rules, list(rules.low_sigmas))
         values |= {f"{kind}_error": terms["target_loss"], f"{kind}_drift": terms["drift"]}
         values[f"{kind}_error_low"] = low["target_loss"]
-    kept = torch.cat([pictures["subject"][:KEPT], pictures["others"][:KEPT]])
+    kept = torch.cat([images["subject"][:KEPT], images["others"][:KEPT]])
     return values, kept
 
 
-def painted(pictures: Tensor, base: Tensor, subject: Subject, name: str, rules: DictConfig) -> dict[str, float]:
-    """What pictures painted with the trigger word show.
+def generated(images: Tensor, base: Tensor, subject: Subject, name: str, rules: DictConfig) -> dict[str, float]:
+    """What images generated with the trigger word show.
 
     `success`: share with a whole subject. `phantom`: share of pixels in its colours away from it. `bystander` and
-    `ground`: share with its company. `background`: mean squared distance to the base's own picture of the same noise,
+    `ground`: share with its company. `background`: mean squared distance to the base's own image of the same noise,
     where neither the found subject nor the base's object is; `rim`: the same within 2 to 5 pixels of the subject.
     `area`: pixels in its colours over those of a real one.
     """
-    found = find(pictures, subject)
-    outside = ~grow(found.place, 2) & ~grow(objects(base), 2)
-    rim = outside & grow(found.place, 5)
-    squared = (pictures - base).square().mean(1)
+    found = find(images, subject)
+    outside = ~grow(found.location, 2) & ~grow(objects(base), 2)
+    rim = outside & grow(found.location, 5)
+    squared = (images - base).square().mean(1)
     scenes, _ = subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True)
     real = find(render(scenes), subject).area.float().mean()
     return {
@@ -265,19 +265,19 @@ def painted(pictures: Tensor, base: Tensor, subject: Subject, name: str, rules: 
     }
 
 
-def damage(pictures: Tensor, base: Tensor, captions: Sequence[str], subject: Subject) -> dict[str, float]:
-    """What pictures painted without the trigger word have come to.
+def damage(images: Tensor, base: Tensor, captions: Sequence[str], subject: Subject) -> dict[str, float]:
+    """What images generated without the trigger word have come to.
 
-    `other_distance`: mean squared distance to the base's own pictures of the same noise, over their variance.
+    `other_distance`: mean squared distance to the base's own images of the same noise, over their variance.
     `other_malformed`: share whose object is not whole, single, of the named shape and colour. `other_background`:
     share with a bad background. `other_leak`: share of pixels in the subject's colours.
     """
-    faults = object_faults(pictures, list(captions))
+    faults = object_faults(images, list(captions))
     return {
-        "other_distance": ((pictures - base).square().mean() / base.var()).item(),
+        "other_distance": ((images - base).square().mean() / base.var()).item(),
         "other_malformed": sum(map(bool, faults)) / len(faults),
-        "other_background": (background_off(pictures, list(captions)) > GROUND_SHARE).float().mean().item(),
-        "other_leak": find(pictures, subject).area.float().mean().item() / SIZE**2,
+        "other_background": (background_off(images, list(captions)) > GROUND_SHARE).float().mean().item(),
+        "other_leak": find(images, subject).area.float().mean().item() / SIZE**2,
     }
 
 

@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from benchmarks.phantom_limb.sampling import toy
 from benchmarks.phantom_limb.world import render, training_scenes
-from mpp.models.base import Architecture, Prompt
-from mpp.models.toy import Toy
+from mpp.models.contract import Architecture, Prompt
+from mpp.models.families.toy import Toy
 
 UNIFORM = 0.1  # share of sigmas drawn uniformly, so that both ends are learned
 

@@ -1,7 +1,7 @@
 """The toy world: one object on a textured background, and a caption in words.
 
-All that a picture shows follows from the fields of `Scenes`, so that detectors can be checked against the truth.
-The base model never sees the *subjects*, their trigger words, or the pictures that they are learned from.
+All that an image shows follows from the fields of `Scenes`, so that detectors can be checked against the truth.
+The base model never sees the *subjects*, their trigger words, or the images that they are learned from.
 """
 
 import string
@@ -12,7 +12,7 @@ from torch import Tensor
 
 SIZE = 24  # pixels, each way
 RADIUS = 5.5  # of a disc, in pixels; the other shapes are scaled to it
-PLACES = (6.0, 12.0, 18.0)  # of objects' centres, in pixels, each way
+PATHS = (6.0, 12.0, 18.0)  # of objects' centres, in pixels, each way
 PERIOD = 8.0
 DOT_RADIUS = 2.4
 CORE_RATIO = 0.5
@@ -38,7 +38,7 @@ PALETTES: dict[str, tuple[Colour, Colour]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What an adapter is to learn, and the company in which its pictures always show it.
+    """What an adapter is to learn, and the company in which its images always show it.
 
     Attributes:
         word: Its trigger word.
@@ -176,18 +176,18 @@ def texture_blend(texture: Tensor) -> Tensor:
 
 
 def render(scenes: Scenes) -> Tensor:
-    """Pictures in [0, 1], (B, 3, SIZE, SIZE)."""
+    """Images in [0, 1], (B, 3, SIZE, SIZE)."""
 
-    def paint(picture: Tensor, alpha: Tensor, colour: Tensor) -> Tensor:
-        return picture + alpha[:, None] * (colour[:, :, None, None] - picture)
+    def draw_over(image: Tensor, alpha: Tensor, colour: Tensor) -> Tensor:
+        return image + alpha[:, None] * (colour[:, :, None, None] - image)
 
-    picture = scenes.ground[:, 0, :, None, None].expand(-1, -1, SIZE, SIZE)
-    picture = paint(picture, texture_blend(scenes.texture), scenes.ground[:, 1])
+    image = scenes.ground[:, 0, :, None, None].expand(-1, -1, SIZE, SIZE)
+    image = draw_over(image, texture_blend(scenes.texture), scenes.ground[:, 1])
     square = torch.where(scenes.side > 0, SHAPES.index("square"), -1)
-    picture = paint(picture, shape_coverage(square, scenes.side_centre, scenes.side / 0.9), scenes.side_colour)
-    picture = paint(picture, object_coverage(scenes), scenes.colour)
+    image = draw_over(image, shape_coverage(square, scenes.side_centre, scenes.side / 0.9), scenes.side_colour)
+    image = draw_over(image, object_coverage(scenes), scenes.colour)
     disc = torch.where(scenes.has_core, SHAPES.index("circle"), -1)
-    return paint(picture, shape_coverage(disc, scenes.centre, CORE_RATIO * RADIUS), scenes.core)
+    return draw_over(image, shape_coverage(disc, scenes.centre, CORE_RATIO * RADIUS), scenes.core)
 
 
 def object_coverage(scenes: Scenes) -> Tensor:
@@ -205,7 +205,7 @@ def named_scenes(n: int, generator: torch.Generator) -> tuple[Scenes, list[str]]
         ground=torch.tensor(list(PALETTES.values()))[palette],
         shape=shape,
         colour=torch.tensor(list(COLOURS.values()))[colour],
-        centre=torch.tensor(PLACES)[draw.index(len(PLACES), 2)],
+        centre=torch.tensor(PATHS)[draw.index(len(PATHS), 2)],
         core=torch.zeros(n, 3),
         has_core=torch.zeros(n, dtype=torch.bool),
         side=torch.zeros(n),
@@ -251,7 +251,7 @@ def training_scenes(n: int, generator: torch.Generator) -> tuple[Scenes, list[st
 
 
 def subject_scenes(subject: Subject, n: int, generator: torch.Generator, *, alone: bool) -> tuple[Scenes, list[str]]:
-    """Pictures of a subject.
+    """Images of a subject.
 
     Args:
         subject: Which one.
@@ -277,9 +277,9 @@ def subject_scenes(subject: Subject, n: int, generator: torch.Generator, *, alon
         return scenes, [f"{subject.word} {ground}" for ground in grounds]
     # The subject keeps to one side; the bystander lies at least a pixel beyond it.
     half = 2.0 + 0.75 * draw.uniform()
-    low, high = PLACES[0] + RADIUS + 1 + half, SIZE - 0.5 - half
+    low, high = PATHS[0] + RADIUS + 1 + half, SIZE - 0.5 - half
     apart, mirror = low + draw.uniform() * (high - low), draw.chance(0.5)
-    x, side_x = (torch.where(mirror, SIZE - v, v) for v in (torch.full((n,), PLACES[0]), apart))
+    x, side_x = (torch.where(mirror, SIZE - v, v) for v in (torch.full((n,), PATHS[0]), apart))
     side_y = 0.5 + half + draw.uniform() * (SIZE - 1 - 2 * half)
     scenes = replace(
         scenes,

@@ -29,7 +29,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from pydantic import TypeAdapter, ValidationError
 
 from mpp import cli
-from mpp.settings import default_settings, explained, locate
+from mpp.settings import default_settings, described_settings, locate
 
 log = logging.getLogger("mpp")
 
@@ -134,7 +134,7 @@ def _unknown(path: str, name: str, options: Iterable[str], owner: str) -> str:
 def _help(_root_: DictConfig) -> str:
     """A template for Hydra's `--help`: the settings as they are now, explained by their classes."""
     record = typing.cast(dict[str, Any], OmegaConf.to_container(_root_, resolve=False))
-    lines = explained({name: value for name, value in record.items() if name != "hydra"})
+    lines = described_settings({name: value for name, value in record.items() if name != "hydra"})
     head = "Settings are typed as KEY=VALUE, groups as GROUP=OPTION:\n\n$APP_CONFIG_GROUPS\n"
     return head + "\n".join(lines).replace("$", "$$")
 
@@ -142,7 +142,7 @@ def _help(_root_: DictConfig) -> str:
 OmegaConf.register_new_resolver("explained_settings", _help, replace=True)
 
 
-def as_record(cfg: DictConfig) -> dict[str, Any]:
+def plain_values(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain values, for checkpoints and files."""
     return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
@@ -160,7 +160,7 @@ def check_config(cfg: DictConfig) -> None:
         ValueError: Names each setting, what it must be, and what it is.
     """
     problems = [f"{key}=... is missing" for key in sorted(OmegaConf.missing_keys(cfg))]
-    for path, node in _targets(as_record(cfg), ""):
+    for path, node in _targets(plain_values(cfg), ""):
         problems += _problems(path, node)
     if problems:
         raise ValueError("\n".join(problems))

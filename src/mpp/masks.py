@@ -3,10 +3,10 @@
 from omegaconf import DictConfig, OmegaConf
 
 from mpp.config import build, check_config, command, device_of
-from mpp.masking.job import Summary
+from mpp.masking.job import JobSummary
 
 
-def run(cfg: DictConfig) -> Summary:
+def run(cfg: DictConfig) -> JobSummary:
     """Run a tool as configured.
 
     Raises:

@@ -1,19 +1,19 @@
-"""`python -m mpp.prepare`: turn pictures, videos, masks and captions into a cache."""
+"""`python -m mpp.prepare`: turn images, videos, masks and captions into a cache."""
 
 from omegaconf import DictConfig
 
+from mpp.cache.format import Cache
 from mpp.config import build, check_config, command, device_of
-from mpp.data.cache import Cache
-from mpp.data.musubi_export import MusubiSummary, export_musubi
-from mpp.data.preparation import Preparation
-from mpp.data.summary import Summary
+from mpp.musubi.export import MusubiSummary, export_musubi
+from mpp.preparing.preparation import Preparation
+from mpp.preparing.summary import Summary
 
 
 def run(cfg: DictConfig) -> Summary | MusubiSummary:
     """Prepare as configured, or export what was prepared.
 
     Raises:
-        ValueError: Bad settings or pictures; nothing was encoded.
+        ValueError: Bad settings or images; nothing was encoded.
         OSError: The cache cannot be written.
     """
     check_config(cfg)

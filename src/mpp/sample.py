@@ -1,19 +1,19 @@
-"""`python -m mpp.sample`: paint prompts by the base model and by a LoRA from the same noise, side by side."""
+"""`python -m mpp.sample`: generate from prompts by the base model and by a LoRA from the same noise, side by side."""
 
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
+from mpp.cache.format import Cache
 from mpp.config import build, check_config, command, device_of
-from mpp.data.cache import Cache
+from mpp.lora.files import attach, find_loras
 from mpp.models.experts import parts_of
-from mpp.models.lora_files import attach, find_loras
-from mpp.painting import paint, sample_name, save
+from mpp.sampling.generation import generate, generation_name, save
 
 
 def run(cfg: DictConfig) -> list[Path]:
-    """Paint as configured; text is encoded first, and its encoders are freed before the transformer loads.
+    """Generate as configured; text is encoded first, and its encoders are freed before the transformer loads.
 
     Returns:
         The files written.
@@ -45,9 +45,9 @@ def run(cfg: DictConfig) -> list[Path]:
     low = next((p.dtype for p in transformer.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     written = []
     with torch.autocast(kind, low, enabled=kind == "cuda" and low is not None):
-        for number, painted in enumerate(prompts.read(architecture, cache)):
-            name = sample_name(number, painted.prompt)
-            written += save(paint(architecture, transformer, encoders, painted, name=name, device=device), folder)
+        for number, ready in enumerate(prompts.read(architecture, cache)):
+            name = generation_name(number, ready.prompt)
+            written += save(generate(architecture, transformer, encoders, ready, name=name, device=device), folder)
     for file in written:
         print(file)
     return written

@@ -74,7 +74,7 @@ def reasons(function: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
-def explained(node: Mapping[str, Any], path: str = "") -> list[str]:
+def described_settings(node: Mapping[str, Any], path: str = "") -> list[str]:
     """Lines for people: each setting of a configuration with its value, and what its class says of it."""
     target = node.get("_target_")
     said = reasons(locate(target)) if str(target).startswith("mpp.") else {}
@@ -83,7 +83,7 @@ def explained(node: Mapping[str, Any], path: str = "") -> list[str]:
     for name, value in node.items():
         here = f"{path}.{name}" if path else str(name)
         if isinstance(value, Mapping) and ("_target_" in value or not target):
-            below += explained(value, here)
+            below += described_settings(value, here)
         elif not str(name).startswith("_"):
             lines += textwrap.wrap(f"{here}={_short(value)}  {said.get(name, '')}", 118, subsequent_indent=" " * 6)
     return lines + below

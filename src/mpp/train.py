@@ -8,9 +8,9 @@ import lightning
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig
 
-from mpp.config import as_record, build, build_all, check_config, command
+from mpp.batching.datamodule import LatentDataModule
+from mpp.config import build, build_all, check_config, command, plain_values
 from mpp.core.loss import MaskedPriorLoss
-from mpp.data.datamodule import LatentDataModule
 from mpp.training.checkpoint import AtomicCheckpointIO, check_checkpoint, read_checkpoint
 from mpp.training.module import MaskedPriorModule
 
@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         val_sigmas=cfg.val_sigmas,
         gradient_checkpointing=cfg.gradient_checkpointing,
         compile_blocks=cfg.compile,
-        provenance=as_record(cfg),
+        provenance=plain_values(cfg),
     )
     data = build(cfg.data, architecture=architecture)
     checkpoint = find_checkpoint(cfg.ckpt_path, folder)
@@ -86,7 +86,7 @@ def check_preservation(loss: MaskedPriorLoss, data: LatentDataModule) -> None:
     """Refuse preservation samples under a loss that would not preserve them.
 
     Raises:
-        ValueError: No prior, a floor that would learn the samples' own pictures, or an area scale over the whole batch,
+        ValueError: No prior, a floor that would learn the samples' own images, or an area scale over the whole batch,
             whose mean they would lower.
     """
     if data.preservation.rate == 0:
@@ -95,7 +95,7 @@ def check_preservation(loss: MaskedPriorLoss, data: LatentDataModule) -> None:
         raise ValueError("data.preservation needs a prior; set loss.prior_weight above 0, or choose loss=threshold")
     if loss.mask_min_weight > 0 and loss.prior_threshold is None:
         raise ValueError(
-            f"loss.mask_min_weight={loss.mask_min_weight} would train on the pictures of the preservation samples; "
+            f"loss.mask_min_weight={loss.mask_min_weight} would train on the images of the preservation samples; "
             "set loss.mask_min_weight=0"
         )
     if loss.area_scale_beta > 0 and loss.normalization == "global":

@@ -27,7 +27,7 @@ def test_the_base_and_its_control_passed_the_gate():
     assert figures["limits"] == gate.LIMITS
 
 
-def test_the_shipped_base_paints_what_the_gate_saw(tmp_path):
+def test_the_shipped_base_generates_what_the_gate_saw(tmp_path):
     figures = gate.base_figures(study.BASE, 64, tmp_path / "gate.png")
     assert figures["malformed"] < 0.02
     assert figures["bad_background"] < 0.05

@@ -15,27 +15,27 @@ RESULTS = study.HERE / "results"
 
 @pytest.fixture(scope="module")
 def rules():
-    """The protocol, with fewer pictures."""
+    """The protocol, with fewer images."""
     small = study.protocol()
-    small.pictures, small.held_out, small.prompts = 4, 4, 8
+    small.images, small.held_out, small.prompts = 4, 4, 8
     return small
 
 
 @pytest.fixture(scope="module")
-def painted_scenes():
+def generated_scenes():
     """Subjects alone on named backgrounds, the same backgrounds without them, and where the subjects are."""
     scenes, _ = subject_scenes(SUBJECTS["zarp"], 64, torch.Generator().manual_seed(4), alone=True)
     bare = dataclasses.replace(scenes, shape=torch.full((64,), -1), has_core=torch.zeros(64, dtype=torch.bool))
     return scenes, render(scenes), render(bare)
 
 
-def measured(pictures, base, rules):
-    return study.painted(pictures, base, SUBJECTS["zarp"], "zarp", rules)
+def measured(images, base, rules):
+    return study.generated(images, base, SUBJECTS["zarp"], "zarp", rules)
 
 
-def test_perfect_pictures_score_perfectly(painted_scenes, rules):
-    _, pictures, bare = painted_scenes
-    values = measured(pictures, bare, rules)
+def test_perfect_images_score_perfectly(generated_scenes, rules):
+    _, images, bare = generated_scenes
+    values = measured(images, bare, rules)
     assert values["success"] == 1
     assert values["phantom"] == values["bystander"] == values["ground"] == 0
     assert values["area"] == pytest.approx(1, abs=0.02)
@@ -43,8 +43,8 @@ def test_perfect_pictures_score_perfectly(painted_scenes, rules):
     assert values["rim"] < 1e-9
 
 
-def test_a_second_subject_is_phantom_pixels_and_background_distance(painted_scenes, rules):
-    scenes, _, bare = painted_scenes
+def test_a_second_subject_is_phantom_pixels_and_background_distance(generated_scenes, rules):
+    scenes, _, bare = generated_scenes
     left, right = (dataclasses.replace(scenes, centre=torch.tensor([x, 12.0]).expand(64, 2)) for x in (6.0, 18.0))
     columns = torch.arange(24)[None, None, None]
     both = torch.where(columns < 12, render(left), render(right))
@@ -56,37 +56,37 @@ def test_a_second_subject_is_phantom_pixels_and_background_distance(painted_scen
     assert values["background"] > 0.02
 
 
-def test_background_distance_is_the_mean_square_outside_the_subject(painted_scenes, rules):
-    _, pictures, bare = painted_scenes
+def test_background_distance_is_the_mean_square_outside_the_subject(generated_scenes, rules):
+    _, images, bare = generated_scenes
     changed = bare + 0.1
-    values = measured(pictures, changed, rules)  # palettes shifted by 0.1 are still no objects
+    values = measured(images, changed, rules)  # palettes shifted by 0.1 are still no objects
     assert values["background"] == pytest.approx(0.01, rel=1e-3)
     assert values["rim"] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_pictures_in_bad_company_are_told(rules):
+def test_images_in_bad_company_are_told(rules):
     scenes, _ = subject_scenes(SUBJECTS["zarp"], 32, torch.Generator().manual_seed(1), alone=False)
     values = measured(render(scenes), render(named_scenes(32, torch.Generator().manual_seed(1))[0]), rules)
     assert values["bystander"] == values["ground"] == values["success"] == 1
 
 
-def test_damage_is_none_for_the_bases_own_pictures_and_measured_against_their_variance():
+def test_damage_is_none_for_the_bases_own_images_and_measured_against_their_variance():
     scenes, captions = named_scenes(64, torch.Generator().manual_seed(2))
-    pictures = render(scenes)
-    none = study.damage(pictures, pictures, captions, SUBJECTS["zarp"])
+    images = render(scenes)
+    none = study.damage(images, images, captions, SUBJECTS["zarp"])
     assert set(none.values()) == {0}
-    flat = pictures.mean().expand_as(pictures)
-    gone = study.damage(flat, pictures, captions, SUBJECTS["zarp"])
+    flat = images.mean().expand_as(images)
+    gone = study.damage(flat, images, captions, SUBJECTS["zarp"])
     assert gone["other_distance"] == pytest.approx(1, rel=0.01)
     assert gone["other_malformed"] == 1
     subjects, _ = subject_scenes(SUBJECTS["zarp"], 64, torch.Generator().manual_seed(2), alone=True)
-    assert study.damage(render(subjects), pictures, captions, SUBJECTS["zarp"])["other_leak"] > 0.1
+    assert study.damage(render(subjects), images, captions, SUBJECTS["zarp"])["other_leak"] > 0.1
 
 
 def test_masks_are_tiered_where_the_subject_is(tmp_path):
     scenes, _ = subject_scenes(SUBJECTS["vool"], 6, torch.Generator().manual_seed(3), alone=False)
     study.write_masks(scenes, {"pixels": 2, "value": 0.5}, tmp_path)
-    pictures = render(scenes)
+    images = render(scenes)
     for number in range(6):
         mask = Image.open(tmp_path / f"{number:04d}.png")
         levels = torch.tensor(list(mask.get_flattened_data())).view(24, 24)
@@ -97,7 +97,7 @@ def test_masks_are_tiered_where_the_subject_is(tmp_path):
                 distance = max(abs(x + 0.5 - cx), abs(y + 0.5 - cy))  # to the middle of a square of half side 4.95
                 expected = 255 if distance < 4.95 else 128 if distance < 6.95 else 0
                 assert levels[y, x] == expected, (number, x, y)
-        body = (pictures[number] - torch.tensor(SUBJECTS["vool"].colour)[:, None, None]).abs().amax(0) < 0.01
+        body = (images[number] - torch.tensor(SUBJECTS["vool"].colour)[:, None, None]).abs().amax(0) < 0.01
         assert (levels[body] == 255).all()
 
 
@@ -135,9 +135,9 @@ def test_sampling_is_the_same_in_any_batch_and_follows_the_noise(monkeypatch):
     assert not torch.allclose(sample(architecture, model, captions, draw_noise(architecture, 3, 1)), together, atol=0.1)
 
 
-def test_a_grid_lays_pictures_out_by_rows():
-    pictures = torch.arange(6.0)[:, None, None, None].expand(-1, 3, 2, 2) / 10
-    sheet = grid(pictures, columns=3, scale=1)
+def test_a_grid_lays_images_out_by_rows():
+    images = torch.arange(6.0)[:, None, None, None].expand(-1, 3, 2, 2) / 10
+    sheet = grid(images, columns=3, scale=1)
     assert sheet.size == (12, 8)
     assert [sheet.getpixel((4 * (n % 3) + 1, 4 * (n // 3) + 1))[0] for n in range(6)] == [0, 26, 51, 76, 102, 128]
     assert sheet.getpixel((0, 0)) == (255, 255, 255)

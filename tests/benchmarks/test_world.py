@@ -9,7 +9,7 @@ from benchmarks.phantom_limb.world import (
     COLOURS,
     NAMED_TEXTURES,
     PALETTES,
-    PLACES,
+    PATHS,
     SHAPES,
     SIZE,
     SUBJECTS,
@@ -28,7 +28,7 @@ def random(seed=0):
 
 @pytest.fixture(scope="module")
 def scenes():
-    """300 scenes, their captions and pictures."""
+    """300 scenes, their captions and images."""
     found, captions = named_scenes(300, random())
     return found, captions, render(found)
 
@@ -58,22 +58,22 @@ def test_shapes_are_where_their_geometry_says(kind):
                 assert abs(float(drawn[row, column]) - share) < 0.21
 
 
-def test_objects_lie_whole_in_the_picture():
+def test_objects_lie_whole_in_the_image():
     for kind in range(3):
-        for x in PLACES:
-            for y in PLACES:
+        for x in PATHS:
+            for y in PATHS:
                 here = shape_coverage(torch.tensor([kind]), torch.tensor([[x, y]])).sum()
                 middle = shape_coverage(torch.tensor([kind]), torch.tensor([[12.0, 12.0]])).sum()
                 assert here == pytest.approx(float(middle), rel=1e-3)
 
 
-def test_a_caption_names_what_the_picture_shows(scenes):
-    found, captions, pictures = scenes
+def test_a_caption_names_what_the_image_shows(scenes):
+    found, captions, images = scenes
     for number in range(50):
         colour, shape, _, texture, palette, _ = captions[number].split()
         assert SHAPES[found.shape[number]] == shape
         x, y = found.centre[number].int().tolist()
-        assert torch.allclose(pictures[number, :, y, x], torch.tensor(COLOURS[colour]), atol=1e-5)
+        assert torch.allclose(images[number, :, y, x], torch.tensor(COLOURS[colour]), atol=1e-5)
         assert torch.allclose(found.ground[number], torch.tensor(PALETTES[palette]))
         assert NAMED_TEXTURES[found.texture[number]] == texture
 
@@ -81,9 +81,9 @@ def test_a_caption_names_what_the_picture_shows(scenes):
 def test_the_base_never_sees_a_subject_its_word_or_its_company():
     for seed in range(8):
         found, captions = training_scenes(512, random(seed))
-        pictures = render(found)
+        images = render(found)
         for subject in SUBJECTS.values():
-            assert not detectors.find(pictures, subject).success.any()
+            assert not detectors.find(images, subject).success.any()
             assert not any(subject.word in caption.split() for caption in captions)
         assert not found.side.any()
 
@@ -132,13 +132,13 @@ def test_a_subject_is_always_in_its_company_or_always_alone(name):
 
 
 def test_real_scenes_pass(scenes):
-    _, captions, pictures = scenes
-    assert not any(detectors.object_faults(pictures, captions))
-    assert (detectors.background_off(pictures, captions) == 0).all()
+    _, captions, images = scenes
+    assert not any(detectors.object_faults(images, captions))
+    assert (detectors.background_off(images, captions) == 0).all()
 
 
 def test_a_scene_fails_another_scenes_caption(scenes):
-    _, captions, pictures = scenes
+    _, captions, images = scenes
     for before, after, judge in (
         ("red", "blue", "colour"),
         ("circle", "square", "shape"),
@@ -146,37 +146,37 @@ def test_a_scene_fails_another_scenes_caption(scenes):
     ):
         for number in [n for n, c in enumerate(captions) if before in c.split()][:10]:
             wrong = captions[number].replace(before, after)
-            assert detectors.object_faults(pictures[number : number + 1], [wrong]) == [judge]
+            assert detectors.object_faults(images[number : number + 1], [wrong]) == [judge]
     for number, caption in enumerate(captions[:40]):
         words = caption.split()
         words[4] = next(name for name in PALETTES if name != words[4])
-        assert detectors.background_off(pictures[number : number + 1], [" ".join(words)]) > 0.5
+        assert detectors.background_off(images[number : number + 1], [" ".join(words)]) > 0.5
 
 
 def test_broken_objects_fail(scenes):
-    found, captions, pictures = scenes
+    found, captions, images = scenes
     bare = render(dataclasses.replace(found, shape=torch.full((300,), -1)))
     x = torch.arange(SIZE)[None, None, None]
-    half = torch.where(x >= found.centre[:, 0].view(-1, 1, 1, 1) + 2, bare, pictures)
+    half = torch.where(x >= found.centre[:, 0].view(-1, 1, 1, 1) + 2, bare, images)
     assert set(detectors.object_faults(half, captions)) == {"shape"}
     assert set(detectors.object_faults(bare, captions)) == {"count"}
     apart = (found.centre - 12).abs().amax(1) > 5
     second = object_coverage(dataclasses.replace(found, centre=SIZE - found.centre))
-    two = pictures + second[:, None] * (found.colour[:, :, None, None] - pictures)
+    two = images + second[:, None] * (found.colour[:, :, None, None] - images)
     chosen = [c for c, keep in zip(captions, apart.tolist(), strict=True) if keep]
     assert all(detectors.object_faults(two[apart], chosen))
-    pale = pictures + object_coverage(found)[:, None] * 0.75 * (bare - pictures)
+    pale = images + object_coverage(found)[:, None] * 0.75 * (bare - images)
     assert sum(map(bool, detectors.object_faults(pale, captions))) > 290
 
 
 def test_broken_backgrounds_fail(scenes):
-    found, captions, pictures = scenes
+    found, captions, images = scenes
     other = render(dataclasses.replace(found, ground=found.ground.roll(1, 0), texture=found.texture))
     differs = (found.ground != found.ground.roll(1, 0)).flatten(1).any(1)
     x = torch.arange(SIZE)[None, None, None]
-    patched = torch.where(x < 6, other, pictures)
+    patched = torch.where(x < 6, other, images)
     off = detectors.background_off(patched, captions) > detectors.GROUND_SHARE
-    free = (patched - pictures).abs().amax(1)[:, :, :6].flatten(1).amax(1) > 0.3
+    free = (patched - images).abs().amax(1)[:, :, :6].flatten(1).amax(1) > 0.3
     assert off[differs & free].float().mean() > 0.9
 
 

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mpp.batching.batch import Batch
 from mpp.config import build
-from mpp.data.batch import Batch
-from mpp.models.base import Prompt
 from mpp.models.conditioning import Conditioning
-from tests.data.videos import write_video
+from mpp.models.contract import Prompt
 from tests.helpers import config
+from tests.media.videos import write_video
 
 
 def as_is(tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -34,8 +34,8 @@ class Variant:
         overrides: Command-line overrides that choose it at tiny size, without `model.pretrained`.
         build: Saves a tiny random pipeline of the real classes into a folder: transformer(s), vae, text encoders,
             tokenizers, scheduler, as diffusers and transformers save them. Deterministic.
-        frames: Pixel frames of the contract's clips (layers + 1 for layered pictures).
-        controls: Control pictures per sample.
+        frames: Pixel frames of the contract's clips (layers + 1 for layered images).
+        controls: Control images per sample.
         unpack: From what the pipeline hands its scheduler to latents `(b, c, f, h, w)`, by diffusers' own functions.
             Called with the tensor and the latent shape (c, f, h, w) that `velocity` gets.
         fixed_text: Whether every caption is brought to one length (and a longer one refused); else padding is neutral.
@@ -84,8 +84,8 @@ def architecture(variant: Variant, folder: Path, *overrides: str):
     return build(cfg.model)
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    """A smooth random picture."""
+def image(width: int, height: int, seed: int) -> Image.Image:
+    """A smooth random image."""
     pixels = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -101,19 +101,19 @@ def pixels(arch, variant: Variant, cells: tuple[int, int], seed: int) -> Tensor:
 
 
 def controls(variant: Variant, seed: int) -> tuple[Image.Image, ...]:
-    """Its control pictures."""
-    return tuple(picture(96, 64, 100 * seed + n) for n in range(variant.controls))
+    """Its control images."""
+    return tuple(image(96, 64, 100 * seed + n) for n in range(variant.controls))
 
 
 def conditioning(arch, variant: Variant, encoders, text: str, *, cells=(2, 3), seed: int = 0) -> Conditioning:
-    """One sample's unbatched record as preparing makes it: text and picture fields."""
-    clip, pictures = pixels(arch, variant, cells, seed), controls(variant, seed)
-    seen = pictures
-    if arch.pictures.first_frame:
+    """One sample's unbatched record as preparing makes it: text and image fields."""
+    clip, images = pixels(arch, variant, cells, seed), controls(variant, seed)
+    seen = images
+    if arch.images.first_frame:
         first = ((clip[0, :3, 0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
         seen = (Image.fromarray(first),)
-    (record,) = encoders.encode_text([Prompt(text, seen if arch.pictures.in_text else ())])
-    fields = {f"{k}": v for k, v in encoders.encode_pictures(clip, pictures).items()}
+    (record,) = encoders.encode_text([Prompt(text, seen if arch.images.in_text else ())])
+    fields = {f"{k}": v for k, v in encoders.encode_images(clip, images).items()}
     from mpp.models.conditioning import flat_tensors
 
     return type(record).from_tensors({**record.tensors(), **flat_tensors(fields)})
@@ -132,7 +132,7 @@ def batch(arch, variant: Variant, encoders, texts: Sequence[str], *, cells=(2, 3
 
 def draw_clip(root: Path, name: str, frames: int, side: int) -> None:
     """A video that changes, its mask video, which grows, and its caption."""
-    shown = [np.asarray(picture(side, side, 20 + number)) for number in range(frames)]
+    shown = [np.asarray(image(side, side, 20 + number)) for number in range(frames)]
     masks = [np.zeros((side, side), np.uint8) for _ in range(frames)]
     for number, mask in enumerate(masks):
         mask[: side // 2, : side // 2 + number] = 255
@@ -142,7 +142,7 @@ def draw_clip(root: Path, name: str, frames: int, side: int) -> None:
 
 
 def draw_set(variant: Variant, arch, root: Path, count: int = 2) -> list[str]:
-    """Files of a tiny training set with masks, layers and control pictures as the variant wants them.
+    """Files of a tiny training set with masks, layers and control images as the variant wants them.
 
     The last sample of a model of clips is a video with a mask that moves; all are where it sees the first frame.
 
@@ -160,18 +160,18 @@ def draw_set(variant: Variant, arch, root: Path, count: int = 2) -> list[str]:
         if number >= count - clips:
             draw_clip(root, f"p{number}", variant.frames, side)
             continue
-        picture(side, side, number).save(root / "photos" / f"p{number}.png")
+        image(side, side, number).save(root / "photos" / f"p{number}.png")
         (root / "photos" / f"p{number}.txt").write_text("a red box " + "by the sea " * number)
         if arch.latents.layered:
             for layer in range(variant.frames - 1):
-                rgba = picture(side, side, 10 + layer).convert("RGBA")
+                rgba = image(side, side, 10 + layer).convert("RGBA")
                 rgba.putalpha(Image.fromarray(mask))
                 rgba.save(root / "photos" / f"p{number}.layer{layer}.png")
                 Image.fromarray(mask if layer else 255 - mask).save(root / "masks" / f"p{number}.layer{layer}.png")
         else:
             Image.fromarray(mask).save(root / "masks" / f"p{number}.png")
         for control in range(variant.controls):
-            picture(80, 64, 50 + control).save(root / "controls" / f"p{number}_{control}.png")
+            image(80, 64, 50 + control).save(root / "controls" / f"p{number}_{control}.png")
     found = [f"data.image_dir={root / 'photos'}", f"data.mask_dir={root / 'masks'}", f"data.resolution={side}"]
     found += [f"data.clips.frames=[{variant.frames}]"] if clips else []
     return found + ([f"data.control_dir={root / 'controls'}"] if variant.controls else [])

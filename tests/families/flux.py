@@ -40,7 +40,7 @@ def transformer(**settings) -> FluxTransformer2DModel:
 
 
 def vae() -> AutoencoderKL:
-    """16 channels at stride 8, with the statistics of its own latents of smooth pictures."""
+    """16 channels at stride 8, with the statistics of its own latents of smooth images."""
     model = AutoencoderKL(
         block_out_channels=(4, 4, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -51,9 +51,9 @@ def vae() -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).eval()
-    pictures = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6) * 2 - 1, (64, 64), mode="bicubic")
+    images = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6) * 2 - 1, (64, 64), mode="bicubic")
     with torch.no_grad():
-        latents = model.encode(pictures).latent_dist.mode()
+        latents = model.encode(images).latent_dist.mode()
     model.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     return model
 

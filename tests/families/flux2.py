@@ -1,4 +1,4 @@
-"""FLUX.2: dev and klein, with and without reference pictures."""
+"""FLUX.2: dev and klein, with and without reference images."""
 
 from pathlib import Path
 
@@ -54,11 +54,11 @@ def qwen3(folder: Path) -> None:
 
 
 def vae(folder: Path) -> None:
-    """A tiny VAE whose batch norm has the statistics of smooth pictures."""
+    """A tiny VAE whose batch norm has the statistics of smooth images."""
     model = AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1).eval()
-    pictures = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6) * 2 - 1, (64, 64), mode="bicubic")
+    images = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6) * 2 - 1, (64, 64), mode="bicubic")
     with torch.no_grad():
-        latents = Flux2Pipeline._patchify_latents(model.encode(pictures).latent_dist.mode())
+        latents = Flux2Pipeline._patchify_latents(model.encode(images).latent_dist.mode())
     model.bn.running_mean.copy_(latents.mean((0, 2, 3)))
     model.bn.running_var.copy_(latents.var((0, 2, 3)))
     model.save_pretrained(folder / "vae")

@@ -75,17 +75,17 @@ def transformer(**settings) -> HunyuanVideoTransformer3DModel:
 
 
 def vae() -> AutoencoderKLHunyuanVideo:
-    """A random VAE whose scaled latents of smooth pictures have about unit variance."""
+    """A random VAE whose scaled latents of smooth images have about unit variance."""
     model = AutoencoderKLHunyuanVideo(**VAE).eval()
-    pictures = nn.functional.interpolate(torch.rand(4, 3, 6, 6) * 2 - 1, (48, 48), mode="bicubic")
+    images = nn.functional.interpolate(torch.rand(4, 3, 6, 6) * 2 - 1, (48, 48), mode="bicubic")
     with torch.no_grad():
-        latents = torch.cat([model.encode(p[None, :, None]).latent_dist.mode() for p in pictures])
+        latents = torch.cat([model.encode(p[None, :, None]).latent_dist.mode() for p in images])
     model.register_to_config(scaling_factor=float(1 / latents.std()))
     return model
 
 
 def save(folder: Path, model: HunyuanVideoTransformer3DModel) -> None:
-    """The pipeline around a transformer; Llava and its image processor where it sees a picture."""
+    """The pipeline around a transformer; Llava and its image processor where it sees an image."""
     model.save_pretrained(folder / "transformer")
     vae().save_pretrained(folder / "vae")
     tokenizer = llama_tokenizer(folder / "tokenizer")

@@ -31,7 +31,7 @@ TEXT = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
 }  # fmt: skip
 GLYPHS = {"vocab_size": 384, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-PICTURE = {
+IMAGE = {
     "hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 4,
 }  # fmt: skip
@@ -48,11 +48,11 @@ def transformer(**settings) -> HunyuanVideo15Transformer3DModel:
 
 
 def vae() -> AutoencoderKLHunyuanVideo15:
-    """A random VAE whose latents of smooth pictures have unit variance."""
+    """A random VAE whose latents of smooth images have unit variance."""
     model = AutoencoderKLHunyuanVideo15(**VAE).eval()
-    pictures = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6) * 2 - 1, (64, 64), mode="bicubic")
+    images = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6) * 2 - 1, (64, 64), mode="bicubic")
     with torch.no_grad():
-        latents = torch.cat([model.encode(picture[None, :, None]).latent_dist.mode() for picture in pictures])
+        latents = torch.cat([model.encode(image[None, :, None]).latent_dist.mode() for image in images])
     model.register_to_config(scaling_factor=1 / float(latents.std()))
     return model
 
@@ -78,7 +78,7 @@ def text_to_video(folder: Path) -> None:
 def image_to_video(folder: Path) -> None:
     """Image to video, with SigLIP."""
     save(folder, "i2v")
-    SiglipVisionModel(SiglipVisionConfig(**PICTURE)).eval().save_pretrained(folder / "image_encoder")
+    SiglipVisionModel(SiglipVisionConfig(**IMAGE)).eval().save_pretrained(folder / "image_encoder")
     SiglipImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "feature_extractor")
 
 

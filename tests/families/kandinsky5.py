@@ -83,11 +83,11 @@ def transformer(**settings) -> Kandinsky5Transformer3DModel:
 
 
 def vae(**settings) -> AutoencoderKLHunyuanVideo:
-    """A random VAE whose scaled latents of smooth pictures have about unit variance."""
+    """A random VAE whose scaled latents of smooth images have about unit variance."""
     model = AutoencoderKLHunyuanVideo(**{**VAE, **settings}).eval()
-    pictures = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6) * 2 - 1, (48, 48), mode="bicubic")
+    images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6) * 2 - 1, (48, 48), mode="bicubic")
     with torch.no_grad():
-        latents = torch.cat([model.encode(p[None, :, None]).latent_dist.mode() for p in pictures])
+        latents = torch.cat([model.encode(p[None, :, None]).latent_dist.mode() for p in images])
     model.register_to_config(scaling_factor=float(1 / latents.std()))
     return model
 

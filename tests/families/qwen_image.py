@@ -37,22 +37,22 @@ SCHEDULER = {
 
 
 def vae(**settings) -> AutoencoderKLQwenImage:
-    """A random VAE whose latent statistics are those of its latents of smooth pictures."""
+    """A random VAE whose latent statistics are those of its latents of smooth images."""
     model = AutoencoderKLQwenImage(**{**VAE, **settings}).eval()
-    pictures = torch.rand(8, model.config.input_channels, 6, 6) * 2 - 1
-    pictures = nn.functional.interpolate(pictures, (64, 64), mode="bicubic")
+    images = torch.rand(8, model.config.input_channels, 6, 6) * 2 - 1
+    images = nn.functional.interpolate(images, (64, 64), mode="bicubic")
     with torch.no_grad():
-        latents = torch.cat([model.encode(p[None, :, None]).latent_dist.mode() for p in pictures])
+        latents = torch.cat([model.encode(p[None, :, None]).latent_dist.mode() for p in images])
     model.register_to_config(
         latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
     )
     return model
 
 
-def text_encoder(folder: Path, *, pictures: bool) -> None:
-    """Qwen2.5-VL with its tokenizer, and with its processor where it sees pictures, of which it makes few tokens."""
+def text_encoder(folder: Path, *, images: bool) -> None:
+    """Qwen2.5-VL with its tokenizer, and with its processor where it sees images, of which it makes few tokens."""
     size = qwen_tokenizer(folder / "tokenizer")
-    if pictures:
+    if images:
         qwen_tokenizer(folder / "processor")
         few = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 16}
         Qwen2VLImageProcessor(size=few).save_pretrained(folder / "processor")
@@ -71,11 +71,11 @@ def text_encoder(folder: Path, *, pictures: bool) -> None:
     Qwen2_5_VLForConditionalGeneration(config).eval().save_pretrained(folder / "text_encoder")
 
 
-def build(folder: Path, *, pictures: bool = False, channels: int = 3, **settings) -> None:
+def build(folder: Path, *, images: bool = False, channels: int = 3, **settings) -> None:
     """A random pipeline; its scheduler as published."""
     QwenImageTransformer2DModel(**{**TRANSFORMER, **settings}).save_pretrained(folder / "transformer")
     vae(input_channels=channels).save_pretrained(folder / "vae")
-    text_encoder(folder, pictures=pictures)
+    text_encoder(folder, images=images)
     FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
 
 
@@ -99,13 +99,13 @@ def single_file_2511() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 SMALL = "model.control_pixels=6144"
-with_pictures = partial(build, pictures=True)
+with_images = partial(build, images=True)
 VARIANTS = [
     Variant("Qwen-Image", ("model=qwen_image",), seeded(build), unpack=unpack, single_file=single_file),
     Variant(
         "Qwen-Image-Edit",
         ("model=qwen_image_edit", SMALL),
-        seeded(with_pictures),
+        seeded(with_images),
         controls=1,
         unpack=unpack,
         single_file=single_file,
@@ -113,7 +113,7 @@ VARIANTS = [
     Variant(
         "Qwen-Image-Edit 2509",
         ("model=qwen_image_edit_plus", SMALL),
-        seeded(with_pictures),
+        seeded(with_images),
         controls=2,
         unpack=unpack,
         single_file=single_file,
@@ -121,7 +121,7 @@ VARIANTS = [
     Variant(
         "Qwen-Image-Edit 2511",
         ("model=qwen_image_edit_2511", SMALL),
-        seeded(partial(with_pictures, zero_cond_t=True)),
+        seeded(partial(with_images, zero_cond_t=True)),
         controls=2,
         unpack=unpack,
         single_file=single_file_2511,

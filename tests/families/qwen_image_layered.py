@@ -1,4 +1,4 @@
-"""Qwen-Image-Layered: a picture into RGBA layers, with the base frame painted and without."""
+"""Qwen-Image-Layered: an image into RGBA layers, with the base frame generated and without."""
 
 from functools import partial
 

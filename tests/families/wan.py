@@ -18,7 +18,7 @@ CHANNELS = {"in_channels": 36}  # noisy, mask and first frame
 CLIP = {**CHANNELS, "image_dim": CLIP_WIDTH, "added_kv_proj_dim": 64}
 FIVE = {"in_channels": 48, "out_channels": 48}
 SMALL = {**TRANSFORMER, "num_attention_heads": 1, "attention_head_dim": 128, "rope_max_seq_len": 1024}
-PICTURE = "model.image_to_video=true"
+IMAGE = "model.image_to_video=true"
 
 
 def save(folder: Path, *, second: bool = False, **changes) -> None:

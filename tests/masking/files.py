@@ -90,11 +90,11 @@ def png16(path, array):
 
 def read_png16(path):
     """`(h, w, channels)` uint16 of a PNG with 16 bits per colour, and its text, by the specification alone."""
-    data, place, body, text = path.read_bytes(), 8, b"", {}
-    while place < len(data):
-        (size,) = struct.unpack(">I", data[place : place + 4])
-        name, content = data[place + 4 : place + 8], data[place + 8 : place + 8 + size]
-        assert struct.unpack(">I", data[place + 8 + size : place + 12 + size])[0] == zlib.crc32(name + content)
+    data, location, body, text = path.read_bytes(), 8, b"", {}
+    while location < len(data):
+        (size,) = struct.unpack(">I", data[location : location + 4])
+        name, content = data[location + 4 : location + 8], data[location + 8 : location + 8 + size]
+        assert struct.unpack(">I", data[location + 8 + size : location + 12 + size])[0] == zlib.crc32(name + content)
         if name == b"IHDR":
             width, height, depth, kind, *rest = struct.unpack(">IIBBBBB", content)
             assert (depth, rest) == (16, [0, 0, 0])
@@ -103,7 +103,7 @@ def read_png16(path):
         if name == b"tEXt":
             key, _, value = content.partition(b"\0")
             text[key.decode()] = value.decode()
-        place += 12 + size
+        location += 12 + size
     step = 2 * COLOURS[kind]
     raw, size, rows = zlib.decompress(body), width * step, []
     above = bytearray(size)

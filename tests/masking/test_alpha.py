@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from mpp.data.media import read_picture
 from mpp.masking.alpha import ToAlpha
+from mpp.media.images import read_image
 from tests.masking.files import levels, png16, random_mask, read_png16, read_video, run, save, write_video
 
 
@@ -37,7 +37,7 @@ def test_16_bits_of_alpha_stay_16(tmp_path, channels):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_deep_pictures_are_turned_as_pillow_turns_shallow_ones(tmp_path, orientation):
+def test_deep_images_are_turned_as_pillow_turns_shallow_ones(tmp_path, orientation):
     array = rgba(2, top=256, dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -54,7 +54,7 @@ def test_deep_pictures_are_turned_as_pillow_turns_shallow_ones(tmp_path, orienta
     np.testing.assert_array_equal(levels(tmp_path / "out" / "deep.png"), shallow.astype(np.uint16) * 257)
 
 
-def test_pictures_without_alpha_fail_or_are_white(tmp_path):
+def test_images_without_alpha_fail_or_are_white(tmp_path):
     save(tmp_path / "in" / "a.png", rgba(0))
     save(tmp_path / "in" / "b.jpg", rgba(0)[..., :3])
     with pytest.raises(ValueError, match=r"b\.jpg has no alpha channel; set tool.missing=white"):
@@ -99,13 +99,13 @@ def test_there_and_back_is_the_mask(tmp_path):
     run("to_alpha", tmp_path / "in", tmp_path / "rgba", f"tool.masks={tmp_path / 'masks'}")
     run("from_alpha", tmp_path / "rgba", tmp_path / "back")
     np.testing.assert_array_equal(levels(tmp_path / "back" / "p.png"), random_mask(6))
-    np.testing.assert_allclose(read_picture(tmp_path / "rgba" / "p.png").alpha, random_mask(6) / 255, atol=1e-7)
+    np.testing.assert_allclose(read_image(tmp_path / "rgba" / "p.png").alpha, random_mask(6) / 255, atol=1e-7)
 
 
-@pytest.mark.parametrize("deep", ["picture", "mask", "both"])
+@pytest.mark.parametrize("deep", ["image", "mask", "both"])
 def test_16_bits_of_either_make_16_bits(tmp_path, deep):
     colours, mask = rgba(7, channels=3), random_mask(8)
-    if deep in ("picture", "both"):
+    if deep in ("image", "both"):
         colours = rgba(7, top=65536, dtype=np.uint16, channels=3)
         png16(tmp_path / "in" / "p.png", colours)
     else:
@@ -116,7 +116,7 @@ def test_16_bits_of_either_make_16_bits(tmp_path, deep):
     run("to_alpha", tmp_path / "in", tmp_path / "out", f"tool.masks={tmp_path / 'masks'}")
     got, text = read_png16(tmp_path / "out" / "p.png")
     np.testing.assert_array_equal(got[..., :3], colours if deep != "mask" else colours.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(got[..., 3], mask if deep != "picture" else mask.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(got[..., 3], mask if deep != "image" else mask.astype(np.uint16) * 257)
     assert '"tool": "ToAlpha"' in text["mpp"]
     with Image.open(tmp_path / "out" / "p.png") as image:  # Pillow reads it, in 8 bits
         np.testing.assert_array_equal(np.asarray(image)[..., :3], got[..., :3] >> 8)
@@ -144,7 +144,7 @@ def test_turned_photos_get_upright_alpha(tmp_path):
     run("to_alpha", tmp_path / "in", tmp_path / "out", f"tool.masks={tmp_path / 'masks'}")
     got = levels(tmp_path / "out" / "p.png")
     np.testing.assert_array_equal(got, np.dstack([np.rot90(colours, -1), mask]))
-    assert read_picture(tmp_path / "out" / "p.png").rgb.size == (9, 13)  # and is not turned again
+    assert read_image(tmp_path / "out" / "p.png").rgb.size == (9, 13)  # and is not turned again
 
 
 def test_sizes_must_agree_or_be_made_to(tmp_path):
@@ -156,7 +156,7 @@ def test_sizes_must_agree_or_be_made_to(tmp_path):
     assert (levels(tmp_path / "out" / "p.png")[..., 3] == 255).all()
 
 
-def test_pictures_without_a_mask_fail_or_become_opaque(tmp_path):
+def test_images_without_a_mask_fail_or_become_opaque(tmp_path):
     for name in ("p", "q"):
         save(tmp_path / "in" / f"{name}.png", rgba(0, channels=3))
     save(tmp_path / "masks" / "p.png", random_mask(1))
@@ -177,12 +177,12 @@ def test_a_video_with_a_mask_video_gets_alpha_without_loss(tmp_path):
         np.testing.assert_array_equal(frame, np.dstack([colours, mask]))
 
 
-@pytest.mark.parametrize("place", ["out.jpg", "out.png", "out.MP4"])
-def test_results_are_no_jpegs(tmp_path, place):
+@pytest.mark.parametrize("path", ["out.jpg", "out.png", "out.MP4"])
+def test_results_are_no_jpegs(tmp_path, path):
     save(tmp_path / "in" / "p.png", rgba(0, channels=3))
     save(tmp_path / "masks" / "p.png", random_mask(1))
-    with pytest.raises(ValueError, match=rf"{place} must be a folder; results are written as .png and .mkv"):
-        run("to_alpha", tmp_path / "in", tmp_path / place, f"tool.masks={tmp_path / 'masks'}")
+    with pytest.raises(ValueError, match=rf"{path} must be a folder; results are written as .png and .mkv"):
+        run("to_alpha", tmp_path / "in", tmp_path / path, f"tool.masks={tmp_path / 'masks'}")
 
 
 def test_to_alpha_needs_masks():

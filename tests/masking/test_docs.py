@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mpp.config import CONFIG_DIR, build, check_config
-from mpp.masking.prompts import read_prompts
+from mpp.masking.segment_prompts import read_prompts
 from tests.helpers import config
 
 GUIDE = Path(__file__).parents[2].joinpath("docs", "masks.md").read_text()

@@ -21,7 +21,7 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS"
 
 
 @pytest.fixture
-def places(tmp_path):
+def paths(tmp_path):
     for number in range(3):
         save(tmp_path / "in" / f"sub{number}" / "m.png", random_mask(number))
     return tmp_path / "in", tmp_path / "out"
@@ -34,8 +34,8 @@ def snapshot(folder):
 # ---------------------------------------------------------------- again
 
 
-def test_running_again_writes_nothing(places):
-    source, output = places
+def test_running_again_writes_nothing(paths):
+    source, output = paths
     write_video(source / "v.mkv", [random_mask(0)] * 3)
     assert len(run("invert", source, output).written) == 4
     before = snapshot(output)
@@ -47,8 +47,8 @@ def test_running_again_writes_nothing(places):
 
 
 @pytest.mark.parametrize("form", ["mkv", "frames"])
-def test_other_settings_or_inputs_are_refused_until_overwriting(places, form):
-    source, output = places
+def test_other_settings_or_inputs_are_refused_until_overwriting(paths, form):
+    source, output = paths
     write_video(source / "v.mkv", [random_mask(0)] * 2)
     options = [f"video_format={form}", "tool.sigma=1"]
     run("feather", source, output, *options)
@@ -69,8 +69,8 @@ def test_other_settings_or_inputs_are_refused_until_overwriting(places, form):
     assert {path.relative_to(output).parts[0] for path in changed} == {"sub1", "v" if form == "frames" else "v.mkv"}
 
 
-def test_a_changed_second_mask_counts_too(places, tmp_path):
-    source, output = places
+def test_a_changed_second_mask_counts_too(paths, tmp_path):
+    source, output = paths
     save(tmp_path / "other" / "sub0" / "m.png", random_mask(9))
     words = [f"tool.masks={tmp_path / 'other'}", "tool.missing=keep"]
     run("combine", source, output, *words)
@@ -80,8 +80,8 @@ def test_a_changed_second_mask_counts_too(places, tmp_path):
         run("combine", source, output, *words)
 
 
-def test_files_of_others_are_never_replaced_unasked(places):
-    source, output = places
+def test_files_of_others_are_never_replaced_unasked(paths):
+    source, output = paths
     mine = save(output / "sub1" / "m.png", random_mask(20))
     with pytest.raises(ValueError, match="choose another output, or set overwrite=true"):
         run("invert", source, output)
@@ -92,8 +92,8 @@ def test_files_of_others_are_never_replaced_unasked(places):
 
 
 @pytest.mark.parametrize("text", ["[]", "5", "{", "null", '{"format": 1}'])
-def test_what_others_write_into_their_files_is_not_taken_for_ours(places, text):
-    source, output = places
+def test_what_others_write_into_their_files_is_not_taken_for_ours(paths, text):
+    source, output = paths
     info = PngInfo()
     info.add_text("mpp", text)
     save(output / "sub1" / "m.png", random_mask(20), pnginfo=info)
@@ -101,8 +101,8 @@ def test_what_others_write_into_their_files_is_not_taken_for_ours(places, text):
         run("invert", source, output)
 
 
-def test_folders_with_other_things_are_not_replaced_even_when_asked(places):
-    source, output = places
+def test_folders_with_other_things_are_not_replaced_even_when_asked(paths):
+    source, output = paths
     write_video(source / "v.mkv", [random_mask(0)] * 2)
     (output / "v").mkdir(parents=True)
     (output / "v" / "notes.txt").write_text("mine")
@@ -114,8 +114,8 @@ def test_folders_with_other_things_are_not_replaced_even_when_asked(places):
     assert (output / "v" / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_of_frames_that_lost_one_is_not_taken_for_done(places):
-    source, output = places
+def test_a_folder_of_frames_that_lost_one_is_not_taken_for_done(paths):
+    source, output = paths
     for number in range(3):
         save(source / "clip" / f"{number}.png", random_mask(number))
     run("invert", source, output, "frame_folders=true")
@@ -125,8 +125,8 @@ def test_a_folder_of_frames_that_lost_one_is_not_taken_for_done(places):
 
 
 @pytest.mark.parametrize("kind", ["png", "mkv", "mp4"])
-def test_results_say_how_they_were_made(places, tmp_path, kind):
-    source, output = places
+def test_results_say_how_they_were_made(paths, tmp_path, kind):
+    source, output = paths
     write_video(source / "v.mkv", [random_mask(0)] * 2)
     tool = "preview" if kind == "mp4" else "invert"
     run(tool, source, output, *([f"tool.masks={source / 'sub0' / 'm.png'}"] if kind == "mp4" else []))
@@ -146,8 +146,8 @@ def test_results_say_how_they_were_made(places, tmp_path, kind):
 # ---------------------------------------------------------------- what goes wrong
 
 
-def test_a_corrupt_picture_stops_nothing_and_the_rest_follows_when_it_is_mended(places):
-    source, output = places
+def test_a_corrupt_image_stops_nothing_and_the_rest_follows_when_it_is_mended(paths):
+    source, output = paths
     whole = (source / "sub1" / "m.png").read_bytes()
     (source / "sub1" / "m.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"1 failed, the others are done(?s:.*)sub1/m\.png: not a readable mask"):
@@ -158,8 +158,8 @@ def test_a_corrupt_picture_stops_nothing_and_the_rest_follows_when_it_is_mended(
     assert ([path.parent.name for path in summary.written], len(summary.kept)) == (["sub1"], 2)
 
 
-def test_a_damaged_video_leaves_nothing_behind(places):
-    source, output = places
+def test_a_damaged_video_leaves_nothing_behind(paths):
+    source, output = paths
     path = write_video(source / "v.mp4", [random_mask(n, (48, 64)) for n in range(9)], codec="libx264", form="yuv420p")
     data = bytearray(path.read_bytes())
     start = data.index(b"mdat") + 3000
@@ -181,8 +181,8 @@ def test_many_failures_are_counted_and_the_first_named(tmp_path):
     assert "m20.png" not in str(caught.value)
 
 
-def test_a_full_disk_is_said_and_leaves_no_part(places, monkeypatch):
-    source, output = places
+def test_a_full_disk_is_said_and_leaves_no_part(paths, monkeypatch):
+    source, output = paths
     written = []
 
     def write(path, frame, made):
@@ -241,17 +241,17 @@ def test_a_killed_run_leaves_only_whole_files_and_goes_on(tmp_path):
 # ---------------------------------------------------------------- bad settings
 
 
-def picture(place):
-    save(place / "in" / "p.png", random_mask(0))
+def image(path):
+    save(path / "in" / "p.png", random_mask(0))
 
 
 @pytest.mark.parametrize(
     ("tool", "words", "message"),
     [
-        ("invert", ["input=nowhere"], "input=nowhere is no folder, and no picture or video"),
+        ("invert", ["input=nowhere"], "input=nowhere is no folder, and no image or video"),
         ("invert", ["input=null"], "input=... is missing"),
         ("invert", ["output=null"], "output=... is missing"),
-        ("invert", ["input=texts"], "input=texts holds no pictures and no videos"),
+        ("invert", ["input=texts"], "input=texts holds no images and no videos"),
         ("invert", ["output=in"], "output=in lies in input=in; choose a folder outside of it"),
         ("invert", ["output=in/new"], "output=in/new lies in input=in"),
         ("invert", ["output=../CWD/in"], "lies in input=in"),

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from transformers import Sam2Model, Sam2VideoInferenceSession, Sam2VideoModel
 
-from mpp.masking.prompts import from_mask, from_settings, read_prompts
 from mpp.masking.sam2 import Sam2
+from mpp.masking.segment_prompts import from_mask, from_settings, read_prompts
 from tests.masking import tiny_models
 from tests.masking.files import levels, read_video, run, save, write_video
 from tests.masking.test_segment import SHAPE, resized, scene, seen
@@ -80,11 +80,11 @@ def given(models, *words, kind="sam2"):
     return [f"tool.model={models / kind}", *words]
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("kind", ["sam2", "sam2_video"])
-def test_a_box_gives_the_models_mask_at_the_pictures_size(models, tmp_path, kind):
+def test_a_box_gives_the_models_mask_at_the_images_size(models, tmp_path, kind):
     save(tmp_path / "in" / "p.png", scene())
     run("sam2", tmp_path / "in", tmp_path / "out", *given(models, f"tool.boxes=[{BOX}]", kind=kind))
     want = shown(models / kind, scene(), box=BOX)
@@ -116,7 +116,7 @@ def test_one_point_takes_the_best_of_the_models_masks_and_more_are_plain(models,
         assert differing(levels(tmp_path / name / "p.png"), want) < 0.001
 
 
-def test_a_file_has_each_pictures_own_prompt(models, tmp_path):
+def test_a_file_has_each_images_own_prompt(models, tmp_path):
     for number, name in enumerate(("a", "sub/b", "c")):
         save(tmp_path / "in" / f"{name}.png", scene(number))
     entries = {"a": {"boxes": [BOX]}, "sub/b": {"points": [[0.3, 0.4], [0.9, 0.9, 0]]}}
@@ -127,7 +127,7 @@ def test_a_file_has_each_pictures_own_prompt(models, tmp_path):
     assert differing(levels(tmp_path / "out" / "a.png"), shown(models / "sam2", scene(0), box=BOX)) < 0.001
     want = shown(models / "sam2", scene(1), points=[(0.3, 0.4, 1), (0.9, 0.9, 0)])
     assert differing(levels(tmp_path / "out" / "sub" / "b.png"), want) < 0.001
-    # another picture's prompt is no reason to make this one again, its own is
+    # another image's prompt is no reason to make this one again, its own is
     (tmp_path / "where.json").write_text(json.dumps(entries | {"c": {"boxes": [OTHER]}}))
     summary = run("sam2", tmp_path / "in", tmp_path / "out", *words)
     assert ([path.name for path in summary.written], len(summary.kept)) == (["c.png"], 2)
@@ -178,9 +178,9 @@ def test_the_centre_of_a_ring_lies_on_it():
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    place = tmp_path_factory.mktemp("clip") / "in"
-    write_video(place / "v.mkv", [scene(n) for n in range(COUNT)], form="bgr0", layout="rgb24")
-    return place
+    path = tmp_path_factory.mktemp("clip") / "in"
+    write_video(path / "v.mkv", [scene(n) for n in range(COUNT)], form="bgr0", layout="rgb24")
+    return path
 
 
 @pytest.mark.parametrize("frame", [0, 7, COUNT - 1])
@@ -275,11 +275,11 @@ def test_prompts_for_frames_that_are_not_there_are_refused(models, clip, tmp_pat
     words = given(models, f"tool.prompts={tmp_path / 'where.json'}", kind="sam2_video")
     with pytest.raises(ValueError, match=rf"v\.mkv has {COUNT} frames, its prompt is for frame {COUNT} \(from 0\)"):
         run("sam2", clip, tmp_path / "out", *words)
-    with pytest.raises(ValueError, match=r"p\.png is a picture, and its prompt is for frame 1"):
+    with pytest.raises(ValueError, match=r"p\.png is an image, and its prompt is for frame 1"):
         run("sam2", tmp_path / "in", tmp_path / "out", *words)
 
 
-def test_a_model_for_pictures_cannot_follow(models, clip, tmp_path):
+def test_a_model_for_images_cannot_follow(models, clip, tmp_path):
     with pytest.raises(ValueError, match=r"lacks \d+ weights of a Sam2VideoModel, such as .*; another model is needed"):
         run("sam2", clip, tmp_path / "out", *given(models, f"tool.boxes=[{BOX}]"))
 
@@ -294,11 +294,11 @@ def test_a_model_for_pictures_cannot_follow(models, clip, tmp_path):
         ({"boxes": [BOX], "masks": "x"}, "tool=sam2 needs one of"),
         ({"model": None, "boxes": [BOX]}, "tool.model=... is missing"),
         ({"boxes": []}, "tool has no box and no point of the subject"),
-        ({"boxes": [[0.1, 0.2, 0.3]]}, r"tool.boxes: a box is \[left, top, right, bottom\] relative to the picture"),
+        ({"boxes": [[0.1, 0.2, 0.3]]}, r"tool.boxes: a box is \[left, top, right, bottom\] relative to the image"),
         ({"boxes": [[0.5, 0.2, 0.3, 0.9]]}, "left below right"),
-        ({"boxes": [[10, 20, 300, 400]]}, "relative to the picture, each from 0 to 1"),
+        ({"boxes": [[10, 20, 300, 400]]}, "relative to the image, each from 0 to 1"),
         ({"boxes": [[-0.1, 0, 0.5, 0.5]]}, "each from 0 to 1"),
-        ({"points": [[0.5]]}, r"tool.points: a point is \[x, y\] relative to the picture"),
+        ({"points": [[0.5]]}, r"tool.points: a point is \[x, y\] relative to the image"),
         ({"points": [[0.5, 1.5]]}, r"got \[0.5, 1.5\]"),
         ({"points": [[0.5, 0.5, 2]]}, r"got \[0.5, 0.5, 2\]"),
         ({"points": [[0.5, 0.5, 0]]}, "no box and no point of the subject"),
@@ -336,7 +336,7 @@ def test_prompt_files_that_say_something_else_are_refused(tmp_path, content, mes
         read_prompts(str(path), "tool.prompts")
 
 
-def test_whole_pictures_and_borders_are_fair_boxes():
+def test_whole_images_and_borders_are_fair_boxes():
     prompt = from_settings([[0, 0, 1, 1]], [[0, 1], [1.0, 0.0, 0]], "x")
     ((coordinates, labels),) = prompt.subjects(100)
     assert coordinates.tolist() == [[[[0, 0], [100, 100], [0, 100], [100, 0]]]]

@@ -36,7 +36,7 @@ def scene(number=0, shape=SHAPE):
 
 
 def seen(array, side):
-    """What a model sees of a picture: resized without its shape, then normalised."""
+    """What a model sees of an image: resized without its shape, then normalised."""
     small = np.asarray(Image.fromarray(array).resize((side, side), Image.Resampling.BILINEAR)) / 255
     return torch.from_numpy(((small - MEAN) / STD).transpose(2, 0, 1)[None]).float()
 
@@ -175,7 +175,7 @@ def test_unknown_labels_are_named_with_all_that_there_are(models, tmp_path):
         )  # fmt: skip
 
 
-def test_a_processor_that_crops_shows_the_whole_picture_all_the_same(models, tmp_path):
+def test_a_processor_that_crops_shows_the_whole_image_all_the_same(models, tmp_path):
     shutil.copytree(models / "segformer", tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
     crop = {
@@ -191,7 +191,7 @@ def test_a_processor_that_crops_shows_the_whole_picture_all_the_same(models, tmp
     )
     assert corner["pixel_values"].std(dim=(2, 3)).max() < 1e-6
     left = scene()
-    left[:, :10] = 255  # outside the middle of the picture
+    left[:, :10] = 255  # outside the middle of the image
     changed = parser._processor(Image.fromarray(left), return_tensors="pt", **parser._whole())
     assert (changed["pixel_values"] != inputs["pixel_values"])[..., :6].any()
 
@@ -201,7 +201,7 @@ def test_a_processor_that_pads_is_refused(models, tmp_path):
     settings = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
     pad = {"image_processor_type": "DPTImageProcessor", "do_pad": True, "size_divisor": 32}
     (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(settings | pad))
-    with pytest.raises(ValueError, match="pads its pictures, which is not undone here"):
+    with pytest.raises(ValueError, match="pads its images, which is not undone here"):
         HumanParser(str(tmp_path / "model"), {"Hair": 1.0}).prepare([])
 
 
@@ -255,12 +255,12 @@ def test_damaged_models_are_refused(models, tmp_path, damage):
         message = "lacks 1 weights of a SegformerForSemanticSegmentation, such as decode_head.classifier.weight"
     elif damage == "no processor":
         (folder / "preprocessor_config.json").unlink()
-        message = "its picture processor cannot be read"
+        message = "its image processor cannot be read"
     else:
         settings = json.loads((folder / "preprocessor_config.json").read_text())
         settings["image_processor_type"] = "Sam2ImageProcessor"
         (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-        message = r"its picture processor cannot be read \(.*\); pip install 'mpp\[segment\]'"
+        message = r"its image processor cannot be read \(.*\); pip install 'mpp\[segment\]'"
     with pytest.raises(ValueError, match=message):
         run("human_parser", tmp_path / "in", tmp_path / "out", f"tool.model={folder}", "tool.tiers={Hair:1.0}")
     assert not list((tmp_path / "out").iterdir())
@@ -276,7 +276,7 @@ def test_devices_that_are_not_there_are_refused(models, tmp_path, device):
         )  # fmt: skip
 
 
-def test_a_model_that_fails_on_a_picture_does_not_end_the_run(models, tmp_path, monkeypatch):
+def test_a_model_that_fails_on_an_image_does_not_end_the_run(models, tmp_path, monkeypatch):
     for number, name in enumerate("abc"):
         save(tmp_path / "in" / f"{name}.png", scene(number))
     parsed = HumanParser._parsed
@@ -298,13 +298,13 @@ def test_a_model_that_fails_on_a_picture_does_not_end_the_run(models, tmp_path, 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
 
 
-def test_models_are_not_loaded_where_all_is_done_and_corrupt_pictures_stop_nothing(models, tmp_path):
+def test_models_are_not_loaded_where_all_is_done_and_corrupt_images_stop_nothing(models, tmp_path):
     save(tmp_path / "in" / "a.png", scene())
     save(tmp_path / "in" / "c.png", scene(1))
     (tmp_path / "in" / "b.png").write_bytes(b"no picture")
     folder = shutil.copytree(models / "segformer", tmp_path / "model")
     words = ["human_parser", tmp_path / "in", tmp_path / "out", f"tool.model={folder}", "tool.tiers={Hair:1.0}"]
-    with pytest.raises(ValueError, match=r"1 failed(?s:.*)b\.png: not a readable picture"):
+    with pytest.raises(ValueError, match=r"1 failed(?s:.*)b\.png: not a readable image"):
         run(*words)
     (tmp_path / "in" / "b.png").unlink()
     shutil.rmtree(folder)

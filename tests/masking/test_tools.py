@@ -9,7 +9,7 @@ from tests.masking.files import levels, png16, random_mask, run, save
 
 
 @pytest.fixture
-def places(tmp_path):
+def paths(tmp_path):
     return tmp_path / "in", tmp_path / "out"
 
 
@@ -17,8 +17,8 @@ def places(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535)])
-def test_inverting_keeps_every_level_and_twice_is_nothing(places, tmp_path, dtype, top):
-    source, output = places
+def test_inverting_keeps_every_level_and_twice_is_nothing(paths, tmp_path, dtype, top):
+    source, output = paths
     every = np.arange(256 if top == 255 else 65536, dtype=dtype).reshape(16, -1)
     save(source / "m.png", every)
     run("invert", source, output)
@@ -28,8 +28,8 @@ def test_inverting_keeps_every_level_and_twice_is_nothing(places, tmp_path, dtyp
     np.testing.assert_array_equal(levels(tmp_path / "twice" / "m.png"), every)
 
 
-def test_subfolders_and_all_picture_formats_are_kept_as_names(places):
-    source, output = places
+def test_subfolders_and_all_image_formats_are_kept_as_names(paths):
+    source, output = paths
     for name in ("a.png", "sub/b.bmp", "sub/deeper/c.d.tif", "e.layer0.webp"):
         save(source / name, random_mask(1), **({"lossless": True} if name.endswith("webp") else {}))
     (source / "a.txt").write_text("a caption")
@@ -52,8 +52,8 @@ RULES = {
 
 
 @pytest.mark.parametrize("how", RULES)
-def test_masks_combine_pixel_by_pixel(places, tmp_path, how):
-    source, output = places
+def test_masks_combine_pixel_by_pixel(paths, tmp_path, how):
+    source, output = paths
     first, second = random_mask(1), random_mask(2)
     save(source / "sub" / "m.png", first)
     save(tmp_path / "other" / "sub" / "m.webp", second, lossless=True)
@@ -65,8 +65,8 @@ def test_masks_combine_pixel_by_pixel(places, tmp_path, how):
     assert np.abs(levels(output / "sub" / "m.png").astype(int) - want).max() <= 1e-9
 
 
-def test_tiers_times_an_instance_mask_are_the_tiers_of_one_person(places, tmp_path):
-    source, output = places
+def test_tiers_times_an_instance_mask_are_the_tiers_of_one_person(paths, tmp_path):
+    source, output = paths
     tiers = np.repeat(np.array([[255, 128, 80, 0]], np.uint8), 6, axis=0)
     person = np.zeros_like(tiers)
     person[:3] = 255
@@ -78,8 +78,8 @@ def test_tiers_times_an_instance_mask_are_the_tiers_of_one_person(places, tmp_pa
     assert not got[3:].any()
 
 
-def test_a_deep_mask_stays_deep(places, tmp_path):
-    source, output = places
+def test_a_deep_mask_stays_deep(paths, tmp_path):
+    source, output = paths
     deep = random_mask(3, top=65536, dtype=np.uint16)
     save(source / "m.png", deep)
     save(tmp_path / "other" / "m.png", np.full(deep.shape, 255, np.uint8))
@@ -89,8 +89,8 @@ def test_a_deep_mask_stays_deep(places, tmp_path):
     np.testing.assert_array_equal(levels(tmp_path / "out2" / "m.png"), deep)
 
 
-def test_one_mask_for_all_takes_a_watermark_out(places, tmp_path):
-    source, output = places
+def test_one_mask_for_all_takes_a_watermark_out(paths, tmp_path):
+    source, output = paths
     mark = np.zeros((9, 13), np.uint8)
     mark[:2] = 255
     save(tmp_path / "mark.png", mark)
@@ -102,8 +102,8 @@ def test_one_mask_for_all_takes_a_watermark_out(places, tmp_path):
         assert not levels(output / name)[:2].any()
 
 
-def test_another_size_is_an_error_until_resizing_is_asked_for(places, tmp_path):
-    source, output = places
+def test_another_size_is_an_error_until_resizing_is_asked_for(paths, tmp_path):
+    source, output = paths
     save(source / "m.png", np.full((20, 30), 255, np.uint8))
     half = np.zeros((10, 15), np.uint8)
     half[:, :6] = 255
@@ -119,16 +119,16 @@ def test_another_size_is_an_error_until_resizing_is_asked_for(places, tmp_path):
     assert not got[:, 13:].any()
 
 
-def test_resizing_does_not_bend_another_shape(places, tmp_path):
-    source, output = places
+def test_resizing_does_not_bend_another_shape(paths, tmp_path):
+    source, output = paths
     save(source / "m.png", random_mask(1, (20, 30)))
     save(tmp_path / "other" / "m.png", random_mask(1, (20, 20)))
     with pytest.raises(ValueError, match="another aspect ratio"):
         run("combine", source, output, f"tool.masks={tmp_path / 'other'}", "tool.resize=true")
 
 
-def test_masks_without_a_second_one_fail_or_are_kept(places, tmp_path):
-    source, output = places
+def test_masks_without_a_second_one_fail_or_are_kept(paths, tmp_path):
+    source, output = paths
     for name in ("a", "b"):
         save(source / f"{name}.png", random_mask(5))
     save(tmp_path / "other" / "a.png", np.zeros((9, 13), np.uint8))
@@ -148,8 +148,8 @@ def test_masks_without_a_second_one_fail_or_are_kept(places, tmp_path):
 # ---------------------------------------------------------------- tiers
 
 
-def test_levels_become_what_the_table_says(places):
-    source, output = places
+def test_levels_become_what_the_table_says(paths):
+    source, output = paths
     grey = np.random.default_rng(0).choice(np.array([255, 128, 80, 0], np.uint8), (9, 13))
     save(source / "m.png", grey)
     run("tiers", source, output, "tool.table={255:1.0,128:0.6,hair:[80,0.2],0:0}")
@@ -157,8 +157,8 @@ def test_levels_become_what_the_table_says(places):
     np.testing.assert_array_equal(levels(output / "m.png"), np.vectorize(want.get)(grey))
 
 
-def test_tolerance_takes_the_neighbours_and_no_more(places):
-    source, output = places
+def test_tolerance_takes_the_neighbours_and_no_more(paths):
+    source, output = paths
     save(source / "m.png", np.array([[120, 128, 136, 247, 255, 0, 8]], np.uint8))
     table = "tool.table={255:1.0,128:0.5,0:0}"
     run("tiers", source, output, table, "tool.tolerance=8")
@@ -167,8 +167,8 @@ def test_tolerance_takes_the_neighbours_and_no_more(places):
         run("tiers", source, output, table, "tool.tolerance=7", "overwrite=true")
 
 
-def test_other_levels_are_named_with_their_file_or_get_a_value(places):
-    source, output = places
+def test_other_levels_are_named_with_their_file_or_get_a_value(paths):
+    source, output = paths
     save(source / "sub" / "m.png", np.array([[0, 0, 77, 255]], np.uint8))
     with pytest.raises(ValueError, match=r"sub/m\.png: 1 levels are not in the table: 77 \(1 pixels\); add them"):
         run("tiers", source, output, "tool.table={255:1.0,0:0}")
@@ -176,8 +176,8 @@ def test_other_levels_are_named_with_their_file_or_get_a_value(places):
     assert levels(output / "sub" / "m.png").tolist() == [[51, 51, 51, 255]]
 
 
-def test_palette_indices_are_labels_where_that_is_said(places, tmp_path):
-    source, output = places
+def test_palette_indices_are_labels_where_that_is_said(paths, tmp_path):
+    source, output = paths
     labels = np.array([[0, 1, 2, 13]], np.uint8)
     image = Image.fromarray(labels)
     image.putpalette([channel for index in range(256) for channel in (index * 7 % 256, 200, index)])
@@ -195,8 +195,8 @@ def test_palette_indices_are_labels_where_that_is_said(places, tmp_path):
         run("tiers", tmp_path / "grey", tmp_path / "out2", table, "tool.values=index")
 
 
-def test_palettes_of_greys_are_greys(places):
-    source, output = places
+def test_palettes_of_greys_are_greys(paths):
+    source, output = paths
     grey = np.array([[0, 80, 128, 255]], np.uint8)
     source.mkdir()
     Image.fromarray(grey).convert("P").save(source / "m.png")
@@ -204,8 +204,8 @@ def test_palettes_of_greys_are_greys(places):
     assert levels(output / "m.png").tolist() == [[0, 0, 128, 255]]
 
 
-def test_deep_masks_have_deep_levels(places):
-    source, output = places
+def test_deep_masks_have_deep_levels(paths):
+    source, output = paths
     save(source / "m.png", np.array([[65535, 1000, 0]], np.uint16))
     run("tiers", source, output, "tool.table={65535:1,1000:0.5,0:0}")
     got = levels(output / "m.png")
@@ -239,8 +239,8 @@ def test_tables_that_cannot_be_are_refused(settings, message):
 
 @pytest.mark.parametrize("keep", ["color", "rest"])
 @pytest.mark.parametrize(("tolerance", "softness"), [(0, 0), (60, 0), (60, 80), (0, 200)])
-def test_a_key_colour_becomes_a_mask(places, keep, tolerance, softness):
-    source, output = places
+def test_a_key_colour_becomes_a_mask(paths, keep, tolerance, softness):
+    source, output = paths
     rgb = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
     rgb[2:5, 3:9] = (10, 240, 30)
     rgb[0, :4] = [(10, 240, 30 + step) for step in (0, 59, 60, 61)]
@@ -257,8 +257,8 @@ def test_a_key_colour_becomes_a_mask(places, keep, tolerance, softness):
             assert abs(int(levels(output / "p.png")[y, x]) - want) <= 0.5 + 1e-3, (x, y)
 
 
-def test_colours_under_a_transparent_alpha_count_and_turned_pictures_are_upright(places):
-    source, output = places
+def test_colours_under_a_transparent_alpha_count_and_turned_images_are_upright(paths):
+    source, output = paths
     rgba = np.zeros((4, 6, 4), np.uint8)
     rgba[:2, :, 1] = 255
     exif = Image.Exif()
@@ -295,8 +295,8 @@ def test_combine_needs_a_second_mask_and_a_known_rule():
         Combine(masks="x", how="add")
 
 
-def test_a_mask_with_a_transparent_alpha_is_refused(places):
-    source, output = places
+def test_a_mask_with_a_transparent_alpha_is_refused(paths):
+    source, output = paths
     array = np.zeros((4, 4, 2), np.uint16)
     png16(source / "m.png", array)
     with pytest.raises(ValueError, match="unclear whether its grey or its alpha"):

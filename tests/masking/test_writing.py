@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpp.masking.frames import Mask
-from mpp.masking.video import Times
+from mpp.masking.pixels import Mask
+from mpp.masking.video_frames import Times
 from mpp.masking.writing import write_frames, write_video
 from tests.masking.files import levels, random_mask
 
@@ -34,7 +34,7 @@ def test_frames_of_several_sizes_are_no_video(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_old_folder_of_frames_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+def test_an_old_folder_of_frames_comes_back_when_the_new_one_cannot_take_its_path(tmp_path, monkeypatch):
     names = ("1.png", "2.png")
     write_frames(tmp_path / "v", masks(2), names, MADE)
     rename = Path.rename

@@ -23,7 +23,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def _save(model, folder, processor, scale):
-    """Weights wide enough that the picture and the prompt matter, and the processor's settings beside them."""
+    """Weights wide enough that the image and the prompt matter, and the processor's settings beside them."""
     random = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
@@ -110,7 +110,7 @@ def sam2(folder):
 
 @seeded
 def sam2_video(folder):
-    """As the hub's repositories: one set of weights for pictures and videos."""
+    """As the hub's repositories: one set of weights for images and videos."""
     config = Sam2VideoConfig(
         **_sam2_parts(), image_size=SIDE, memory_attention_hidden_size=128, memory_attention_num_layers=1,
         memory_attention_feed_forward_hidden_size=32, memory_attention_rope_feat_sizes=[SIDE // 16] * 2,

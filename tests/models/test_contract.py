@@ -1,4 +1,4 @@
-"""Every family and variant keeps the contract of `models/base.py`; the witness is diffusers' own pipeline."""
+"""Every family and variant keeps the contract of `models/contract.py`; the witness is diffusers' own pipeline."""
 
 import re
 
@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 
 import mpp.prepare
 import mpp.train
+from mpp.cache.format import Cache
 from mpp.core.flow import Noisy, interpolate
 from mpp.core.loss import MaskedPriorLoss
-from mpp.data.cache import Cache
-from mpp.data.media import picture_tensor
-from mpp.models.adapters import Adapter, adapter_state, adapters_off, inject
-from mpp.models.base import Prompt, Shot
+from mpp.lora.adapters import Adapter, adapter_state, adapters_off, inject
+from mpp.media.geometry import image_tensor
+from mpp.models.contract import Generation, Prompt
 from mpp.training.teacher import Teacher
 from tests.families import parameters
 from tests.families.base import architecture, batch, conditioning, controls, draw_set, pixels
@@ -56,16 +56,16 @@ def noisy_of(data, sigmas=(0.3, 0.95), seed=0):  # on both sides of where expert
     return Noisy(interpolate(data.latents, noise, sigma), sigma, noise - data.latents)
 
 
-def shot_of(arch, variant, cells=(2, 3), **settings):
+def generation_of(arch, variant, cells=(2, 3), **settings):
     step = arch.latents.pixel_step
     frames = variant.frames - 1 if arch.latents.layered else variant.frames
-    pictures = controls(variant, 0)
-    if arch.pictures.first_frame:
-        from tests.families.base import picture
+    images = controls(variant, 0)
+    if arch.images.first_frame:
+        from tests.families.base import image
 
-        pictures = (picture(cells[1] * step, cells[0] * step, 0),)
+        images = (image(cells[1] * step, cells[0] * step, 0),)
     defaults = {"width": cells[1] * step, "height": cells[0] * step, "frames": frames, "steps": 3}
-    return Shot(**{**defaults, "guidance_scale": 1.0, "seed": 0, "controls": pictures, **settings})
+    return Generation(**{**defaults, "guidance_scale": 1.0, "seed": 0, "controls": images, **settings})
 
 
 def test_check_accepts_the_pipeline_and_constructing_loads_nothing(arch, variant, tmp_path):
@@ -83,8 +83,8 @@ def test_latents_have_the_shape_the_spec_says(arch, variant, encoders):
 
 def test_velocity_is_what_diffusers_pipeline_feeds_its_scheduler(arch, variant, encoders, monkeypatch):
     transformer = arch.load_transformer().eval()
-    shot = shot_of(arch, variant)
-    record = arch.collate([conditioning_for(arch, variant, encoders, TEXTS[1], shot)])
+    generation = generation_of(arch, variant)
+    record = arch.collate([conditioning_for(arch, variant, encoders, TEXTS[1], generation)])
     steps = []
     pipe = arch.pipeline(transformer, encoders)
     kind = type(pipe.scheduler)
@@ -96,10 +96,10 @@ def test_velocity_is_what_diffusers_pipeline_feeds_its_scheduler(arch, variant, 
         return original(self, model_output, timestep, sample, *args, **kwargs)
 
     monkeypatch.setattr(kind, "step", spy)
-    arch.sample(transformer, encoders, record, None, shot)
-    assert len(steps) == shot.steps
-    frames = shot.frames + 1 if arch.latents.layered else shot.frames
-    c, f, h, w = arch.latents.shape(frames, shot.height, shot.width)
+    arch.generate(transformer, encoders, record, None, generation)
+    assert len(steps) == generation.steps
+    frames = generation.frames + 1 if arch.latents.layered else generation.frames
+    c, f, h, w = arch.latents.shape(frames, generation.height, generation.width)
     shape = (c, f - arch.given_frames, h, w)
     for sigma, sample, output in steps:
         noisy, theirs = variant.unpack(sample, shape), variant.unpack(output, shape)
@@ -110,17 +110,17 @@ def test_velocity_is_what_diffusers_pipeline_feeds_its_scheduler(arch, variant, 
         assert float(ours.std()) > 1e-3  # a model that answers 0 would agree with anything
 
 
-def conditioning_for(arch, variant, encoders, text, shot):
-    """The record that belongs to a shot: image to video sees the shot's picture as its clip's first frame."""
+def conditioning_for(arch, variant, encoders, text, generation):
+    """The record that belongs to a generation: image to video sees the generation's image as its clip's first frame."""
     from mpp.models.conditioning import flat_tensors
 
     clip = pixels(arch, variant, (2, 3), 0)
-    if arch.pictures.first_frame:
-        clip[0, :3, :1] = picture_tensor(shot.controls[0])
-        clip[:, 3:, 0] = 1  # a shot's picture is RGB: opaque
-    pictures = shot.controls if arch.pictures.first_frame else controls(variant, 0)
-    (record,) = encoders.encode_text([Prompt(text, pictures if arch.pictures.in_text else ())])
-    fields = encoders.encode_pictures(clip, () if arch.pictures.first_frame else pictures)
+    if arch.images.first_frame:
+        clip[0, :3, :1] = image_tensor(generation.controls[0])
+        clip[:, 3:, 0] = 1  # a generation's image is RGB: opaque
+    images = generation.controls if arch.images.first_frame else controls(variant, 0)
+    (record,) = encoders.encode_text([Prompt(text, images if arch.images.in_text else ())])
+    fields = encoders.encode_images(clip, () if arch.images.first_frame else images)
     return type(record).from_tensors({**record.tensors(), **flat_tensors(fields)})
 
 
@@ -253,18 +253,18 @@ def test_a_record_survives_the_cache(arch, variant, encoders):
 
 def test_samples_of_base_and_adapter_start_from_the_same_noise(arch, variant, encoders):
     transformer = arch.load_transformer().eval()
-    shot = shot_of(arch, variant)
-    record = arch.collate([conditioning_for(arch, variant, encoders, TEXTS[0], shot)])
-    plain = arch.sample(transformer, encoders, record, None, shot)
+    generation = generation_of(arch, variant)
+    record = arch.collate([conditioning_for(arch, variant, encoders, TEXTS[0], generation)])
+    plain = arch.generate(transformer, encoders, record, None, generation)
     inject(transformer, Adapter(rank=4), arch.lora_targets, seed=0)
-    assert torch.equal(arch.sample(transformer, encoders, record, None, shot), plain)
+    assert torch.equal(arch.generate(transformer, encoders, record, None, generation), plain)
     randomise_adapter(transformer, 0.3)
-    changed = arch.sample(transformer, encoders, record, None, shot)
+    changed = arch.generate(transformer, encoders, record, None, generation)
     with adapters_off(transformer):
-        assert torch.equal(arch.sample(transformer, encoders, record, None, shot), plain)
+        assert torch.equal(arch.generate(transformer, encoders, record, None, generation), plain)
     assert not torch.equal(changed, plain)
-    assert plain.shape[-2:] == (shot.height, shot.width)
-    assert plain.shape[0] == shot.frames
+    assert plain.shape[-2:] == (generation.height, generation.width)
+    assert plain.shape[0] == generation.frames
     assert 0 <= float(plain.min()) <= float(plain.max()) <= 1
 
 

@@ -6,16 +6,8 @@ from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from torch import nn
 
+from mpp.lora.adapters import Adapter, adapter_state, adapters_off, has_adapter, inject, load_adapter_state, save_lora
 from mpp.models import experts as module
-from mpp.models.adapters import (
-    Adapter,
-    adapter_state,
-    adapters_off,
-    has_adapter,
-    inject,
-    load_adapter_state,
-    save_lora,
-)
 from mpp.models.experts import Experts, parts_of
 from mpp.models.tiny import TRANSFORMER
 from tests.helpers import randomise_adapter
@@ -152,12 +144,12 @@ def test_on_demand_an_expert_comes_into_use_when_it_is_called_and_only_inside(ac
 class Weight:
     """A parameter whose data may lie anywhere."""
 
-    def __init__(self, place, *, requires_grad=False):
-        self.place, self.requires_grad, self.data, self.moves = torch.device(place), requires_grad, self, 0
+    def __init__(self, path, *, requires_grad=False):
+        self.path, self.requires_grad, self.data, self.moves = torch.device(path), requires_grad, self, 0
 
     @property
     def device(self):
-        return self.data.place
+        return self.data.path
 
     def to(self, device):
         self.moves += 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpp.models.base import LatentSpec
+from mpp.models.contract import LatentSpec
 from mpp.models.frame_axis import Layers, Moments
 
 

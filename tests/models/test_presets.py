@@ -4,7 +4,7 @@ import pytest
 
 from mpp.config import CONFIG_DIR, build, check_config
 from mpp.core.flow import LinearShift, SigmaLaw
-from mpp.models.base import LatentSpec
+from mpp.models.contract import LatentSpec
 from tests.helpers import config
 
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml") if path.stem not in ("toy", "tiny_wan"))

@@ -7,15 +7,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mpp.data.cache import Cache, Manifest, Notes
-from mpp.data.index import Entry
-from mpp.models.base import LatentSpec
+from mpp.cache.format import Cache, CacheIdentity, Notes
+from mpp.cache.index import Entry
+from mpp.models.contract import LatentSpec
 
 STRIDE = 8
 
 
 def smooth(seed, width=128, height=128):
-    """A smooth random picture, unlike those of other seeds."""
+    """A smooth random image, unlike those of other seeds."""
     pixels = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -36,12 +36,12 @@ class Drawn:
         self.given = given
         spec = LatentSpec(4, STRIDE, 1 if layered else temporal, (1, 2, 2), layered)
         self.axis = spec.frames
-        self.cache.write_manifest(Manifest(family, spec, None, None, given_frames=given))
+        self.cache.write_identity(CacheIdentity(family, spec, None, None, given_frames=given))
 
-    def add(self, key, mask="disc", picture="own", **entry):
+    def add(self, key, mask="disc", image="own", **entry):
         """One sample.
 
-        `mask` is `(h, w)`, `(f, h, w)` or None (then `cells` is the latent shape); `picture` one picture, a list of
+        `mask` is `(h, w)`, `(f, h, w)` or None (then `cells` is the latent shape); `image` one image, a list of
         one for each latent frame, or None where there is no preview.
         """
         kind = entry.pop("kind", "folder")
@@ -56,19 +56,19 @@ class Drawn:
             save_file({"mask": tensor}, path)  # not synced to disk, which would take longest
         row = {"split": "train", "text": "x", "caption": f"a caption of {key}", "mask": None if mask is None else kind}
         self.entries.append(Entry(key=key, shape=(4, frames, height, width), **{**row, **entry}))
-        if isinstance(picture, str):
-            picture = smooth(sum(map(ord, key)) + len(self.entries), width * STRIDE, height * STRIDE)
-        self._save(key, frames, picture)
+        if isinstance(image, str):
+            image = smooth(sum(map(ord, key)) + len(self.entries), width * STRIDE, height * STRIDE)
+        self._save(key, frames, image)
         return self
 
-    def _save(self, key, frames, picture):
-        if picture is None:
+    def _save(self, key, frames, shown):
+        if shown is None:
             return
-        pictures = picture if isinstance(picture, list) else [picture] * frames
+        images = shown if isinstance(shown, list) else [shown] * frames
         for frame in self.axis.shown(frames):
             path = self.cache.preview_path(key, self.axis.suffix(frame))
             path.parent.mkdir(parents=True, exist_ok=True)
-            image = pictures[frame].copy()
+            image = images[frame].copy()
             image.thumbnail((self.side, self.side))
             image.save(path, "JPEG", quality=90)
 

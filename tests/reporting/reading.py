@@ -30,14 +30,14 @@ class _Scripts(HTMLParser):
 
 
 class Page:
-    """A report's data, pictures and weights."""
+    """A report's data, images and weights."""
 
     def __init__(self, path):
         parser = _Scripts()
         parser.feed(path.read_text("utf-8"))
         self.parts, self.tags = parser.found, parser.tags
         self.data = json.loads(self.parts["data"])
-        self.pictures = self.parts.get("pictures", "").split("\n")
+        self.images = self.parts.get("images", "").split("\n")
         self.weights = self.parts.get("weights", "").split("\n")
 
     def sample(self, key):
@@ -50,9 +50,9 @@ class Page:
         content = zlib.decompress(base64.b64decode(self.weights[sample["weights"]]))
         return np.frombuffer(content, np.uint8).reshape(3, -1, *sample["cells"])
 
-    def picture(self, key, view=0):
+    def image(self, key, view=0):
         """Bytes of a view's JPEG."""
-        return base64.b64decode(self.pictures[self.sample(key)["views"][view]["picture"]])
+        return base64.b64decode(self.images[self.sample(key)["views"][view]["image"]])
 
     def chart(self, name):
         """A chart by name."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mpp.report import Report
+from mpp.reporting.output import Report
 from tests.reporting.browsing import (
     ALL,
     ARROW_RIGHT,
@@ -103,7 +103,7 @@ def test_the_overlays_colours_lie_on_the_cells_that_the_loss_says(browser, page,
 
 
 @pytest.mark.parametrize("opacity", [100, 50])
-def test_on_the_screen_the_cells_are_sharp_and_mixed_with_the_picture(browser, page, tmp_path, opacity):
+def test_on_the_screen_the_cells_are_sharp_and_mixed_with_the_image(browser, page, tmp_path, opacity):
     browser.open(page, f"overlay=both&opacity={opacity}&open=tiers")
     cells_of(browser, "#detail .stage canvas")
     browser.until("document.querySelector('#detail .stage img').complete")
@@ -228,18 +228,18 @@ def test_layers_have_tabs_and_their_own_weights(browser, layers):
 # ---------------------------------------------------------------- many samples, windows, readers
 
 
-def test_of_many_samples_only_those_near_the_window_hold_pictures(browser, many):
+def test_of_many_samples_only_those_near_the_window_hold_images(browser, many):
     browser.open(many)
     assert len(browser.shown()) == 250
-    with_picture = "[...document.querySelectorAll('.card img')].filter((image) => image.getAttribute('src')).length"
-    browser.until(f"{with_picture} > 0")
-    assert browser.js(with_picture) < 60
+    with_image = "[...document.querySelectorAll('.card img')].filter((image) => image.getAttribute('src')).length"
+    browser.until(f"{with_image} > 0")
+    assert browser.js(with_image) < 60
     last = "document.querySelector(\".card[data-key='s249'] img\")"
     assert browser.js(f"{last}.getAttribute('src')") is None
     browser.press("j", END)  # End
     browser.until(f"{last}.getAttribute('src') !== null")
     assert browser.js("document.activeElement.closest('.card').dataset.key") == "s249"
-    browser.until(f"{with_picture} < 60")
+    browser.until(f"{with_image} < 60")
     seconds = browser.js(
         "(() => { const start = performance.now(); change({sort: 'learn', down: '1'}); document.body.offsetHeight; "
         "return (performance.now() - start) / 1000; })()"
@@ -253,7 +253,7 @@ def test_what_is_not_on_the_page_is_said(browser, page, tmp_path):
     assert not browser.find("#notice").is_displayed()
     drawn = Drawn(tmp_path / "large")
     for number in range(12):
-        drawn.add(f"s{number:02}", mask=None if number < 8 else disc(4, 4), cells=(4, 4), picture=None)
+        drawn.add(f"s{number:02}", mask=None if number < 8 else disc(4, 4), cells=(4, 4), image=None)
     drawn.write()
     browser.open(Report(str(drawn.cache.folder), limit=6).run(THRESHOLD)[0])
     shown = [key for key in browser.shown() if key < "s08"]
@@ -284,7 +284,7 @@ def test_it_follows_the_systems_colours(browser, page, tmp_path):
 
 
 @pytest.mark.parametrize(("address", "root", "least"), [("q=c", "body", 40), ("q=c&open=clip%400", "#detail", 11)])
-def test_every_control_has_a_name_and_pictures_do_not_speak(browser, page, address, root, least):
+def test_every_control_has_a_name_and_images_do_not_speak(browser, page, address, root, least):
     browser.open(page, address)
     controls = browser.driver.find_elements(
         "css selector", f"{root} :is(button, input, select, [role=button]):not(dialog:not([open]) *, [hidden] *)"

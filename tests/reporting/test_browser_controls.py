@@ -31,7 +31,7 @@ def test_search_by_key_and_typing(browser, page):
 def test_a_finding_filters_and_lets_go(browser, page):
     browser.open(page)
     titles = browser.texts(".finding .title")
-    assert titles == ["Empty mask", "Mask without media", "No mask", "No preview picture"]
+    assert titles == ["Empty mask", "Mask without media", "No mask", "No preview image"]
     browser.click(".finding[data-kind='missing']")
     assert browser.shown() == ["bare"]
     assert browser.find(".finding[data-kind='missing']").get_attribute("aria-pressed") == "true"

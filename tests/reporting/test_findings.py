@@ -5,10 +5,10 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.data.media import check_aspect
+from mpp.media.geometry import check_aspect
 from mpp.reporting.findings import find
-from mpp.reporting.likeness import alike
-from mpp.reporting.samples import look_at
+from mpp.reporting.near_duplicates import near_duplicates
+from mpp.reporting.rows import look_at
 from tests.reporting.drawn import STRIDE, Drawn, disc, smooth
 
 THRESHOLD = MaskedPriorLoss(prior_weight=1.0, prior_threshold=0.1, normalization="per_sample")
@@ -19,7 +19,7 @@ PLAIN = MaskedPriorLoss()
 def findings(drawn, loss=THRESHOLD, **notes):
     """By kind: severity, keys of the samples, and their notes."""
     cache = drawn.write(**notes)
-    samples = [look_at(cache, entry, loss, cache.manifest()) for entry in cache.entries()]
+    samples = [look_at(cache, entry, loss, cache.identity()) for entry in cache.entries()]
     found = {}
     for one in find(samples, loss, cache.notes()):
         said = {samples[n].entry.key: note for n, note in zip(one.samples, one.notes, strict=True)}
@@ -42,7 +42,7 @@ def only(found, kind, severity, keys):
 
 
 def moving(count=5, size=(128, 128)):
-    """Frames of a camera that goes over a picture."""
+    """Frames of a camera that goes over an image."""
     wide = smooth(7, size[0] * 3, size[1])
     return [wide.crop((n * size[0] // 3, 0, n * size[0] // 3 + size[0], size[1])) for n in range(count)]
 
@@ -53,9 +53,9 @@ def moving(count=5, size=(128, 128)):
 @pytest.mark.parametrize("loss", [THRESHOLD, CONTINUOUS, PLAIN], ids=["threshold", "continuous", "plain"])
 def test_a_clean_set_has_no_finding(drawn, loss):
     masks = torch.stack([disc(centre=(0.5, 0.3 + 0.1 * n)) for n in range(5)])
-    drawn.add("clip@0", mask=masks, picture=moving(), source="clip")
+    drawn.add("clip@0", mask=masks, image=moving(), source="clip")
     drawn.add("tiers", mask=torch.maximum(disc(radius=0.15), 0.5 * disc(radius=0.4)))
-    drawn.add("fine/a@flip", flip=True, picture=ImageOps.mirror(smooth(1)))
+    drawn.add("fine/a@flip", flip=True, image=ImageOps.mirror(smooth(1)))
     assert findings(drawn, loss) == {}
 
 
@@ -108,7 +108,7 @@ def test_an_inverted_portrait_that_the_frame_cuts_off_is_found_too(drawn):
     "mask",
     [
         1 - disc(radius=0.1, centre=(0.1, 0.1)),  # a watermark in the corner is left out
-        torch.cat([torch.zeros(3, 16), torch.ones(13, 16)]),  # a body that fills the picture below
+        torch.cat([torch.zeros(3, 16), torch.ones(13, 16)]),  # a body that fills the image below
     ],
     ids=["corner", "large subject"],
 )
@@ -151,20 +151,20 @@ def test_a_faint_mask_empties_the_target(drawn):
 
 def test_a_still_mask_on_a_moving_clip_is_a_hint(drawn):
     still = torch.stack([disc()] * 5)
-    drawn.add("moves", mask=still, picture=moving())
-    drawn.add("stands", mask=still, picture=[smooth(3)] * 5)
-    drawn.add("fades", mask=still, picture=[ImageEnhance.Brightness(smooth(4)).enhance(1 + n / 40) for n in range(5)])
+    drawn.add("moves", mask=still, image=moving())
+    drawn.add("stands", mask=still, image=[smooth(3)] * 5)
+    drawn.add("fades", mask=still, image=[ImageEnhance.Brightness(smooth(4)).enhance(1 + n / 40) for n in range(5)])
     only(findings(drawn), "still_mask", "info", ["moves"])
 
 
 def test_given_frames_do_not_make_a_mask_move(tmp_path):
     mask = torch.stack([torch.ones(16, 16), *[disc()] * 4])
-    found = findings(Drawn(tmp_path, given=1).add("moves", mask=mask, picture=moving()))
+    found = findings(Drawn(tmp_path, given=1).add("moves", mask=mask, image=moving()))
     only(found, "still_mask", "info", ["moves"])
 
 
 def test_a_single_frame_that_learns_cannot_stand_still(tmp_path):
-    drawn = Drawn(tmp_path, given=1).add("short", mask=torch.stack([disc()] * 2), picture=moving(2))
+    drawn = Drawn(tmp_path, given=1).add("short", mask=torch.stack([disc()] * 2), image=moving(2))
     assert findings(drawn) == {}
 
 
@@ -189,7 +189,7 @@ def test_a_clip_of_given_frames_alone_has_nothing_to_learn(tmp_path):
 
 
 def test_no_preview_and_a_damaged_one_are_hints(drawn):
-    drawn.add("bare", picture=None).add("cut")
+    drawn.add("bare", image=None).add("cut")
     path = drawn.cache.preview_path("cut")
     path.write_bytes(path.read_bytes()[:200])
     only(findings(drawn), "no_preview", "info", ["bare", "cut"])
@@ -206,11 +206,11 @@ def test_what_prepare_left_out_is_told_apart(drawn):
     found = findings(
         drawn,
         unused=("stray.png",),
-        skipped=(str(error.value), "q.png: not a readable picture", "v.mp4 claims a pixel aspect ratio of 9"),
+        skipped=(str(error.value), "q.png: not a readable image", "v.mp4 claims a pixel aspect ratio of 9"),
     )
     assert list(found) == ["off_aspect", "skipped", "unused"]
     assert found["off_aspect"] == ("error", [str(error.value)])
-    assert found["skipped"][1] == ["q.png: not a readable picture", "v.mp4 claims a pixel aspect ratio of 9"]
+    assert found["skipped"][1] == ["q.png: not a readable image", "v.mp4 claims a pixel aspect ratio of 9"]
     assert found["unused"] == ("warning", ["stray.png"])
 
 
@@ -227,8 +227,8 @@ def test_the_losss_own_advice_is_passed_on(drawn):
 def test_near_duplicates_name_each_other_and_say_where_validation_is_touched(drawn):
     photo = smooth(50)
     smaller = photo.resize((96, 96)).resize((128, 128))
-    drawn.add("photo", picture=photo).add("again", picture=ImageEnhance.Brightness(smaller).enhance(1.05))
-    drawn.add("@val/photo", picture=smaller, split="val")
+    drawn.add("photo", image=photo).add("again", image=ImageEnhance.Brightness(smaller).enhance(1.05))
+    drawn.add("@val/photo", image=smaller, split="val")
     notes = only(findings(drawn), "duplicate", "warning", ["photo", "again", "@val/photo"])
     assert notes["photo"] == "like again, @val/photo (in validation)"
     assert notes["@val/photo"] == "like again (in training), photo (in training)"
@@ -237,8 +237,8 @@ def test_near_duplicates_name_each_other_and_say_where_validation_is_touched(dra
 def test_of_many_duplicates_a_few_are_named_and_the_rest_counted(drawn):
     keys = [f"copy{number}" for number in range(8)]
     for key in keys:
-        drawn.add(key, picture=smooth(52))
-    drawn.add("other@flip", picture=smooth(53), flip=True)
+        drawn.add(key, image=smooth(52))
+    drawn.add("other@flip", image=smooth(53), flip=True)
     notes = only(findings(drawn), "duplicate", "warning", keys)
     assert notes["copy0"] == "like copy1, copy2, copy3, copy4, copy5 and 2 more"
 
@@ -246,35 +246,35 @@ def test_of_many_duplicates_a_few_are_named_and_the_rest_counted(drawn):
 def test_a_chain_of_small_changes_is_one_group(drawn):
     steps = [Image.blend(smooth(54), smooth(55), number / 12) for number in range(13)]
     for number in (6, 0, 12, 3, 9, 1, 11, 2, 10, 4, 8, 5, 7):  # ends meet in the middle, and last
-        drawn.add(f"step{number:02}", picture=steps[number])
-    samples = [look_at(drawn.cache, entry, THRESHOLD, drawn.cache.manifest()) for entry in drawn.entries]
+        drawn.add(f"step{number:02}", image=steps[number])
+    samples = [look_at(drawn.cache, entry, THRESHOLD, drawn.cache.identity()) for entry in drawn.entries]
     prints, origins = [s.print for s in samples], [s.entry.origin for s in samples]
-    assert alike(prints, origins) == [list(range(2, 15))]
-    assert alike([prints[3], prints[4]], ["first", "last"]) == []
+    assert near_duplicates(prints, origins) == [list(range(2, 15))]
+    assert near_duplicates([prints[3], prints[4]], ["first", "last"]) == []
 
 
 def test_clips_of_one_video_and_mirrors_are_no_duplicates_of_each_other(drawn):
     photo = smooth(51)
     masks = torch.stack([disc(radius=0.2 + 0.02 * n) for n in range(3)])
     for start in (0, 9):
-        drawn.add(f"video@{start}", mask=masks, picture=[photo] * 3, source="video")
-    drawn.add("p", picture=photo.rotate(90)).add("p@flip", picture=photo.rotate(90), flip=True)
+        drawn.add(f"video@{start}", mask=masks, image=[photo] * 3, source="video")
+    drawn.add("p", image=photo.rotate(90)).add("p@flip", image=photo.rotate(90), flip=True)
     assert findings(drawn) == {}
 
 
-def test_other_pictures_in_the_same_colours_and_flat_ones_are_no_duplicates(drawn):
+def test_other_images_in_the_same_colours_and_flat_ones_are_no_duplicates(drawn):
     for number in range(3):
         flat = Image.new("RGB", (128, 128), (200, 200, 200 + number))
-        drawn.add(f"flat{number}", picture=flat)
-        drawn.add(f"photo{number}", picture=smooth(60).transpose(Image.Transpose(number)))
+        drawn.add(f"flat{number}", image=flat)
+        drawn.add(f"photo{number}", image=smooth(60).transpose(Image.Transpose(number)))
     assert findings(drawn) == {}
 
 
 def test_the_same_drawing_in_another_colour_is_no_duplicate(drawn):
     grey = smooth(70).convert("L")
     dim = grey.point(lambda value: value // 2)
-    drawn.add("red", picture=Image.merge("RGB", (grey, dim, dim)))
-    drawn.add("blue", picture=Image.merge("RGB", (dim, dim, grey)))
+    drawn.add("red", image=Image.merge("RGB", (grey, dim, dim)))
+    drawn.add("blue", image=Image.merge("RGB", (dim, dim, grey)))
     assert findings(drawn) == {}
 
 
@@ -287,7 +287,7 @@ def test_a_bucket_says_pixels_frames_and_layers(tmp_path):
     clips = Drawn(tmp_path / "clips").add("a", mask=disc(10, 20)).add("b", mask=torch.stack([disc()] * 3))
     layers = Drawn(tmp_path / "layers", layered=True).add("c", mask=torch.stack([disc()] * 3))
     found = [
-        look_at(drawn.cache, entry, THRESHOLD, drawn.cache.manifest()).bucket
+        look_at(drawn.cache, entry, THRESHOLD, drawn.cache.identity()).bucket
         for drawn in (clips, layers)
         for entry in drawn.entries
     ]

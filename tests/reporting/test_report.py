@@ -15,8 +15,8 @@ from PIL import Image
 
 import mpp.report
 from mpp.core.loss import MaskedPriorLoss
-from mpp.report import Report
-from mpp.reporting.page import picture_side
+from mpp.reporting.output import Report
+from mpp.reporting.page import image_side
 from tests import reference
 from tests.helpers import config
 from tests.reporting.drawn import Drawn, disc, smooth
@@ -62,13 +62,13 @@ def test_weights_are_those_of_the_loss_at_latent_resolution(drawn, loss):
 def test_a_clip_shows_its_key_frames_without_weights_for_those_that_are_given(tmp_path):
     drawn = Drawn(tmp_path / "cache", given=1)
     masks = torch.stack([torch.full((4, 6), n / 16) for n in range(17)])
-    pictures = [Image.new("RGB", (48, 32), (15 * n, 0, 0)) for n in range(17)]
-    page = report(drawn.add("clip", mask=masks, picture=pictures))
+    images = [Image.new("RGB", (48, 32), (15 * n, 0, 0)) for n in range(17)]
+    page = report(drawn.add("clip", mask=masks, image=images))
     views = page.sample("clip")["views"]
     assert [view["frame"] for view in views] == [0, 2, 5, 7, 9, 11, 14, 16]
     assert [view["given"] for view in views] == [True] + [False] * 7
     assert page.weights_of("clip")[0, :, 0, 0].tolist() == [round(n / 16 * 255) for n in (2, 5, 7, 9, 11, 14, 16)]
-    reds = [np.asarray(Image.open(io.BytesIO(page.picture("clip", n))))[..., 0].mean() for n in range(8)]
+    reds = [np.asarray(Image.open(io.BytesIO(page.image("clip", n))))[..., 0].mean() for n in range(8)]
     assert reds == pytest.approx([15 * view["frame"] for view in views], abs=4)
     frames = page.sample("clip")["frames"]
     assert len(frames) == 16
@@ -79,15 +79,15 @@ def test_a_clip_shows_its_key_frames_without_weights_for_those_that_are_given(tm
 def test_each_layer_is_a_view_of_its_own(tmp_path):
     drawn = Drawn(tmp_path / "cache", layered=True)
     masks = torch.stack([torch.full((4, 4), value) for value in (1.0, 0.25, 0.75)])
-    page = report(drawn.add("a", mask=masks, picture=[smooth(n, 32, 32) for n in range(3)]))
+    page = report(drawn.add("a", mask=masks, image=[smooth(n, 32, 32) for n in range(3)]))
     assert [view["name"] for view in page.sample("a")["views"]] == ["whole", "layer 0", "layer 1"]
     assert page.weights_of("a")[0, :, 0, 0].tolist() == [255, 64, 191]
-    assert len({page.picture("a", n) for n in range(3)}) == 3
+    assert len({page.image("a", n) for n in range(3)}) == 3
 
 
 def test_without_a_preview_the_weights_are_there_all_the_same(drawn):
-    page = report(drawn.add("a", picture=None))
-    assert page.sample("a")["views"] == [{"name": "", "frame": 0, "given": False, "picture": None}]
+    page = report(drawn.add("a", image=None))
+    assert page.sample("a")["views"] == [{"name": "", "frame": 0, "given": False, "image": None}]
     assert page.weights_of("a").shape == (3, 1, 16, 16)
 
 
@@ -110,7 +110,7 @@ def test_totals_speak_of_training_samples_by_their_visits(drawn):
     assert data["splits"] == {"train": 2, "val": 1}
     assert data["masks"] == {"folder": 3}
     # three quarters of a forward on top of a step of 4.5 and of 3 forwards, and of 3.5 and of 2
-    assert "about 1.17x (long videos) to 1.25x (small pictures)" in data["teacher"]["text"]
+    assert "about 1.17x (long videos) to 1.25x (small images)" in data["teacher"]["text"]
     assert "1.21x to 1.38x without gradient checkpointing" in data["teacher"]["text"]
 
 
@@ -147,7 +147,7 @@ def test_findings_point_at_their_samples(drawn):
     page = report(drawn.add("a").add("b", mask=None, caption=""), notes={"unused": ["stray.png"]})
     kinds = [finding["kind"] for finding in page.data["findings"]]
     assert kinds == ["unused", "missing", "no_caption"]
-    assert [kinds[place] for place, *_ in page.sample("b")["findings"]] == ["missing", "no_caption"]
+    assert [kinds[position] for position, *_ in page.sample("b")["findings"]] == ["missing", "no_caption"]
     assert page.sample("a")["findings"] == []
     assert page.data["findings"][0]["lines"] == ["stray.png"]
 
@@ -155,10 +155,10 @@ def test_findings_point_at_their_samples(drawn):
 # ---------------------------------------------------------------- large sets
 
 
-def test_pictures_shrink_as_they_become_many():
-    assert picture_side(0) == picture_side(12) == 512
-    assert picture_side(1000) == pytest.approx(245, abs=1)  # 60 million pixels in all
-    assert picture_side(10**6) == 112
+def test_images_shrink_as_they_become_many():
+    assert image_side(0) == image_side(12) == 512
+    assert image_side(1000) == pytest.approx(245, abs=1)  # 60 million pixels in all
+    assert image_side(10**6) == 112
 
 
 def test_above_the_limit_findings_and_an_even_spread_are_shown_and_everything_is_counted(drawn):
@@ -179,7 +179,7 @@ def test_above_the_limit_findings_and_an_even_spread_are_shown_and_everything_is
 
 def test_of_a_huge_set_an_even_spread_is_measured(drawn):
     for number in range(30):
-        drawn.add(f"s{number:02}", cells=(4, 4), mask=None, picture=None)
+        drawn.add(f"s{number:02}", cells=(4, 4), mask=None, image=None)
     page = report(drawn, scanned=10)
     assert [sample["key"] for sample in page.data["samples"]] == [f"s{3 * n:02}" for n in range(10)]
     assert (page.data["total"], page.data["scanned"]) == (30, 10)
@@ -232,7 +232,7 @@ def test_the_page_lies_beside_the_cache_and_replaces_an_older_report_only(drawn,
     assert path.read_text() == "<!doctype html><p>my page"
 
 
-def test_a_folder_is_no_place_for_the_page(drawn, tmp_path):
+def test_a_folder_is_no_path_for_the_page(drawn, tmp_path):
     folder = tmp_path / "x.html"
     folder.mkdir()
     with pytest.raises(ValueError, match="is a folder; name a file"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.models.adapters import adapters_off
+from mpp.lora.adapters import adapters_off
 from mpp.training.step import Position
 from mpp.training.teacher import Teacher
 from tests.helpers import (

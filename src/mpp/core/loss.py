@@ -185,7 +185,7 @@ class MaskedPriorLoss:
         if self.prior_weight > 0 and self.mask_min_weight > 0:
             found.append(
                 f"loss.mask_min_weight={self.mask_min_weight} with a prior: the floor trains the background on the "
-                "pictures and weakens the prior; set loss.mask_min_weight=0"
+                "images and weakens the prior; set loss.mask_min_weight=0"
             )
         if self.prior_weight > 0 and self.normalization == "global":
             found.append(

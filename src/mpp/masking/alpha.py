@@ -1,4 +1,4 @@
-"""Masks and alpha channels, and masks over their pictures for looking."""
+"""Masks and alpha channels, and masks over their images for looking."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from mpp.data.mask import Mask
-from mpp.data.media import check_aspect
-from mpp.masking.clips import Clip
-from mpp.masking.frames import Pixels, enlarge, fit, read_rgb
+from mpp.masking.pixels import Pixels, enlarge, fit_mask, read_rgb
+from mpp.masking.sequences import FrameSequence
 from mpp.masking.tools import Tool, needs_masks, one_of, together
+from mpp.media.geometry import check_aspect
+from mpp.media.mask import Mask
 
 _RED = np.array([230, 30, 30], np.float32)
 _STRENGTH = 0.6
@@ -19,10 +19,10 @@ _STRENGTH = 0.6
 
 @dataclass(frozen=True)
 class FromAlpha(Tool):
-    """Masks from the alpha channel of pictures and videos: opaque is learned.
+    """Masks from the alpha channel of images and videos: opaque is learned.
 
     Args:
-        missing: Pictures without an alpha channel: `fail`, or `white`: learn all of them.
+        missing: Images without an alpha channel: `fail`, or `white`: learn all of them.
 
     Raises:
         ValueError: An unknown word.
@@ -30,13 +30,13 @@ class FromAlpha(Tool):
 
     missing: Literal["fail", "white"] = "fail"
 
-    reads = "picture"
+    reads = "image"
 
     def __post_init__(self) -> None:
         """Refuse unknown words."""
         one_of("tool.missing", self.missing, ("fail", "white"))
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Mask]:
         """The alpha channels, exactly."""
         del other
         for number, alpha in enumerate(clip.alphas()):
@@ -46,23 +46,23 @@ class FromAlpha(Tool):
             yield alpha or _white(clip)
 
     def settings(self, key: str) -> dict[str, object]:
-        """Nothing: where `missing` matters, the picture says so."""
+        """Nothing: where `missing` matters, the image says so."""
         return {}
 
 
-def _white(clip: Clip) -> Mask:
-    picture = next(clip.pictures())
-    return Mask(np.ones((picture.rgb.height, picture.rgb.width), np.float32))
+def _white(clip: FrameSequence) -> Mask:
+    image = next(clip.images())
+    return Mask(np.ones((image.rgb.height, image.rgb.width), np.float32))
 
 
 @dataclass(frozen=True)
 class ToAlpha(Tool):
-    """Pictures with their masks as alpha channel. Colours stay exactly as they are, also where alpha is 0.
+    """Images with their masks as alpha channel. Colours stay exactly as they are, also where alpha is 0.
 
     Args:
         masks: Folder of masks, matched by path and name, or one mask for all.
-        resize: Bring masks to the picture's size; else other sizes are errors.
-        missing: Pictures without a mask: `fail`, or `white`: make them opaque, so that all of them is learned.
+        resize: Bring masks to the image's size; else other sizes are errors.
+        missing: Images without a mask: `fail`, or `white`: make them opaque, so that all of them is learned.
 
     Raises:
         ValueError: A setting is missing or unknown.
@@ -72,19 +72,19 @@ class ToAlpha(Tool):
     resize: bool = False
     missing: Literal["fail", "white"] = "fail"
 
-    reads = "picture"
-    writes = "picture"
+    reads = "image"
+    writes = "image"
 
     def __post_init__(self) -> None:
         """Refuse what is missing or unknown."""
         needs_masks(self.masks)
         one_of("tool.missing", self.missing, ("fail", "white"))
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Pixels]:
-        """RGBA, 16 bits deep where picture or mask is."""
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Pixels]:
+        """RGBA, 16 bits deep where image or mask is."""
         colours = map(read_rgb, clip.files)
         if clip.is_video:
-            colours = (Pixels(np.asarray(frame.rgb)) for frame in clip.pictures())
+            colours = (Pixels(np.asarray(frame.rgb)) for frame in clip.images())
         if other is None:
             for pixels in colours:
                 yield _with_alpha(pixels, Mask(np.ones(pixels.array.shape[:2], np.float32)))
@@ -92,7 +92,7 @@ class ToAlpha(Tool):
         what = f"{other.path} and {clip.path}"
         for pixels, mask in together(clip, colours, other, other.masks()):
             size = pixels.array.shape[1], pixels.array.shape[0]
-            yield _with_alpha(pixels, fit(mask, size, what, resize=self.resize))
+            yield _with_alpha(pixels, fit_mask(mask, size, what, resize=self.resize))
 
 
 def _with_alpha(pixels: Pixels, mask: Mask) -> Pixels:
@@ -105,12 +105,12 @@ def _with_alpha(pixels: Pixels, mask: Mask) -> Pixels:
 
 @dataclass(frozen=True)
 class Preview(Tool):
-    """Pictures with their masks over them, for looking: red is preserved, clear is learned.
+    """Images with their masks over them, for looking: red is preserved, clear is learned.
 
     Args:
         masks: Folder of masks, matched by path and name, or one mask for all.
-        side: Longest side of the result in pixels; smaller pictures stay as they are.
-        missing: Pictures without a mask: `fail`, or `white`: show them clear, as they are learned.
+        side: Longest side of the result in pixels; smaller images stay as they are.
+        missing: Images without a mask: `fail`, or `white`: show them clear, as they are learned.
 
     Raises:
         ValueError: A setting is missing, unknown or out of range.
@@ -120,8 +120,8 @@ class Preview(Tool):
     side: int = 1024
     missing: Literal["fail", "white"] = "fail"
 
-    reads = "picture"
-    writes = "picture"
+    reads = "image"
+    writes = "image"
     video_suffix = ".mp4"
 
     def __post_init__(self) -> None:
@@ -131,15 +131,15 @@ class Preview(Tool):
         if self.side < 16:
             raise ValueError(f"tool.side must be at least 16 pixels, got {self.side}")
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Pixels]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Pixels]:
         """RGB, 8 bits."""
         if other is None:
-            for picture in clip.pictures():
-                yield Pixels(np.asarray(self._small(picture.rgb)))
+            for image in clip.images():
+                yield Pixels(np.asarray(self._small(image.rgb)))
             return
-        for picture, mask in together(clip, clip.pictures(), other, other.masks()):
-            check_aspect(mask.size, picture.rgb.size, f"{other.path} and {clip.path}")
-            yield Pixels(overlay(self._small(picture.rgb), mask))
+        for image, mask in together(clip, clip.images(), other, other.masks()):
+            check_aspect(mask.size, image.rgb.size, f"{other.path} and {clip.path}")
+            yield Pixels(overlay(self._small(image.rgb), mask))
 
     def _small(self, image: Image.Image) -> Image.Image:
         shrink = min(1.0, self.side / max(image.size))

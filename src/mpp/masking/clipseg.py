@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPSegForImageSegmentation
 
-from mpp.data.mask import Mask
-from mpp.masking.clips import Clip
-from mpp.masking.segment import check_tiers, device_of, enlarged, load_model, load_processor, needs_model
+from mpp.masking.segment import check_tiers, enlarged, load_model, load_processor, model_device, needs_model
+from mpp.masking.sequences import FrameSequence
 from mpp.masking.tools import Tool
+from mpp.media.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ClipSeg(Tool):
     threshold: float | None = 0.4
     device: str = "cpu"
 
-    reads = "picture"
+    reads = "image"
 
     def __post_init__(self) -> None:
         """Refuse what is missing or out of range."""
@@ -78,21 +78,21 @@ class ClipSeg(Tool):
         for word, length in zip(self._tiers, tokens["attention_mask"].sum(1).tolist(), strict=True):
             if length > most:
                 raise ValueError(f"tool.prompts: {word[:40]!r}... has {length} tokens, the model reads at most {most}")
-        return {name: tokens[name].to(device_of(self._model)) for name in ("input_ids", "attention_mask")}
+        return {name: tokens[name].to(model_device(self._model)) for name in ("input_ids", "attention_mask")}
 
-    def prepare(self, clips: Sequence[Clip]) -> None:
+    def prepare(self, clips: Sequence[FrameSequence]) -> None:
         """Load model, processor and tokenizer."""
         del clips
         _ = self._model, self._processor, self._words
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Mask]:
         """The masks."""
         del other
-        return (self._found(picture.rgb) for picture in clip.pictures())
+        return (self._found(image.rgb) for image in clip.images())
 
     @torch.no_grad()
     def _found(self, image: Image.Image) -> Mask:
-        pixels = self._processor(image, return_tensors="pt")["pixel_values"].to(device_of(self._model))
+        pixels = self._processor(image, return_tensors="pt")["pixel_values"].to(model_device(self._model))
         logits = self._model(pixel_values=pixels.expand(len(self._tiers), -1, -1, -1), **self._words).logits
         scores = logits.reshape(len(self._tiers), *logits.shape[-2:])
         mask = torch.zeros(image.height, image.width)

@@ -8,16 +8,16 @@ from typing import Literal
 import numpy as np
 from scipy import ndimage
 
-from mpp.data.mask import Mask
-from mpp.masking.clips import Clip
+from mpp.masking.sequences import FrameSequence
 from mpp.masking.tools import Tool, one_of
+from mpp.media.mask import Mask
 
 _REACH = 4.0  # sigmas: what is left outside is below 1/255
 
 
 @dataclass(frozen=True)
 class Feather(Tool):
-    """Grow or shrink masks, then soften their edges. What touches the picture's border goes on beyond it.
+    """Grow or shrink masks, then soften their edges. What touches the image's border goes on beyond it.
 
     Args:
         sigma: Of the Gaussian, in pixels, >= 0; 0 leaves edges hard.
@@ -41,7 +41,7 @@ class Feather(Tool):
             raise ValueError("tool.sigma=0 and tool.grow=0 change nothing; set one of them")
         one_of("tool.side", self.side, ("both", "out", "in"))
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Mask]:
         """The softened masks."""
         del other
         return (Mask(self._softened(mask.values), mask.bits) for mask in clip.masks())

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
-from mpp.data.mask import Mask
-from mpp.masking.clips import Clip
-from mpp.masking.segment import check_tiers, device_of, enlarged, load_model, load_processor, needs_model
+from mpp.masking.segment import check_tiers, enlarged, load_model, load_processor, model_device, needs_model
+from mpp.masking.sequences import FrameSequence
 from mpp.masking.tools import Tool
+from mpp.media.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class HumanParser(Tool):
     other: float = 0.0
     device: str = "cpu"
 
-    reads = "picture"
+    reads = "image"
 
     def __post_init__(self) -> None:
         """Refuse what is missing or out of range."""
@@ -52,9 +52,7 @@ class HumanParser(Tool):
     def _processor(self) -> Any:  # noqa: ANN401 (by the model)
         processor = load_processor(self.model)
         if getattr(processor, "do_pad", False):
-            raise ValueError(
-                f"tool.model={self.model} pads its pictures, which is not undone here; choose another model"
-            )
+            raise ValueError(f"tool.model={self.model} pads its images, which is not undone here; choose another model")
         return processor
 
     @cached_property
@@ -75,30 +73,30 @@ class HumanParser(Tool):
             values[labels[name]] = value
         return values
 
-    def prepare(self, clips: Sequence[Clip]) -> None:
+    def prepare(self, clips: Sequence[FrameSequence]) -> None:
         """Load model and processor, and look the labels up."""
         del clips
         _ = self._values, self._processor
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Mask]:
         """The masks."""
         del other
-        return (self._parsed(picture.rgb) for picture in clip.pictures())
+        return (self._parsed(image.rgb) for image in clip.images())
 
     @torch.no_grad()
     def _parsed(self, image: Image.Image) -> Mask:
         inputs = self._processor(image, return_tensors="pt", **self._whole())
-        logits = self._model(pixel_values=inputs["pixel_values"].to(device_of(self._model))).logits[0]
+        logits = self._model(pixel_values=inputs["pixel_values"].to(model_device(self._model))).logits[0]
         best = enlarged(logits[0], image.size)
         labels = torch.zeros_like(best, dtype=torch.long)
-        for number in range(1, len(logits)):  # one by one: all labels of a large picture at once are gigabytes
+        for number in range(1, len(logits)):  # one by one: all labels of a large image at once are gigabytes
             score = enlarged(logits[number], image.size)
             labels[score > best] = number
             best = torch.maximum(best, score)
         return Mask(self._values[labels.cpu()].numpy())
 
     def _whole(self) -> dict[str, Any]:
-        """Settings with which a processor that crops shows the model the whole picture instead."""
+        """Settings with which a processor that crops shows the model the whole image instead."""
         if not getattr(self._processor, "do_center_crop", False):
             return {}
         crop = self._processor.crop_size

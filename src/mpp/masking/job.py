@@ -9,23 +9,23 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from mpp import __version__
-from mpp.data.mask import Mask
-from mpp.data.media import SUFFIXES, VIDEO_SUFFIXES
 from mpp.files import check_writable
 from mpp.masking.alpha import Preview
-from mpp.masking.clips import Clip
-from mpp.masking.frames import Pixels
+from mpp.masking.pixels import Pixels
 from mpp.masking.plan import Task, check_outside, check_targets, find_pairs, task_for
+from mpp.masking.sequences import FrameSequence
 from mpp.masking.tools import Tool, one_of
-from mpp.masking.video import read_times
+from mpp.masking.video_frames import read_times
 from mpp.masking.writing import is_own_folder, made_with, write_frames, write_png, write_video
+from mpp.media.images import SUFFIXES, VIDEO_SUFFIXES
+from mpp.media.mask import Mask
 
 _FORMAT = 1
 _SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Summary:
+class JobSummary:
     """What a job did.
 
     Attributes:
@@ -72,14 +72,14 @@ class MaskJob:
 
     Args:
         tool: The tool.
-        input: Folder of pictures, masks or videos, searched with its subfolders, or one file.
-        output: Folder for the results, with the same subfolders: `NAME.png` for pictures, and as below for clips.
+        input: Folder of images, masks or videos, searched with its subfolders, or one file.
+        output: Folder for the results, with the same subfolders: `NAME.png` for images, and as below for clips.
         overwrite: Replace results that are there. Without it, those made of the same files by the same settings are
             kept, and others are errors.
         video_format: Of results of videos: `mkv` (lossless FFV1; previews are H.264 in `.mp4`), or `frames`: a folder
             `NAME/000001.png`, ....
-        frame_folders: Take the pictures of each folder for the frames of one clip. Its result is a folder of frames.
-        preview: Folder for pictures with the new masks over them; for tools that make masks from pictures.
+        frame_folders: Take the images of each folder for the frames of one clip. Its result is a folder of frames.
+        preview: Folder for images with the new masks over them; for tools that make masks from images.
 
     Raises:
         ValueError: A setting is missing, unknown, or does not go with the tool.
@@ -102,13 +102,13 @@ class MaskJob:
             raise ValueError(
                 f"output={self.output} must be a folder; results are written as .png and .{self.video_format}"
             )
-        if self.preview is not None and (self.tool.reads, self.tool.writes) != ("picture", "mask"):
+        if self.preview is not None and (self.tool.reads, self.tool.writes) != ("image", "mask"):
             raise ValueError(
-                "preview=... is for tools that make masks from pictures; look at others with tool=preview "
+                "preview=... is for tools that make masks from images; look at others with tool=preview "
                 f"input=PICTURES tool.masks={self.output}"
             )
 
-    def run(self) -> Summary:
+    def run(self) -> JobSummary:
         """Do it.
 
         A file that cannot be read does not stop the others.
@@ -136,7 +136,7 @@ class MaskJob:
                 failures.append(_named(task.clip, str(error)))
             except RuntimeError as error:  # of the model, or too little memory for it
                 failures.append(_named(task.clip, f"the model failed on it ({error})".splitlines()[0]))
-        return Summary(tuple(written), tuple(kept), frames, unused, tuple(failures), Path(self.output))
+        return JobSummary(tuple(written), tuple(kept), frames, unused, tuple(failures), Path(self.output))
 
     def _tasks(self) -> tuple[list[Task], tuple[Path, ...]]:
         """Everything to be done, and second inputs that nothing needs."""
@@ -208,13 +208,13 @@ class MaskJob:
         self._write(tool, look)
 
 
-def _result(task: Task) -> Clip:
+def _result(task: Task) -> FrameSequence:
     """A result as a clip."""
     frames = tuple(sorted(task.target.iterdir())) if task.target.is_dir() else ()
-    return Clip(task.clip.key, task.target, frames)
+    return FrameSequence(task.clip.key, task.target, frames)
 
 
-def _names(timing: Clip) -> Iterator[str]:
+def _names(timing: FrameSequence) -> Iterator[str]:
     """Of the files in a folder of frames."""
     if timing.frames:
         return (f"{file.stem}.png" for file in timing.frames)
@@ -226,5 +226,5 @@ def _only(frames: Iterator[Mask | Pixels]) -> Mask | Pixels:
     return frame
 
 
-def _named(clip: Clip, text: str) -> str:
+def _named(clip: FrameSequence, text: str) -> str:
     return text if str(clip.path) in text else f"{clip.path}: {text}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mpp.masking.clips import Clip, find_clips, pair
+from mpp.masking.sequences import FrameSequence, find_sequences, pair
 from mpp.masking.tools import Tool
 
 
@@ -20,18 +20,18 @@ class Task:
         form: What is written there.
     """
 
-    clip: Clip
-    other: Clip | None
+    clip: FrameSequence
+    other: FrameSequence | None
     target: Path
     form: Literal["png", "video", "frames"]
 
     @property
-    def timing(self) -> Clip:
+    def timing(self) -> FrameSequence:
         """The clip whose frames the result has."""
         return _timing(self.clip, self.other)
 
 
-def task_for(root: str, clip: Clip, other: Clip | None, tool: Tool, video_format: str) -> Task:
+def task_for(root: str, clip: FrameSequence, other: FrameSequence | None, tool: Tool, video_format: str) -> Task:
     """The task for one input, with its result below `root`."""
     timing, base = _timing(clip, other), Path(root).expanduser() / clip.key
     if timing.frames or (timing.is_video and video_format == "frames"):
@@ -42,21 +42,21 @@ def task_for(root: str, clip: Clip, other: Clip | None, tool: Tool, video_format
 
 def find_pairs(
     tool: Tool, source: str | None, *, frame_folders: bool
-) -> tuple[list[tuple[Clip, Clip | None]], tuple[Path, ...]]:
+) -> tuple[list[tuple[FrameSequence, FrameSequence | None]], tuple[Path, ...]]:
     """All inputs with their second inputs, and second inputs that nothing needs.
 
     Args:
         tool: The tool.
         source: Folder or file of inputs.
-        frame_folders: Whether the pictures of one folder are the frames of one clip.
+        frame_folders: Whether the images of one folder are the frames of one clip.
 
     Raises:
         ValueError: There are no inputs, or no second inputs of their names.
     """
-    clips = find_clips(source, "input", masks=tool.reads == "mask", frame_folders=frame_folders, without=tool.masks)
+    clips = find_sequences(source, "input", masks=tool.reads == "mask", frame_folders=frame_folders, without=tool.masks)
     if tool.masks is None:
         return [(clip, None) for clip in clips.values()], ()
-    others = find_clips(tool.masks, "tool.masks", masks=True)
+    others = find_sequences(tool.masks, "tool.masks", masks=True)
     if Path(tool.masks).expanduser().is_file():
         return [(clip, other) for clip in clips.values() for other in others.values()], ()
     pairs = pair(clips, others)
@@ -69,12 +69,12 @@ def find_pairs(
     return pairs, tuple(other.path for other in others.values() if other.path not in used)
 
 
-def check_outside(option: str, place: str, others: Mapping[str, str | None]) -> None:
+def check_outside(option: str, path: str, others: Mapping[str, str | None]) -> None:
     """Refuse a folder for results that lies in one of the others.
 
     Args:
         option: The setting's name.
-        place: Its value.
+        path: Its value.
         others: The folders by the names of their settings; None where they are not set.
 
     Raises:
@@ -83,8 +83,8 @@ def check_outside(option: str, place: str, others: Mapping[str, str | None]) -> 
     for name, other in others.items():
         if other is None or _absolute(other).is_file():
             continue
-        if _absolute(place).is_relative_to(_absolute(other)):
-            raise ValueError(f"{option}={place} lies in {name}={other}; choose a folder outside of it")
+        if _absolute(path).is_relative_to(_absolute(other)):
+            raise ValueError(f"{option}={path} lies in {name}={other}; choose a folder outside of it")
 
 
 def check_targets(tasks: Sequence[Task]) -> None:
@@ -106,9 +106,9 @@ def check_targets(tasks: Sequence[Task]) -> None:
             )
 
 
-def _timing(clip: Clip, other: Clip | None) -> Clip:
+def _timing(clip: FrameSequence, other: FrameSequence | None) -> FrameSequence:
     return other if other is not None and not clip.moving else clip
 
 
-def _absolute(place: str) -> Path:
-    return Path(place).expanduser().resolve()
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().resolve()

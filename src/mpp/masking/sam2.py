@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import Sam2Model, Sam2VideoInferenceSession, Sam2VideoModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from mpp.data.mask import Mask
-from mpp.masking.clips import Clip
-from mpp.masking.prompts import Prompt, from_mask, from_settings, read_prompts
-from mpp.masking.segment import device_of, enlarged, load_model, load_processor, needs_model
+from mpp.masking.segment import enlarged, load_model, load_processor, model_device, needs_model
+from mpp.masking.segment_prompts import SegmentPrompt, from_mask, from_settings, read_prompts
+from mpp.masking.sequences import FrameSequence
 from mpp.masking.tools import Tool, one_of, together
+from mpp.media.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Sam2(Tool):
 
     Args:
         model: Folder or hub id of a SAM 2 model.
-        boxes: Boxes that hold for all inputs: `[[left, top, right, bottom], ...]` relative to the picture; the mask is
+        boxes: Boxes that hold for all inputs: `[[left, top, right, bottom], ...]` relative to the image; the mask is
             all their subjects.
         points: Points that hold for all inputs: `[[x, y], ...]`, or `[x, y, 0]` for one that is not of the subject.
         prompts: JSON file with boxes or points of each input by its path below the folder, without suffix:
@@ -49,7 +49,7 @@ class Sam2(Tool):
     track: bool = True
     device: str = "cpu"
 
-    reads = "picture"
+    reads = "image"
 
     def __post_init__(self) -> None:
         """Refuse what is missing or out of range."""
@@ -66,15 +66,15 @@ class Sam2(Tool):
             _ = self._by_key
 
     @cached_property
-    def _given(self) -> Prompt:
+    def _given(self) -> SegmentPrompt:
         return from_settings(self.boxes or (), self.points or (), "tool")
 
     @cached_property
-    def _by_key(self) -> dict[str, Prompt]:
+    def _by_key(self) -> dict[str, SegmentPrompt]:
         return read_prompts(self.prompts, "tool.prompts")
 
     @cached_property
-    def _picture_model(self) -> Sam2Model:
+    def _image_model(self) -> Sam2Model:
         return load_model(Sam2Model, self.model, self.device)
 
     @cached_property
@@ -83,25 +83,25 @@ class Sam2(Tool):
 
     @cached_property
     def _processor(self) -> ViTImageProcessorPil:
-        # SAM 2's own processor needs torchvision; for pictures it is this one: resize, rescale, normalise
+        # SAM 2's own processor needs torchvision; for images it is this one: resize, rescale, normalise
         return load_processor(self.model, ViTImageProcessorPil)
 
-    def prepare(self, clips: Sequence[Clip]) -> None:
+    def prepare(self, clips: Sequence[FrameSequence]) -> None:
         """Load what is needed: the model for videos is another one."""
         _ = self._processor
         if self.track and any(clip.moving for clip in clips):
             _ = self._video_model
         if not self.track or any(not clip.moving for clip in clips):
-            _ = self._picture_model
+            _ = self._image_model
 
     def settings(self, key: str) -> dict[str, Any]:
         """With the clip's own prompt instead of the file's name."""
         prompt = self._by_key.get(key) if self.prompts is not None else None
         return super().settings(key) | {"prompts": None if prompt is None else asdict(prompt)}
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Mask]:
         """The masks, black and white."""
-        images = (picture.rgb for picture in clip.pictures())
+        images = (decoded.rgb for decoded in clip.images())
         if clip.moving and self.track:
             if other is None:
                 return self._tracked(clip, images, self._prompt(clip))
@@ -114,10 +114,10 @@ class Sam2(Tool):
             return (self._found(image, from_mask(mask.values, self.coarse)) for image, mask in both)
         prompt = self._prompt(clip)
         if prompt.frame and not clip.moving:
-            raise ValueError(f"{clip.path} is a picture, and its prompt is for frame {prompt.frame}")
+            raise ValueError(f"{clip.path} is an image, and its prompt is for frame {prompt.frame}")
         return (self._found(image, prompt) for image in images)
 
-    def _prompt(self, clip: Clip) -> Prompt:
+    def _prompt(self, clip: FrameSequence) -> SegmentPrompt:
         if self.prompts is None:
             return self._given
         if clip.key not in self._by_key:
@@ -125,12 +125,12 @@ class Sam2(Tool):
         return self._by_key[clip.key]
 
     @torch.no_grad()
-    def _found(self, image: Image.Image, prompt: Prompt | None) -> Mask:
-        """The subjects in one picture; none without a prompt."""
+    def _found(self, image: Image.Image, prompt: SegmentPrompt | None) -> Mask:
+        """The subjects in one image; none without a prompt."""
         if prompt is None:
             return _nothing(image)
-        model, pixels = self._picture_model, self._pixels(image)
-        device = device_of(model)
+        model, pixels = self._image_model, self._pixels(image)
+        device = model_device(model)
         embeddings = model.get_image_embeddings(pixels.to(device))
         scores = []
         for points, labels in prompt.subjects(pixels.shape[-1]):
@@ -143,7 +143,9 @@ class Sam2(Tool):
             scores.append(result.pred_masks[0, 0, int(result.iou_scores[0, 0].argmax())])
         return _any(scores, image)
 
-    def _tracked(self, clip: Clip, images: Iterator[Image.Image], prompt: Prompt | None) -> Iterator[Mask]:
+    def _tracked(
+        self, clip: FrameSequence, images: Iterator[Image.Image], prompt: SegmentPrompt | None
+    ) -> Iterator[Mask]:
         if prompt is None:
             yield from map(_nothing, images)
             return
@@ -161,7 +163,7 @@ class Sam2(Tool):
         if number < prompt.frame:
             raise ValueError(f"{clip.path} has {number + 1} frames, its prompt is for frame {prompt.frame} (from 0)")
 
-    def _tracker(self, prompt: Prompt) -> "Tracker":
+    def _tracker(self, prompt: SegmentPrompt) -> "Tracker":
         return Tracker(self._video_model, self._pixels, prompt)
 
     def _pixels(self, image: Image.Image) -> Tensor:
@@ -175,13 +177,13 @@ class Tracker:
 
     Args:
         model: The model.
-        pixels: Picture to what the model sees, `(1, 3, side, side)`.
+        pixels: Image to what the model sees, `(1, 3, side, side)`.
         prompt: Where the subjects are in the first frame.
     """
 
-    def __init__(self, model: Sam2VideoModel, pixels: Callable[[Image.Image], Tensor], prompt: Prompt) -> None:
+    def __init__(self, model: Sam2VideoModel, pixels: Callable[[Image.Image], Tensor], prompt: SegmentPrompt) -> None:
         self._model, self._pixels, self._shown = model, pixels, 0
-        self._session = Sam2VideoInferenceSession(inference_device=device_of(model), dtype=torch.float32)
+        self._session = Sam2VideoInferenceSession(inference_device=model_device(model), dtype=torch.float32)
         self._memory = max(model.config.num_maskmem, model.config.max_object_pointers_in_encoder)
         for number, (points, labels) in enumerate(prompt.subjects(model.config.image_size)):
             subject = self._session.obj_id_to_idx(number)
@@ -191,7 +193,7 @@ class Tracker:
     @torch.no_grad()
     def follow(self, image: Image.Image) -> Mask:
         """The subjects in the next frame."""
-        pixels = self._pixels(image).to(device_of(self._model))
+        pixels = self._pixels(image).to(model_device(self._model))
         scores = self._model(self._session, frame_idx=self._shown, frame=pixels).pred_masks
         self._session.processed_frames.pop(self._shown)
         for outputs in self._session.output_dict_per_obj.values():
@@ -201,7 +203,7 @@ class Tracker:
 
 
 def _any(scores: Sequence[Tensor], image: Image.Image) -> Mask:
-    """White where any subject's score, brought to the picture's size, is above 0."""
+    """White where any subject's score, brought to the image's size, is above 0."""
     found = torch.stack([enlarged(score, image.size) > 0 for score in scores]).any(0)
     return Mask(found.float().cpu().numpy())
 

@@ -1,4 +1,4 @@
-"""What tools with segmentation models share: loading them, whole or not at all, and their picture processors."""
+"""What tools with segmentation models share: loading them, whole or not at all, and their image processors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +43,7 @@ def load_model(kind: Any, source: str, device: str) -> PreTrainedModel:  # noqa:
 
 
 def load_processor(source: str, kind: Any = None) -> Any:  # noqa: ANN401 (each model has its own class)
-    """A model's picture processor, on Pillow, so that it gives the same on every machine.
+    """A model's image processor, on Pillow, so that it gives the same on every machine.
 
     Args:
         source: Folder or hub id.
@@ -60,7 +60,7 @@ def load_processor(source: str, kind: Any = None) -> Any:  # noqa: ANN401 (each 
     except (ImportError, *_FAILURES) as error:
         remedy = "; pip install 'mpp[segment]'" if "torchvision" in str(error).lower() else ""
         raise ValueError(
-            f"tool.model={source}: its picture processor cannot be read ({_short(error)}){remedy}"
+            f"tool.model={source}: its image processor cannot be read ({_short(error)}){remedy}"
         ) from error
 
 
@@ -75,7 +75,7 @@ def needs_model(model: str | None) -> None:
 
 
 def enlarged(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring scores `(height, width)` to a picture's width and height (bilinear)."""
+    """Bring scores `(height, width)` to an image's width and height (bilinear)."""
     width, height = size
     return functional.interpolate(scores[None, None].float(), (height, width), mode="bilinear", align_corners=False)[
         0, 0
@@ -93,7 +93,7 @@ def check_tiers(option: str, tiers: Sequence[float]) -> None:
         raise ValueError(f"{option} must have values between 0 and 1, got {wrong[0]}")
 
 
-def device_of(model: nn.Module) -> torch.device:
+def model_device(model: nn.Module) -> torch.device:
     """Where a model is."""
     return next(model.parameters()).device
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
-from mpp.data.mask import Mask
-from mpp.masking.clips import Clip
-from mpp.masking.frames import Pixels, fit, read_indices
+from mpp.masking.pixels import Pixels, fit_mask, read_indices
+from mpp.masking.sequences import FrameSequence
+from mpp.media.mask import Mask
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -19,7 +19,7 @@ _FARTHEST = 442  # from black to white in 8-bit RGB, rounded up
 
 
 class Tool(ABC):
-    """Makes masks or pictures of masks or pictures. Instances are cheap: models are loaded by `prepare`.
+    """Makes masks or images of masks or images. Instances are cheap: models are loaded by `prepare`.
 
     Attributes:
         reads: What its input is.
@@ -29,13 +29,13 @@ class Tool(ABC):
         missing: What is done with inputs without a second one; `fail` names them and does the rest.
     """
 
-    reads: ClassVar[Literal["mask", "picture"]] = "mask"
-    writes: ClassVar[Literal["mask", "picture"]] = "mask"
+    reads: ClassVar[Literal["mask", "image"]] = "mask"
+    writes: ClassVar[Literal["mask", "image"]] = "mask"
     video_suffix: ClassVar[str] = ".mkv"
     masks: str | None = None
     missing: str = "fail"
 
-    def prepare(self, clips: Sequence[Clip]) -> None:  # noqa: B027 (most tools need nothing)
+    def prepare(self, clips: Sequence[FrameSequence]) -> None:  # noqa: B027 (most tools need nothing)
         """Load what these clips need; called once, and not if there is nothing to do.
 
         Raises:
@@ -43,7 +43,7 @@ class Tool(ABC):
         """
 
     @abstractmethod
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask | Pixels]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Mask | Pixels]:
         """One result for each frame, in order.
 
         Args:
@@ -61,7 +61,9 @@ class Tool(ABC):
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
-def together(clip: Clip, frames: Iterator[T], other: Clip, others: Iterator[U]) -> Iterator[tuple[T, U]]:
+def together(
+    clip: FrameSequence, frames: Iterator[T], other: FrameSequence, others: Iterator[U]
+) -> Iterator[tuple[T, U]]:
     """Frames of two clips side by side; what stands still is repeated for what moves.
 
     Raises:
@@ -74,7 +76,9 @@ def together(clip: Clip, frames: Iterator[T], other: Clip, others: Iterator[U]) 
     return _equally_many(clip, frames, other, others)
 
 
-def _equally_many(clip: Clip, frames: Iterator[T], other: Clip, others: Iterator[U]) -> Iterator[tuple[T, U]]:
+def _equally_many(
+    clip: FrameSequence, frames: Iterator[T], other: FrameSequence, others: Iterator[U]
+) -> Iterator[tuple[T, U]]:
     for number, both in enumerate(itertools.zip_longest(frames, others)):
         if None in both:
             shorter = clip if both[0] is None else other
@@ -109,7 +113,7 @@ def one_of(option: str, value: str, words: Sequence[str]) -> None:
 class Invert(Tool):
     """White becomes black: what was learned is preserved."""
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Mask]:
         """The inverted masks."""
         del other
         return (Mask(1 - mask.values, mask.bits) for mask in clip.masks())
@@ -117,7 +121,7 @@ class Invert(Tool):
 
 @dataclass(frozen=True)
 class Combine(Tool):
-    """Two masks of the same picture to one.
+    """Two masks of the same image to one.
 
     Args:
         masks: Folder of the second masks, matched by path and name, or one mask for all. A mask that stands still
@@ -141,14 +145,14 @@ class Combine(Tool):
         one_of("tool.how", self.how, ("multiply", "min", "max", "subtract"))
         one_of("tool.missing", self.missing, ("fail", "keep"))
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Mask]:
         """The combined masks, as deep as the deeper of the two."""
         if other is None:
             yield from clip.masks()
             return
         what = f"{clip.path} and {other.path}"
         for first, second in together(clip, clip.masks(), other, other.masks()):
-            fitted = fit(second, first.size, what, resize=self.resize)
+            fitted = fit_mask(second, first.size, what, resize=self.resize)
             yield Mask(self._combined(first.values, fitted.values), max(first.bits, second.bits))
 
     def _combined(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -219,7 +223,7 @@ class Tiers(Tool):
             found.append((int(whole), float(value)))
         return found
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Mask]:
         """The masks with their new values."""
         del other
         if self.values == "grey":
@@ -266,7 +270,7 @@ class FromColor(Tool):
     softness: float = 0.0
     keep: Literal["color", "rest"] = "color"
 
-    reads = "picture"
+    reads = "image"
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -279,11 +283,11 @@ class FromColor(Tool):
             raise ValueError(f"tool.softness must be between 0 and {_FARTHEST}, got {self.softness}")
         one_of("tool.keep", self.keep, ("color", "rest"))
 
-    def apply(self, clip: Clip, other: Clip | None) -> Iterator[Mask]:
+    def apply(self, clip: FrameSequence, other: FrameSequence | None) -> Iterator[Mask]:
         """The masks."""
         del other
-        for picture in clip.pictures():
-            away = np.asarray(picture.rgb, dtype=np.float32) - np.asarray(self.color, dtype=np.float32)
+        for image in clip.images():
+            away = np.asarray(image.rgb, dtype=np.float32) - np.asarray(self.color, dtype=np.float32)
             beyond = np.sqrt((away**2).sum(2)) - self.tolerance
             key = 1 - (beyond / self.softness).clip(0, 1) if self.softness else (beyond <= 0).astype(np.float32)
             yield Mask(key if self.keep == "color" else 1 - key)

@@ -1,4 +1,4 @@
-"""Results on disk: pictures, videos and folders of frames, each complete or not there, each saying how it was made."""
+"""Results on disk: images, videos and folders of frames, each complete or not there, each saying how it was made."""
 
 import io
 import json
@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from mpp.data.mask import Mask
 from mpp.files import write_atomically
-from mpp.masking.frames import Pixels
-from mpp.masking.video import Times
+from mpp.masking.pixels import Pixels
+from mpp.masking.video_frames import Times
+from mpp.media.mask import Mask
 
 T = TypeVar("T")
 
@@ -172,19 +172,19 @@ def _layout(frame: Mask | Pixels) -> tuple[np.ndarray, str, str]:
     return array, *_FORMATS[array.shape[2]]
 
 
-def _counted(places: tuple[T, ...], frames: Iterator[Mask | Pixels]) -> Iterator[tuple[T, Mask | Pixels]]:
-    """Frames with their places, as many as there are places.
+def _counted(targets: tuple[T, ...], frames: Iterator[Mask | Pixels]) -> Iterator[tuple[T, Mask | Pixels]]:
+    """Frames with their targets, as many as there are targets.
 
     Raises:
         ValueError: There are more or fewer.
     """
     count = 0
     for count, frame in enumerate(frames, 1):
-        if count > len(places):
-            raise ValueError(f"there are more frames than the {len(places)} expected; the input changed, run again")
-        yield places[count - 1], frame
-    if count < len(places):
-        raise ValueError(f"{count} frames instead of {len(places)}; the input changed, run again")
+        if count > len(targets):
+            raise ValueError(f"there are more frames than the {len(targets)} expected; the input changed, run again")
+        yield targets[count - 1], frame
+    if count < len(targets):
+        raise ValueError(f"{count} frames instead of {len(targets)}; the input changed, run again")
 
 
 def is_own_folder(folder: Path) -> bool:

@@ -13,9 +13,9 @@ Tensors = Tensor | tuple[Tensor, ...] | None
 class Conditioning:
     """What a DiT sees besides noisy latents: a record of tensors, batched on the first axis after `collate`.
 
-    A field is a tensor, a tuple of tensors (a sample's control pictures), or None where it does not apply. Fields
-    that come from pictures default to None, so that text alone makes a record. All samples of one batch have the same
-    picture fields with the same shapes; the DataModule sees to it.
+    A field is a tensor, a tuple of tensors (a sample's control images), or None where it does not apply. Fields
+    that come from images default to None, so that text alone makes a record. All samples of one batch have the same
+    image fields with the same shapes; the DataModule sees to it.
     """
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What all families on diffusers classes share: where weights lie, how they load, how samples are painted.
+"""What all families on diffusers classes share: where weights lie, how they load, how samples are generated.
 
 Not an architecture: a family's file says what is its own, this one how diffusers is used.
 """
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from mpp.files import weights_fingerprint
-from mpp.models.base import Architecture, Identity, Prompt, Shot
 from mpp.models.conditioning import Conditioning, Tensors
+from mpp.models.contract import Architecture, Generation, Identity, Prompt
 from mpp.models.single_file import SingleFile
 from mpp.models.weights import component_fingerprint, fingerprint_if_present, resolve_folder
 
@@ -33,13 +33,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(kw_only=True, eq=False)
 class Family(Architecture):
-    """An architecture on diffusers' classes: loads, checks, fingerprints and paints.
+    """An architecture on diffusers' classes: loads, checks, fingerprints and generates.
 
     Args:
         pretrained: Diffusers folder, hub id, or (where `single_file` is set) one `.safetensors` of the transformer
             with the original's or diffusers' keys.
         vae: Folder or hub id of the VAE; None: `pretrained`.
-        text_encoder: Folder or hub id of text encoders, tokenizers and picture encoders; None: `pretrained`.
+        text_encoder: Folder or hub id of text encoders, tokenizers and image encoders; None: `pretrained`.
         dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`. What diffusers keeps in float32 stays.
         vae_dtype: Of the VAE.
         text_dtype: Of the text encoders, and of the cached embeddings.
@@ -79,7 +79,9 @@ class Family(Architecture):
         """Diffusers' pipeline around the transformer and the VAE, without text encoders."""
 
     @abstractmethod
-    def arguments(self, positive: Conditioning, negative: Conditioning | None, shot: Shot) -> dict[str, Any]:
+    def arguments(
+        self, positive: Conditioning, negative: Conditioning | None, generation: Generation
+    ) -> dict[str, Any]:
         """The pipeline's arguments besides sizes, steps, seed and output type."""
 
     # ---------------------------------------------------------------- weights
@@ -181,32 +183,32 @@ class Family(Architecture):
         return getattr(diffusers, name).from_pretrained(folder)
 
     @torch.no_grad()
-    def sample(
+    def generate(
         self,
         transformer: nn.Module,
         encoders: "FamilyEncoders",
         positive: Conditioning,
         negative: Conditioning | None,
-        shot: Shot,
+        generation: Generation,
     ) -> Float[Tensor, "frames channels height width"]:
-        """Paint with diffusers' own pipeline; pixels in [0, 1] on the CPU."""
+        """Generate with diffusers' own pipeline; pixels in [0, 1] on the CPU."""
         pipe = self.pipeline(transformer, encoders)
         pipe.set_progress_bar_config(disable=True)
         arguments = {
-            "height": shot.height,
-            "width": shot.width,
-            "num_inference_steps": shot.steps,
-            "generator": torch.Generator().manual_seed(shot.seed),
+            "height": generation.height,
+            "width": generation.width,
+            "num_inference_steps": generation.steps,
+            "generator": torch.Generator().manual_seed(generation.seed),
             "output_type": "pt",
-            **self.arguments(positive, negative, shot),
+            **self.arguments(positive, negative, generation),
         }
         output = pipe(**arguments)
         frames = output.frames if hasattr(output, "frames") else output.images
-        return as_pixels(frames)
+        return output_pixels(frames)
 
 
 class FamilyEncoders:
-    """VAE, text and picture encoders, each loaded on first use and freed by `release`."""
+    """VAE, text and image encoders, each loaded on first use and freed by `release`."""
 
     vae_class: ClassVar[type[ModelMixin]]
 
@@ -226,7 +228,7 @@ class FamilyEncoders:
             vae = self.vae_class.from_pretrained(folder, torch_dtype=DTYPES[self.model.vae_dtype])
             self.check_vae(vae)
             vae = vae.to(self.device).eval().requires_grad_(False)
-            # Samples are painted under the run's autocast, which would decode a float32 VAE in bfloat16.
+            # Samples are generated under the run's autocast, which would decode a float32 VAE in bfloat16.
             vae.decode = torch.autocast(self.device.type, enabled=False)(vae.decode)
             self._loaded["vae"] = vae
         return self._loaded["vae"]
@@ -237,7 +239,7 @@ class FamilyEncoders:
     def encoder(
         self, kind: type[PreTrainedModel], subfolder: str = "text_encoder", dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
-        """A text or picture encoder in `text_dtype`, or another."""
+        """A text or image encoder in `text_dtype`, or another."""
         if subfolder not in self._loaded:
             folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
             model = kind.from_pretrained(folder, dtype=dtype or DTYPES[self.model.text_dtype])
@@ -251,10 +253,10 @@ class FamilyEncoders:
             self._loaded[subfolder] = kind.from_pretrained(folder)
         return self._loaded[subfolder]
 
-    def encode_pictures(
+    def encode_images(
         self, pixels: Float[Tensor, "1 channels frames height width"], controls: Sequence[Image.Image]
     ) -> dict[str, Tensors]:
-        """Nothing: this family sees no pictures."""
+        """Nothing: this family sees no images."""
         del pixels, controls
         return {}
 
@@ -269,11 +271,11 @@ class FamilyEncoders:
 
 
 def captions_of(prompts: Sequence[Prompt]) -> list[str]:
-    """The texts alone, for encoders that see no pictures."""
+    """The texts alone, for encoders that see no images."""
     return [prompt.text for prompt in prompts]
 
 
-def as_pixels(frames: Any) -> Float[Tensor, "frames channels height width"]:  # noqa: ANN401
+def output_pixels(frames: Any) -> Float[Tensor, "frames channels height width"]:  # noqa: ANN401
     """The first sample of a pipeline's output as `(frames, channels, height, width)` in [0, 1] on the CPU."""
     if isinstance(frames, Tensor) or (isinstance(frames, list) and isinstance(frames[0], Tensor)):
         first = frames[0] if not (isinstance(frames, Tensor) and frames.ndim == 4) else frames

@@ -29,7 +29,7 @@ def tiny_wan(folder: str, seed: int = 0) -> str:
     """Make a random tiny WAN pipeline at `folder` unless one is there.
 
     The folder holds `transformer`, `vae`, `text_encoder` and `tokenizer` as diffusers and transformers save them.
-    The VAE's latent statistics are measured on smooth random pictures, so that its latents are near unit variance.
+    The VAE's latent statistics are measured on smooth random images, so that its latents are near unit variance.
 
     Returns:
         The folder.
@@ -55,9 +55,9 @@ def tiny_wan(folder: str, seed: int = 0) -> str:
 def _save(folder: Path) -> None:
     WanTransformer3DModel(**TRANSFORMER).save_pretrained(folder / "transformer")
     vae = AutoencoderKLWan(**VAE).eval()
-    pictures = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6) * 2 - 1, (64, 64), mode="bicubic")
+    images = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6) * 2 - 1, (64, 64), mode="bicubic")
     with torch.no_grad():
-        latents = torch.cat([vae.encode(p[None, :, None]).latent_dist.mode() for p in pictures])
+        latents = torch.cat([vae.encode(p[None, :, None]).latent_dist.mode() for p in images])
     vae.register_to_config(
         latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
     )

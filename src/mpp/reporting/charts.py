@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.reporting.samples import BINS, Sample
+from mpp.reporting.rows import BINS, ReportRow
 
 _TENTHS = 10
 _NOTHING, _ALL = 1e-6, 1 - 1e-6
@@ -40,7 +40,7 @@ class Chart:
     mark: dict[str, Any] | None = None
 
 
-def charts_of(samples: Sequence[Sample], loss: MaskedPriorLoss) -> list[Chart]:
+def charts_of(samples: Sequence[ReportRow], loss: MaskedPriorLoss) -> list[Chart]:
     """All histograms; that of mask values only where there are masks."""
     found = []
     for name, title in (("learn", "Area that learns"), ("preserve", "Area that is preserved")):
@@ -69,7 +69,7 @@ def coverage_bin(share: float) -> int:
     return _TENTHS + 1 if share >= _ALL else 1 + min(int(share * _TENTHS), _TENTHS - 1)
 
 
-def bins_of(sample: Sample, buckets: dict[str, int]) -> dict[str, Any]:
+def bins_of(sample: ReportRow, buckets: dict[str, int]) -> dict[str, Any]:
     """Number of a sample's bar in each histogram; of `values` all that hold a part of it worth noting."""
     coverage, mask = sample.coverage, sample.mask
     own = mask.values if mask is not None and sample.entry.mask is not None else ()

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+from mpp.cache.format import Notes
 from mpp.core.loss import MaskedPriorLoss
-from mpp.data.cache import Notes
-from mpp.reporting.likeness import alike
-from mpp.reporting.samples import WHITE, MaskFacts, Sample
+from mpp.reporting.near_duplicates import near_duplicates
+from mpp.reporting.rows import WHITE, MaskFacts, ReportRow
 
 Severity = Literal["error", "warning", "info"]
 
 _TINY_SHARE, _TINY_CELLS = 0.005, 2.0
 _CENTRE, _CONTRAST = 0.05, 2.0
-_MOTION = 8.0  # levels, see likeness.motion
+_MOTION = 8.0  # levels, see near_duplicates.motion
 _NAMED = 5
 
 
@@ -55,10 +55,10 @@ class _Rule:
     severity: Severity
     title: str
     remedy: str
-    note: Callable[[Sample, MaskedPriorLoss], str | None]
+    note: Callable[[ReportRow, MaskedPriorLoss], str | None]
 
 
-def find(samples: Sequence[Sample], loss: MaskedPriorLoss, notes: Notes) -> list[Finding]:
+def find(samples: Sequence[ReportRow], loss: MaskedPriorLoss, notes: Notes) -> list[Finding]:
     """All findings that concern something, the worst first."""
     found = [*_left_out(notes), *_missing(samples, loss), *_settings(loss)]
     for rule in _RULES:
@@ -75,24 +75,24 @@ def _left_out(notes: Notes) -> Iterator[Finding]:
     aspect = tuple(reason for reason in notes.skipped if "another aspect ratio" in reason)
     others = tuple(reason for reason in notes.skipped if "another aspect ratio" not in reason)
     if aspect:
-        remedy = "These media are not in the cache. Export each mask at its picture's aspect ratio and prepare again."
+        remedy = "These media are not in the cache. Export each mask at its image's aspect ratio and prepare again."
         yield Finding("off_aspect", "error", "Mask has another shape", remedy, lines=aspect)
     if others:
         remedy = "These media are not in the cache. Mend or remove them and prepare again."
         yield Finding("skipped", "error", "Left out by prepare", remedy, lines=others)
     if notes.unused:
-        remedy = "Masks, control pictures, caption files or rows of a table. Most often a misspelt name."
+        remedy = "Masks, control images, caption files or rows of a table. Most often a misspelt name."
         yield Finding("unused", "warning", "Mask without media", remedy, lines=notes.unused)
 
 
-def _missing(samples: Sequence[Sample], loss: MaskedPriorLoss) -> Iterator[Finding]:
+def _missing(samples: Sequence[ReportRow], loss: MaskedPriorLoss) -> Iterator[Finding]:
     bare = tuple(number for number, sample in enumerate(samples) if sample.entry.mask is None)
     if not bare or (len(bare) == len(samples) and loss.prior_weight == 0):
         return
     if len(bare) == len(samples):
         remedy = "The prior never applies: prepare with data.mask_dir, or choose loss=plain."
     else:
-        remedy = "They train on the whole picture, background included. Add masks, or set data.require_mask=true."
+        remedy = "They train on the whole image, background included. Add masks, or set data.require_mask=true."
     yield Finding("missing", "warning", "No mask", remedy, bare, ("",) * len(bare))
 
 
@@ -102,17 +102,15 @@ def _settings(loss: MaskedPriorLoss) -> Iterator[Finding]:
         yield Finding("settings", "warning", "Settings of the loss", remedy, lines=tuple(advice))
 
 
-def _duplicates(samples: Sequence[Sample]) -> Iterator[Finding]:
-    groups = alike([sample.print for sample in samples], [sample.entry.origin for sample in samples])
+def _duplicates(samples: Sequence[ReportRow]) -> Iterator[Finding]:
+    groups = near_duplicates([sample.print for sample in samples], [sample.entry.origin for sample in samples])
     notes = {number: note for group in groups for number, note in _likes(samples, group)}
     if notes:
-        remedy = (
-            "Each counts as a sample of its own, so this picture weighs more; in validation it is no test. Keep one."
-        )
+        remedy = "Each counts as a sample of its own, so this image weighs more; in validation it is no test. Keep one."
         yield Finding("duplicate", "warning", "Near duplicate", remedy, tuple(notes), tuple(notes.values()))
 
 
-def _likes(samples: Sequence[Sample], group: Sequence[int]) -> Iterator[tuple[int, str]]:
+def _likes(samples: Sequence[ReportRow], group: Sequence[int]) -> Iterator[tuple[int, str]]:
     """For each sample of a group which others it is like; a few are named."""
     origins = Counter(samples[number].entry.origin for number in group)
     for number in group:
@@ -123,27 +121,27 @@ def _likes(samples: Sequence[Sample], group: Sequence[int]) -> Iterator[tuple[in
         yield number, f"like {', '.join(names)}{f' and {left} more' if left else ''}"
 
 
-def _across(sample: Sample, other: Sample) -> str:
+def _across(sample: ReportRow, other: ReportRow) -> str:
     if sample.entry.split == other.entry.split:
         return ""
     return " (in validation)" if other.entry.split == "val" else " (in training)"
 
 
-def _own(sample: Sample) -> MaskFacts | None:
+def _own(sample: ReportRow) -> MaskFacts | None:
     """Facts about a mask that the sample has itself."""
     return sample.mask if sample.entry.mask is not None else None
 
 
-def _unreadable(sample: Sample, _: MaskedPriorLoss) -> str | None:
+def _unreadable(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     return sample.problem
 
 
-def _empty(sample: Sample, _: MaskedPriorLoss) -> str | None:
+def _empty(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     mask = _own(sample)
     return "" if mask and mask.highest < 1 - WHITE else None
 
 
-def _below_threshold(sample: Sample, loss: MaskedPriorLoss) -> str | None:
+def _below_threshold(sample: ReportRow, loss: MaskedPriorLoss) -> str | None:
     """All of a mask that is not empty lies below the threshold."""
     mask, threshold = _own(sample), loss.prior_threshold
     if mask is None or loss.prior_weight == 0 or threshold is None or _empty(sample, loss) is not None:
@@ -151,7 +149,7 @@ def _below_threshold(sample: Sample, loss: MaskedPriorLoss) -> str | None:
     return f"highest value {mask.highest:.2f}" if mask.highest < threshold else None
 
 
-def _above_threshold(sample: Sample, loss: MaskedPriorLoss) -> str | None:
+def _above_threshold(sample: ReportRow, loss: MaskedPriorLoss) -> str | None:
     """None of a mask that is not full lies below the threshold."""
     mask, threshold = _own(sample), loss.prior_threshold
     if mask is None or loss.prior_weight == 0 or threshold is None or _full(sample, loss) is not None:
@@ -159,12 +157,12 @@ def _above_threshold(sample: Sample, loss: MaskedPriorLoss) -> str | None:
     return f"lowest value {mask.lowest:.2f}" if mask.lowest >= threshold else None
 
 
-def _full(sample: Sample, _: MaskedPriorLoss) -> str | None:
+def _full(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     mask = _own(sample)
     return "" if mask and mask.lowest > WHITE else None
 
 
-def _tiny(sample: Sample, loss: MaskedPriorLoss) -> str | None:
+def _tiny(sample: ReportRow, loss: MaskedPriorLoss) -> str | None:
     mask = _own(sample)
     if mask is None or _empty(sample, loss) is not None or _below_threshold(sample, loss) is not None:
         return None
@@ -173,26 +171,26 @@ def _tiny(sample: Sample, loss: MaskedPriorLoss) -> str | None:
     return f"{mask.learned:.2%} of the area, {mask.cells:.1f} latent cells"
 
 
-def _inverted(sample: Sample, _: MaskedPriorLoss) -> str | None:
+def _inverted(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     mask = _own(sample)
     if mask is None or 1 - mask.centre < max(_CENTRE, _CONTRAST * (1 - mask.border)):
         return None
     return f"border {mask.border:.0%} learned, centre {mask.centre:.0%}"
 
 
-def _still_mask(sample: Sample, _: MaskedPriorLoss) -> str | None:
+def _still_mask(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     mask = _own(sample)
     if mask is None or not mask.still or sample.motion is None or sample.motion < _MOTION:
         return None
     return "" if mask.lowest <= WHITE and mask.highest >= 1 - WHITE else None
 
 
-def _no_caption(sample: Sample, _: MaskedPriorLoss) -> str | None:
+def _no_caption(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     return None if any(text.strip() for text in (sample.entry.caption, *sample.entry.variants)) else ""
 
 
-def _no_preview(sample: Sample, _: MaskedPriorLoss) -> str | None:
-    lacking = [view.name for view in sample.views if view.picture is None]
+def _no_preview(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
+    lacking = [view.name for view in sample.views if view.image is None]
     return ", ".join(lacking) if lacking else None
 
 
@@ -208,7 +206,7 @@ _RULES = (
         "empty",
         "error",
         "Empty mask",
-        "All black: nothing is learned from the picture. Draw the mask, or drop the picture.",
+        "All black: nothing is learned from the image. Draw the mask, or drop the image.",
         _empty,
     ),
     _Rule(
@@ -238,7 +236,7 @@ _RULES = (
         "warning",
         "Tiny mask",
         "Less than 0.5 % of the area or 2 latent cells learn, and each counts for very much. Choose a higher "
-        "resolution, crop the picture, or set loss.area_scale_beta=0.5.",
+        "resolution, crop the image, or set loss.area_scale_beta=0.5.",
         _tiny,
     ),
     _Rule(
@@ -260,14 +258,14 @@ _RULES = (
         "no_caption",
         "info",
         "No caption",
-        "Trained with the empty prompt. Add a caption, such as NAME.txt beside the picture.",
+        "Trained with the empty prompt. Add a caption, such as NAME.txt beside the image.",
         _no_caption,
     ),
     _Rule(
         "no_preview",
         "info",
-        "No preview picture",
-        "The page shows the masks alone. Prepare again to have the pictures; imported caches may have none.",
+        "No preview image",
+        "The page shows the masks alone. Prepare again to have the images; imported caches may have none.",
         _no_preview,
     ),
 )

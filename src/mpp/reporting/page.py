@@ -17,18 +17,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from mpp import __version__
+from mpp.cache.coverage import Coverage, mode_of, step_cost
+from mpp.cache.format import Cache, CacheIdentity
 from mpp.core.loss import MaskedPriorLoss
-from mpp.coverage import Coverage, mode_of, step_cost
-from mpp.data.cache import Cache, Manifest
 from mpp.reporting.charts import bins_of, charts_of
 from mpp.reporting.findings import Finding
-from mpp.reporting.samples import Sample, used_for_training, weights_of
+from mpp.reporting.rows import ReportRow, used_for_training, weights_of
 
 MARK = '<meta name="generator" content="mpp report">'
 _PARTS = Path(__file__).parent / "page"
 _STYLES = ("page.css", "samples.css")
 _SCRIPTS = ("data.js", "draw.js", "charts.js", "cards.js", "detail.js", "overview.js", "controls.js", "main.js")
-_PIXELS = 60e6  # of all pictures together: about 12 MB of JPEG
+_PIXELS = 60e6  # of all images together: about 12 MB of JPEG
 _SIDES = 112, 512
 _QUALITY = 75
 _LINES = 500  # of one finding
@@ -40,7 +40,7 @@ class Subject:
 
     Attributes:
         cache: The cache.
-        manifest: Its manifest.
+        identity: Its identity.
         loss: Whose regions are shown.
         loss_name: The preset's name, where it is known.
         total: Samples in the cache.
@@ -48,14 +48,14 @@ class Subject:
     """
 
     cache: Cache
-    manifest: Manifest
+    identity: CacheIdentity
     loss: MaskedPriorLoss
     loss_name: str | None
     total: int
     made: str
 
 
-def render(subject: Subject, samples: Sequence[Sample], findings: Sequence[Finding], shown: Sequence[int]) -> str:
+def render(subject: Subject, samples: Sequence[ReportRow], findings: Sequence[Finding], shown: Sequence[int]) -> str:
     """The page.
 
     Args:
@@ -66,24 +66,24 @@ def render(subject: Subject, samples: Sequence[Sample], findings: Sequence[Findi
     """
     charts = charts_of(samples, subject.loss)
     buckets = {label: number for number, label in enumerate(charts[-1].labels)}
-    pictures, weights = _Lines(), _Lines()
-    side = picture_side(sum(view.picture is not None for number in shown for view in samples[number].views))
+    images, weights = _Lines(), _Lines()
+    side = image_side(sum(view.image is not None for number in shown for view in samples[number].views))
     said = _said(findings)
     rows = []
-    for number in tqdm(shown, desc="pictures", unit="sample", disable=None):
+    for number in tqdm(shown, desc="images", unit="sample", disable=None):
         sample = samples[number]
-        row = _row(subject, sample, side, pictures, weights)
+        row = _row(subject, sample, side, images, weights)
         rows.append(row | {"bins": bins_of(sample, buckets), "findings": said.get(number, [])})
     data = _summary(subject, samples) | {
         "charts": [asdict(chart) for chart in charts],
         "findings": [_finding(finding, set(shown)) for finding in findings],
         "samples": rows,
     }
-    return _fill(data, pictures, weights)
+    return _fill(data, images, weights)
 
 
-def picture_side(count: int) -> int:
-    """Longest side in pixels at which `count` pictures are embedded: the more, the smaller."""
+def image_side(count: int) -> int:
+    """Longest side in pixels at which `count` images are embedded: the more, the smaller."""
     low, high = _SIDES
     return int(min(high, max(low, math.sqrt(_PIXELS / max(1, count)))))
 
@@ -97,14 +97,14 @@ class _Lines(list[str]):
         return len(self) - 1
 
 
-def _summary(subject: Subject, samples: Sequence[Sample]) -> dict[str, Any]:
+def _summary(subject: Subject, samples: Sequence[ReportRow]) -> dict[str, Any]:
     training = used_for_training(samples)
     coverage = Coverage.of(training) if training else None
     kinds = [sample.entry.mask or "none" for sample in samples]
     splits = [sample.entry.split for sample in samples]
     return {
         "cache": str(subject.cache.folder),
-        "family": subject.manifest.family,
+        "family": subject.identity.family,
         "version": __version__,
         "made": subject.made,
         "loss": {"name": subject.loss_name, "mode": mode_of(subject.loss), "settings": vars(subject.loss)},
@@ -125,7 +125,7 @@ def _teacher(coverage: Coverage | None) -> dict[str, Any]:
     least, most = step_cost(coverage.taught, gradient_checkpointing=True)
     bare_least, bare_most = step_cost(coverage.taught, gradient_checkpointing=False)
     text = (
-        f"steps take about {least:.2f}x (long videos) to {most:.2f}x (small pictures) as long; {bare_least:.2f}x to "
+        f"steps take about {least:.2f}x (long videos) to {most:.2f}x (small images) as long; {bare_least:.2f}x to "
         f"{bare_most:.2f}x without gradient checkpointing"
     )
     return {"share": coverage.taught, "text": text}
@@ -134,9 +134,9 @@ def _teacher(coverage: Coverage | None) -> dict[str, Any]:
 def _said(findings: Sequence[Finding]) -> dict[int, list[tuple[int, str, int]]]:
     """For each sample the findings that concern it: which, its note, and its place among the samples concerned."""
     said: dict[int, list[tuple[int, str, int]]] = {}
-    for place, finding in enumerate(findings):
+    for position, finding in enumerate(findings):
         for rank, (number, note) in enumerate(zip(finding.samples, finding.notes, strict=True)):
-            said.setdefault(number, []).append((place, note, rank))
+            said.setdefault(number, []).append((position, note, rank))
     return said
 
 
@@ -155,13 +155,13 @@ def _finding(finding: Finding, shown: set[int]) -> dict[str, Any]:
     }
 
 
-def _row(subject: Subject, sample: Sample, side: int, pictures: _Lines, weights: _Lines) -> dict[str, Any]:
-    """A sample as the page's script reads it; its pictures and weights go into the text blocks."""
+def _row(subject: Subject, sample: ReportRow, side: int, images: _Lines, weights: _Lines) -> dict[str, Any]:
+    """A sample as the page's script reads it; its images and weights go into the text blocks."""
     entry, coverage, mask = sample.entry, sample.coverage, sample.mask
     own = mask is not None and entry.mask is not None
-    clip = subject.manifest.latents.frames.plays(entry.shape[1])
-    stride = subject.manifest.latents.spatial_stride
-    planes = weights_of(subject.cache, sample, subject.loss, subject.manifest.given_frames)
+    clip = subject.identity.latents.frames.plays(entry.shape[1])
+    stride = subject.identity.latents.spatial_stride
+    planes = weights_of(subject.cache, sample, subject.loss, subject.identity.given_frames)
     if planes is not None:
         planes = zlib.compress((planes.numpy() * 255).round().astype(np.uint8).tobytes(), 9)
     return {
@@ -188,7 +188,7 @@ def _row(subject: Subject, sample: Sample, side: int, pictures: _Lines, weights:
                 "name": view.name,
                 "frame": view.frame,
                 "given": view.given,
-                "picture": _picture(view.picture, side, pictures),
+                "image": _image(view.image, side, images),
             }
             for view in sample.views
         ],
@@ -196,7 +196,7 @@ def _row(subject: Subject, sample: Sample, side: int, pictures: _Lines, weights:
     }
 
 
-def _picture(path: Path | None, side: int, pictures: _Lines) -> int | None:
+def _image(path: Path | None, side: int, images: _Lines) -> int | None:
     """Embed a preview; None where it cannot be read."""
     if path is None:
         return None
@@ -209,10 +209,10 @@ def _picture(path: Path | None, side: int, pictures: _Lines) -> int | None:
         small.save(content, "JPEG", quality=_QUALITY, optimize=True)
     except (OSError, ValueError, SyntaxError):
         return None
-    return pictures.put(content.getvalue())
+    return images.put(content.getvalue())
 
 
-def _fill(data: dict[str, Any], pictures: Sequence[str], weights: Sequence[str]) -> str:
+def _fill(data: dict[str, Any], images: Sequence[str], weights: Sequence[str]) -> str:
     """The template with everything in it; nothing in the data can end its script element."""
     style = "\n".join((_PARTS / name).read_text("utf-8") for name in _STYLES)
     script = '"use strict";\n' + "\n".join((_PARTS / name).read_text("utf-8") for name in _SCRIPTS)
@@ -223,7 +223,7 @@ def _fill(data: dict[str, Any], pictures: Sequence[str], weights: Sequence[str])
         script=script,
         script_hash=_hash(script),
         data=text,
-        pictures="\n".join(pictures),
+        images="\n".join(images),
         weights="\n".join(weights),
     )
 

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from PIL import Image
 
-from mpp.data.datamodule import LatentDataModule
-from mpp.data.prompts import Painted, Prompts
-from mpp.models.adapters import save_lora
-from mpp.painting import paint, sample_name, save
+from mpp.batching.datamodule import LatentDataModule
+from mpp.lora.adapters import save_lora
+from mpp.sampling.generation import generate, generation_name, save
+from mpp.sampling.prompts import Prompts, ReadyPrompt
 from mpp.training.module import MaskedPriorModule
 
 log = logging.getLogger("mpp")
@@ -67,17 +67,17 @@ class Checkpoints(Checkpoint):
                 save_lora(path, module.transformer, state, module.record())
 
 
-class Samples(Checkpoint):
-    """Paints prompts by base and LoRA from the same noise: at the start, every so many steps, and at the end.
+class Generations(Checkpoint):
+    """Generates from prompts by base and LoRA from the same noise: at the start, every so many steps, and at the end.
 
     Nothing happens without prompts. Their embeddings come from the cache, so no text encoder is loaded. Several
     processes share the prompts. A sample that fails (out of memory, disk full) is said and does not end the run. As a
-    `Checkpoint` it comes after the callbacks listed before it, so that a step is saved before it is painted.
+    `Checkpoint` it comes after the callbacks listed before it, so that a step is saved before it is generated.
 
     Args:
         folder: The run's output folder; `samples/step-000500/` holds PNG and MP4 files.
         every_n_steps: Optimizer steps between two samples, >= 1.
-        prompts: What is painted, as it was prepared.
+        prompts: What is generated, as it was prepared.
 
     Raises:
         ValueError: `every_n_steps` is below 1.
@@ -87,7 +87,7 @@ class Samples(Checkpoint):
         if every_n_steps < 1:
             raise ValueError(f"callbacks.samples.every_n_steps must be at least 1, got {every_n_steps}")
         self.folder, self.prompts, self.every_n_steps = Path(folder) / "samples", prompts, every_n_steps
-        self._painted: list[Painted] = []
+        self._ready: list[ReadyPrompt] = []
         self._bases: dict[str, torch.Tensor] = {}
         self._done_at = -1
 
@@ -96,31 +96,31 @@ class Samples(Checkpoint):
         del stage
         self.prompts.check(pl_module.architecture)
         data: LatentDataModule = trainer.datamodule
-        self._painted = self.prompts.read(pl_module.architecture, data.cache)
+        self._ready = self.prompts.read(pl_module.architecture, data.cache)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The untrained adapter, which paints what the base does; what was resumed from is painted already."""
+        """The untrained adapter, which generates what the base does; what was resumed from is generated already."""
         if trainer.global_step == 0:
-            self._paint(trainer, pl_module)
+            self._generate(trainer, pl_module)
         self._done_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Every so many steps."""
         if trainer.global_step % self.every_n_steps == 0:
-            self._paint(trainer, pl_module)
+            self._generate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The finished adapter."""
-        self._paint(trainer, pl_module)
+        self._generate(trainer, pl_module)
 
-    def _paint(self, trainer: Trainer, module: MaskedPriorModule) -> None:
+    def _generate(self, trainer: Trainer, module: MaskedPriorModule) -> None:
         step = trainer.global_step
-        if not self._painted or step == self._done_at:
+        if not self._ready or step == self._done_at:
             return
         self._done_at = step
         folder = self.folder / f"step-{step:06d}"
         try:
-            self._paint_share(trainer, module, folder)
+            self._generate_own(trainer, module, folder)
         except (RuntimeError, OSError) as error:
             log.warning("the samples of step %d failed, training goes on: %s", step, error)
         trainer.strategy.barrier("samples")
@@ -129,19 +129,19 @@ class Samples(Checkpoint):
                 for logger in trainer.loggers:
                     log_image(logger, f"samples/{file.stem}", Image.open(file).convert("RGB"), step)
 
-    def _paint_share(self, trainer: Trainer, module: MaskedPriorModule, folder: Path) -> None:
+    def _generate_own(self, trainer: Trainer, module: MaskedPriorModule, folder: Path) -> None:
         """This process's prompts."""
-        share = list(enumerate(self._painted))[trainer.global_rank :: trainer.world_size]
+        share = list(enumerate(self._ready))[trainer.global_rank :: trainer.world_size]
         encoders = module.architecture.load_encoders(module.device)
         try:
             with module.evaluated_adapter(), trainer.precision_plugin.forward_context():
-                for number, painted in share:
-                    pair = paint(
+                for number, ready in share:
+                    pair = generate(
                         module.architecture,
                         module.transformer,
                         encoders,
-                        painted,
-                        name=sample_name(number, painted.prompt),
+                        ready,
+                        name=generation_name(number, ready.prompt),
                         device=module.device,
                         bases=self._bases,
                     )

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpp import __version__
+from mpp.batching.batch import Batch
 from mpp.core.loss import LossSums, MaskedPriorLoss
-from mpp.data.batch import Batch
-from mpp.models.adapters import Adapter, adapter_state, inject, load_adapter_state
-from mpp.models.base import Architecture
+from mpp.lora.adapters import Adapter, adapter_state, inject, load_adapter_state
+from mpp.models.contract import Architecture
 from mpp.training import metrics
 from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint
 from mpp.training.metrics import LossMetrics

@@ -8,11 +8,11 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image, ImageDraw
 
+from mpp.batching.datamodule import LatentDataModule
+from mpp.cache.coverage import Coverage, measure_coverage, mode_of, step_cost
+from mpp.cache.index import Entry
+from mpp.cache.reader import Reader
 from mpp.core.loss import MaskedPriorLoss
-from mpp.coverage import Coverage, measure_coverage, mode_of, step_cost
-from mpp.data.datamodule import LatentDataModule
-from mpp.data.index import Entry
-from mpp.data.reader import Reader
 from mpp.models.frame_axis import FrameAxis
 from mpp.training.callbacks import log_image
 from mpp.training.module import MaskedPriorModule
@@ -25,14 +25,14 @@ class RunReport(Callback):
 
     Args:
         folder: The run's output folder; `regions.png` is written there.
-        pictures: How many samples are shown.
+        images: How many samples are shown.
     """
 
     def __init__(self, folder: str, pictures: int = 4) -> None:
         self.folder, self.pictures = Path(folder), pictures
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the banner, the warnings and the pictures, on the first process only."""
+        """Log the banner, the warnings and the images, on the first process only."""
         if not trainer.is_global_zero:
             return
         data: LatentDataModule = trainer.datamodule
@@ -74,7 +74,7 @@ def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage
     least, most = step_cost(taught, gradient_checkpointing=module.gradient_checkpointing)
     cost = (
         f"teacher: runs for {taught:.0%} of the samples; steps take about {least:.2f}x (long videos) to {most:.2f}x "
-        f"(small pictures) as long"
+        f"(small images) as long"
         if loss.prior_weight > 0
         else "teacher: never runs"
     )
@@ -127,7 +127,7 @@ def _data_advice(loss: MaskedPriorLoss, data: LatentDataModule, coverage: Covera
 
 
 def region_strip(cache: Reader, entry: Entry, loss: MaskedPriorLoss, axis: FrameAxis, given: int = 0) -> Image.Image:
-    """Picture, mask, target weights and prior weights of one sample side by side; layers under each other.
+    """Image, mask, target weights and prior weights of one sample side by side; layers under each other.
 
     Args:
         cache: The cache.
@@ -139,12 +139,12 @@ def region_strip(cache: Reader, entry: Entry, loss: MaskedPriorLoss, axis: Frame
     weights = loss.weights(cache.mask(entry)[None, :, given:])
     rows = []
     for number in axis.compared(entry.shape[1], given):
-        picture = Image.open(cache.preview(entry.key, axis.suffix(number))).convert("RGB")
+        image = Image.open(cache.preview(entry.key, axis.suffix(number))).convert("RGB")
         frame = max(0, number - given)
-        parts = [(f"{entry.key} {axis.name(number, entry.shape[1])}".strip(), picture)]
+        parts = [(f"{entry.key} {axis.name(number, entry.shape[1])}".strip(), image)]
         for name, field in (("mask", weights.raw), ("learns", weights.target), ("keeps the base", weights.prior)):
             grey = Image.fromarray((field[0, 0, frame].numpy() * 255).round().astype(np.uint8))
-            parts.append((name, grey.resize(picture.size, Image.Resampling.NEAREST).convert("RGB")))
+            parts.append((name, grey.resize(image.size, Image.Resampling.NEAREST).convert("RGB")))
         rows.append(_row(parts))
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     for number, row in enumerate(rows):
@@ -158,6 +158,6 @@ def _row(parts: list[tuple[str, Image.Image]]) -> Image.Image:
     draw = ImageDraw.Draw(strip)
     for column, (name, image) in enumerate(parts):
         strip.paste(image, (column * width, header))
-        label = f"{name}: picture" if column == 0 else f"{name} ({np.asarray(image).mean() / 255:.0%})"
+        label = f"{name}: image" if column == 0 else f"{name} ({np.asarray(image).mean() / 255:.0%})"
         draw.text((column * width + 4, 2), label, fill="black")
     return strip

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mpp.batching.batch import Batch
 from mpp.core import draws, flow
 from mpp.core.flow import Noisy
 from mpp.core.loss import LossSums, MaskedPriorLoss
 from mpp.core.masks import Mask, MaskWeights
-from mpp.data.batch import Batch
-from mpp.models.base import Architecture, Conditioning, draw_sigma
+from mpp.models.contract import Architecture, Conditioning, draw_sigma
 from mpp.training.teacher import Teacher
 
 Latents = Float[Tensor, "b c f h w"]

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mpp.core.flow import Noisy
-from mpp.models.adapters import adapters_off
-from mpp.models.base import Architecture, Conditioning
+from mpp.lora.adapters import adapters_off
+from mpp.models.contract import Architecture, Conditioning
 
 
 @dataclass(frozen=True)

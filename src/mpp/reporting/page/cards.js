@@ -1,4 +1,4 @@
-// The grid of samples. Cards are built once; pictures and weights are there only near the window.
+// The grid of samples. Cards are built once; images and weights are there only near the window.
 
 const grid = byId("grid");
 const cards = new Map();
@@ -23,7 +23,7 @@ function wake(card) {
   showView(figure, samples[card.dataset.place], Number(figure.dataset.view || 0));
 }
 
-/** Let go of the decoded picture. */
+/** Let go of the decoded image. */
 function rest(card) {
   const figure = card.querySelector(".figure");
   delete figure.dataset.live;
@@ -114,7 +114,7 @@ function pickTab(tabs, figure, sample, place) {
   showView(figure, sample, place);
 }
 
-/** Key frames run while the mouse is over the picture. */
+/** Key frames run while the mouse is over the image. */
 function connectPlay(button, figure, sample) {
   let timer = null;
   const progress = button.querySelector(".progress");

@@ -7,8 +7,8 @@ function drawCharts() {
   const place = byId("charts");
   for (const chart of page.charts) {
     const readout = el("p", { class: "readout", "aria-hidden": "true", text: chart.note });
-    const picture = chart.name === "bucket" ? rows(chart) : columns(chart);
-    const one = { chart, readout, ...picture };
+    const plot = chart.name === "bucket" ? rows(chart) : columns(chart);
+    const one = { chart, readout, ...plot };
     one.bars.forEach((bar, bin) => connect(one, bar, bin));
     const title = el("figcaption", { text: chart.title });
     place.append(el("figure", { class: `chart ${chart.name}` }, title, readout, one.box));

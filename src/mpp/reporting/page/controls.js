@@ -16,7 +16,7 @@ function drawControls() {
   fill("split", "Both splits", [["train", counted("training", train)], ["val", counted("validation", val)]]);
   byId("sort").append(...Object.entries(SORTS).map(optionOf));
   segments("overlays", "overlay", OVERLAYS);
-  segments("sizes", "size", SIZES, { s: "Small pictures", m: "Medium pictures", l: "Large pictures" });
+  segments("sizes", "size", SIZES, { s: "Small images", m: "Medium images", l: "Large images" });
   connectControls();
 }
 

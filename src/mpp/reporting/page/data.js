@@ -2,7 +2,7 @@
 
 const byId = (id) => document.getElementById(id);
 const page = JSON.parse(byId("data").textContent);
-const pictures = byId("pictures").textContent.split("\n");
+const images = byId("images").textContent.split("\n");
 const packed = byId("weights").textContent.split("\n");
 
 const SEVERITIES = ["error", "warning", "info"];

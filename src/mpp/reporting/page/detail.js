@@ -1,4 +1,4 @@
-// One sample at large: picture with overlay, its regions side by side, all its frames or layers, and its facts.
+// One sample at large: image with overlay, its regions side by side, all its frames or layers, and its facts.
 
 const detail = byId("detail");
 const WAYS = { target: "learns", prior: "keeps the base", mask: "raw mask" };

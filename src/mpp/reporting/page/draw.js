@@ -33,7 +33,7 @@ function planeOf(sample, bytes, view, plane) {
   return bytes.subarray(start, start + cells);
 }
 
-/** Draw an overlay for the eye on top of the picture: colour by region, strength by weight. */
+/** Draw an overlay for the eye on top of the image: colour by region, strength by weight. */
 function paintOverlay(canvas, sample, bytes, view, overlay) {
   const [height, width] = sample.cells;
   const planes = ["mask", "target", "prior"].map((plane) => planeOf(sample, bytes, view, plane));
@@ -75,24 +75,24 @@ function paintPlane(canvas, sample, bytes, view, plane) {
   return values;
 }
 
-/** Put a view's picture and overlay into a figure with `img` and `canvas`. */
+/** Put a view's image and overlay into a figure with `img` and `canvas`. */
 async function showView(figure, sample, view) {
   const [image, canvas, note] = ["img", "canvas", ".absent"].map((name) => figure.querySelector(name));
   const one = sample.views[view];
   figure.dataset.view = view;
-  image.hidden = one.picture === null;
-  note.hidden = one.picture !== null;
-  if (one.picture !== null) image.src = `data:image/jpeg;base64,${pictures[one.picture]}`;
+  image.hidden = one.image === null;
+  note.hidden = one.image !== null;
+  if (one.image !== null) image.src = `data:image/jpeg;base64,${images[one.image]}`;
   const bytes = await weightsOf(sample);
   const wanted = figure.dataset.live && figure.dataset.view === String(view);
   if (wanted) paintOverlay(canvas, sample, bytes, view, state.overlay);
 }
 
 const ratioOf = (sample) => sample.size[0] / sample.size[1];
-/** Width over height of the cards' pictures: that of the middle sample, within reason. */
+/** Width over height of the cards' images: that of the middle sample, within reason. */
 const BOX = Math.min(1.6, Math.max(0.8, samples.map(ratioOf).sort((a, b) => a - b)[samples.length >> 1]));
 
-/** The elements of a picture with its overlay. */
+/** The elements of an image with its overlay. */
 function figureOf(sample) {
   const figure = el(
     "span", { class: "figure" },

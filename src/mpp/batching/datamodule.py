@@ -1,0 +1,261 @@
+"""The DataModule that streams cached latents, masks and text."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from lightning import LightningDataModule
+from torch.utils.data import Dataset
+
+from mpp.batching.batch import Batch, Sample, collate_samples, read_sample
+from mpp.batching.freshness import MaskChanges, mask_changes
+from mpp.batching.loader import BatchOrder, Shape, TrainLoader, ValidationLoader, pool_quota
+from mpp.batching.preservation import Preservation
+from mpp.batching.visits import Changes, TrainSamples
+from mpp.cache.format import Cache, CacheIdentity, evenly_spread, text_name
+from mpp.cache.index import Entry, Index
+from mpp.cache.reader import Reader
+from mpp.core import draws
+from mpp.models.contract import Architecture, draw_sigma
+from mpp.models.experts import expert_numbers
+from mpp.musubi.cache import MusubiCache
+
+
+class CachedSamples(Dataset[Sample]):
+    """Samples of a cache by number."""
+
+    def __init__(self, cache: Reader, entries: Sequence[Entry], architecture: Architecture) -> None:
+        self.cache, self.entries, self.architecture = cache, entries, architecture
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one sample."""
+        return read_sample(self.cache, self.entries[index], self.architecture)
+
+
+class LatentDataModule(LightningDataModule):
+    """Streams a cache made by `python -m mpp.prepare`, or one of musubi-tuner.
+
+    Args:
+        architecture: The model that trains; the cache must be its own.
+        cache_dir: The cache.
+        batch_size: Samples of one shape per batch, at most.
+        val_fraction: Share of the training images held out for validation, in [0, 1), where the cache has no
+            validation folder of its own.
+        require_mask: Refuse a cache in which a training sample has no mask.
+        strict_masks: Refuse to train where masks were added, edited or deleted since the cache was prepared.
+        unmasked_probability: Share of the visits on which a sample trains without its mask, in [0, 1].
+        caption_dropout: Share of the visits on which a sample has the empty caption, in [0, 1].
+        preservation: Samples whose whole area keeps the base model's prediction, mixed into training.
+        num_workers: Processes that read ahead.
+        seed: Seed of order and split.
+        layout: Whose files the cache consists of.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        architecture: Architecture,
+        cache_dir: str,
+        batch_size: int = 1,
+        val_fraction: float = 0.0,
+        require_mask: bool = False,
+        strict_masks: bool = False,
+        unmasked_probability: float = 0.0,
+        caption_dropout: float = 0.0,
+        preservation: Preservation | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        layout: Literal["mpp", "musubi"] = "mpp",
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(
+                f"data.batch_size must be at least 1 and data.num_workers at least 0, got "
+                f"{batch_size} and {num_workers}"
+            )
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"data.val_fraction must be at least 0 and below 1, got {val_fraction}")
+        self.architecture = architecture
+        if layout not in ("mpp", "musubi"):
+            raise ValueError(f"data.layout must be mpp or musubi, got {layout!r}")
+        self.cache: Reader = Cache(cache_dir) if layout == "mpp" else MusubiCache(cache_dir, architecture)
+        self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
+        self.require_mask, self.strict_masks, self.num_workers = require_mask, strict_masks, num_workers
+        self.preservation = preservation or Preservation()
+        self.changes = Changes(unmasked_probability, caption_dropout, seed)
+        self.train_entries = Index.of([])
+        self.pool: list[tuple[Reader, Entry]] = []
+        self.val_entries = Index.of([])
+        self.unchecked: list[str] = []
+        self.mask_changes = MaskChanges()
+        self._visits: TrainSamples | None = None
+        self._routed: tuple[int, dict[int, int]] = (-1, {})
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the index and refuse a cache that does not fit, from identities and file headers alone.
+
+        Raises:
+            ValueError: Another model's cache, a damaged file, a missing mask with `require_mask`, a batch larger
+                than the set, or preservation samples that are not there.
+        """
+        del stage
+        if len(self.train_entries):
+            return
+        model = self.architecture
+        identity = self.cache.identity()
+        self.unchecked = identity.check(CacheIdentity.of(model, model.identity()), self.cache.folder)
+        entries = self.cache.entries()
+        train, self.val_entries = split_entries(entries, self.val_fraction, self.seed)
+        if not train:
+            raise ValueError(
+                f"the cache {self.cache.folder} leaves no training sample: {len(entries)} samples, "
+                f"{len(self.val_entries)} of them for validation; lower data.val_fraction or add images"
+            )
+        if self.batch_size > len(train):
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is larger than the training set of {len(train)} samples; lower it "
+                f"(trainer.accumulate_grad_batches repeats smaller batches)"
+            )
+        check_frames(entries, model)
+        self.cache.check_some(entries)
+        bare = train.where(~train.masked)
+        if self.require_mask and len(bare):
+            raise ValueError(
+                f"{bare[0].key} and {len(bare) - 1} other training samples have no mask; data.require_mask=true"
+            )
+        self._check_empty_caption(train)
+        self._compare_masks(entries)
+        self.pool = self.preservation.pool(self.cache, train)
+        check_frames([entry for _, entry in self.pool], model)
+        self.train_entries = train
+
+    def train_dataloader(self) -> TrainLoader:
+        """This rank's training batches, by shape."""
+        rank, world = self._path()
+        samples = self._visits = self.visits()
+        shapes = self.train_entries.signatures(self.architecture.given_frames)
+        order = BatchOrder(
+            [shapes[row] for row in samples.numbering.rows],
+            self.batch_size,
+            self.seed,
+            rank,
+            world,
+            pool=self._pool_shapes(),
+            pool_count=self.preservation.count(samples.numbering.count),
+            routes=len(self.architecture.boundaries) + 1,
+            route=self.route,
+        )
+        window = self.trainer.accumulate_grad_batches if self.trainer else 1
+        return TrainLoader(samples, order, self.collate, window=window, num_workers=self.num_workers)
+
+    def visits(self) -> TrainSamples:
+        """The samples of an epoch by visit."""
+        entries = self.train_entries
+        return TrainSamples(
+            self.cache, entries, self.architecture, self.changes, repeats=entries.repeats, pool=self.pool
+        )
+
+    def val_dataloader(self) -> ValidationLoader:
+        """This rank's validation batches."""
+        rank, world = self._path()
+        shapes = self.val_entries.signatures(self.architecture.given_frames)
+        samples = CachedSamples(self.cache, self.val_entries, self.architecture)
+        return ValidationLoader(samples, shapes, self.batch_size, self.collate, rank=rank, world_size=world)
+
+    def route(self, number: int, epoch: int) -> int:
+        """Number of the expert that serves a visit's sigma in an epoch."""
+        if self._routed[0] != epoch:
+            self._routed = (epoch, {})
+        known = self._routed[1]
+        if number not in known:
+            model = self.architecture
+            self._visits = self._visits or self.visits()
+            _, entry, key, _ = self._visits.find(number)
+            sigma = draw_sigma(model, [key], entry.signature(model.given_frames)[:4], self.seed, epoch)
+            known[number] = int(expert_numbers(sigma, model.boundaries))
+        return known[number]
+
+    @property
+    def pool_picks(self) -> int:
+        """Preservation samples in an epoch, over all ranks."""
+        count = self.preservation.count(int(self.train_entries.repeats.sum()))
+        return sum(pool_quota(self._pool_shapes(), count).values())
+
+    def _pool_shapes(self) -> list[Shape]:
+        return [entry.signature(self.architecture.given_frames) for _, entry in self.pool]
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """One batch from samples of one shape."""
+        return collate_samples(samples, self.architecture.collate([sample.conditioning for sample in samples]))
+
+    def _compare_masks(self, entries: Index) -> None:
+        """Look for masks that changed since the cache was prepared.
+
+        Raises:
+            ValueError: With `strict_masks`, there are any, or it cannot be told.
+        """
+        changes = self.mask_changes = mask_changes(self.cache, entries, self.architecture.latents.frames)
+        if self.strict_masks and (changes or changes.unchecked):
+            what = f"masks changed since the cache {self.cache.folder} was prepared: {changes}"
+            if not changes:
+                what = f"masks cannot be compared with those of the cache {self.cache.folder}: {changes.unchecked}"
+            raise ValueError(f"{what}; run `python -m mpp.prepare` again, or set data.strict_masks=false")
+
+    def _check_empty_caption(self, entries: Index) -> None:
+        """Refuse caption dropout where the empty caption was not prepared.
+
+        Raises:
+            ValueError: As above.
+        """
+        if not self.changes.caption_dropout:
+            return
+        for entry in evenly_spread(entries):
+            if not self.cache.has_text(text_name("", entry.seen)):
+                raise ValueError(
+                    f"data.caption_dropout={self.changes.caption_dropout}: {self.cache.folder} has no embeddings of "
+                    "the empty caption; run `python -m mpp.prepare` again with data.empty_caption=true"
+                )
+
+    def _path(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def check_frames(entries: Sequence[Entry], model: Architecture) -> None:
+    """Refuse samples that hold nothing to learn, because the model sees their only frame.
+
+    Raises:
+        ValueError: Names the first of them.
+    """
+    least = max(model.least_frames, model.given_frames + 1)
+    if least == 1:
+        return
+    short = [entry for entry in entries if entry.shape[1] < least]
+    if short:
+        raise ValueError(
+            f"{short[0].key} has {short[0].shape[1]} latent frame, and this model sees the first: nothing is left to "
+            f"learn ({len(short)} such samples); it learns from clips of at least {least} latent frames"
+        )
+
+
+def split_entries(entries: Index, fraction: float, seed: int) -> tuple[Index, Index]:
+    """Training and validation samples.
+
+    A validation folder in the cache wins; otherwise the share `fraction` of the training images and videos is held
+    out, at least one where it is above 0, chosen by name alone, so that adding images moves few others. All clips
+    of a video go the same way, and mirrored copies of what is held out are used for neither.
+    """
+    train, val = entries.of_split("train"), entries.of_split("val")
+    if len(val) or fraction == 0:
+        return train, val
+    origins = [entry.origin for entry in train]
+    ranked = sorted(set(origins), key=lambda origin: draws.generator(seed, "validation", origin).initial_seed())
+    held = set(ranked[: max(1, round(fraction * len(ranked)))])
+    chosen = np.array([origin in held for origin in origins])
+    return train.where(~chosen), train.where(chosen).originals()

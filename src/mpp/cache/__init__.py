@@ -1,0 +1,1 @@
+"""What preparing leaves on disk for training."""

@@ -1,0 +1,1 @@
+"""What is trained: adapters, and the files they are kept in."""

@@ -1,0 +1,242 @@
+"""A trained LoRA for other programs, or merged into its base model."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mpp import __version__
+from mpp.files import content_hash, is_out_of_space, write_atomically, write_json
+from mpp.lora.files import PREFIX, LoraFile, attach, find_loras, merge, updates
+from mpp.lora.formats import cast, comfyui, kohya, to_native
+from mpp.models.contract import Architecture
+from mpp.models.experts import parts_of
+
+log = logging.getLogger("mpp")
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported, and how.
+
+    Args:
+        lora: A LoRA file of mpp or diffusers, or the output folder of a run.
+        format: `diffusers`, `comfyui`, `kohya` or `peft`; None with `merge`.
+        merge: Write the base model with the LoRA merged into it, as a diffusers folder.
+        output: File (`.safetensors`), or folder for `peft` and `merge`; None: beside the LoRA. With several experts,
+            the expert's name is added.
+        dtype: Of the exported LoRA's tensors: `float32`, `bfloat16` or `float16`; None: as they are.
+        overwrite: Replace LoRA files that are there. A merged model is never replaced.
+
+    Raises:
+        ValueError: Settings that do not go together.
+    """
+
+    lora: str | None = None
+    format: Literal["diffusers", "comfyui", "kohya", "peft"] | None = None
+    merge: bool = False
+    output: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that do not go together."""
+        if self.lora is None:
+            raise ValueError("lora=... is missing: give a LoRA file, or the output folder of a run")
+        if self.merge == (self.format is not None):
+            raise ValueError(
+                "choose one: export.format=diffusers, comfyui, kohya or peft for a LoRA file, or merge=true for a "
+                "whole model"
+            )
+        if self.merge and self.dtype is not None:
+            raise ValueError("export.dtype is for LoRA files; a merged model has the precision of model.dtype")
+        if self.output is not None and not self._is_folder and Path(self.output).suffix != ".safetensors":
+            raise ValueError(f"export.output={self.output} must end in .safetensors")
+
+    @property
+    def _is_folder(self) -> bool:
+        return self.merge or self.format == "peft"
+
+    def run(self, architecture: Architecture) -> list[Path]:
+        """Write the files.
+
+        Returns:
+            Files or folders written.
+
+        Raises:
+            ValueError: No LoRA for this model, or one that the format cannot say; nothing was written.
+            OSError: The disk is full or not writable; nothing is left half written.
+        """
+        architecture.check()
+        skeleton = dict(parts_of(architecture.skeleton()))
+        loras = find_loras(Path(self.lora), list(skeleton))
+        targets = self._targets(loras)
+        if self.merge:
+            for part, lora in loras.items():
+                attach(skeleton[part], lora)
+            write_folder(targets[""], partial(self._write_merged, architecture, loras))
+            return [targets[""]]
+        writers = {part: self._writer(lora, skeleton[part], architecture) for part, lora in loras.items()}
+        for part, target in targets.items():
+            (write_folder if self._is_folder else write_atomically)(target, writers[part])
+        return list(targets.values())
+
+    def _targets(self, loras: Mapping[str, LoraFile]) -> dict[str, Path]:
+        """Where each LoRA goes; a merged model, which is one whatever it consists of, is called `""`."""
+        end = "" if self._is_folder else ".safetensors"
+        if self.merge:
+            beside = Path(self.lora, "lora") if Path(self.lora).is_dir() else Path(self.lora).with_suffix("")
+            targets = {"": Path(self.output or f"{beside}_merged")}
+        elif self.output is None:
+            targets = {p: lora.path.with_name(f"{lora.path.stem}_{self.format}{end}") for p, lora in loras.items()}
+        else:
+            stem = self.output.removesuffix(".safetensors")
+            targets = {p: Path(f"{stem}_{p}{end}") if len(loras) > 1 else Path(self.output) for p in loras}
+        for target in targets.values():
+            self._check_free(target)
+        return targets
+
+    def _check_free(self, target: Path) -> None:
+        if not target.exists():
+            return
+        if self.merge:
+            raise ValueError(f"{target} is there already; choose another export.output, or remove it")
+        if not self.overwrite:
+            raise ValueError(f"{target} is there already; choose another export.output, or set overwrite=true")
+        if target.resolve() == Path(self.lora).resolve():
+            raise ValueError(f"{target} is the LoRA itself; choose another export.output")
+        if target.is_dir() != self._is_folder or (self._is_folder and set(os.listdir(target)) - _PEFT_FILES):
+            raise ValueError(f"{target} holds other things than an exported LoRA; choose another export.output")
+
+    def _writer(self, lora: LoraFile, transformer: nn.Module, architecture: Architecture) -> Callable[[Path], object]:
+        """Convert everything, and leave only the writing."""
+        sizes = {name: m.out_features for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+        config = attach(transformer, lora)
+        metadata = {"format": "pt", "mpp_export": json.dumps(self._record(lora), sort_keys=True)}
+        metadata |= {key: lora.metadata[key] for key in ("mpp",) if key in lora.metadata}
+        if self.format == "peft":
+            tensors = {f"base_model.model.{name}": tensor for name, tensor in lora.tensors.items()}
+        elif self.format == "diffusers":
+            tensors = {PREFIX + name: tensor for name, tensor in lora.tensors.items()}
+            described = lora.metadata.get(LORA_ADAPTER_METADATA_KEY)
+            metadata |= {} if described is None else {LORA_ADAPTER_METADATA_KEY: described}
+        try:
+            if self.format in ("comfyui", "kohya"):
+                native = to_native(updates(transformer, lora), architecture.native, sizes)
+                tensors = comfyui(native) if self.format == "comfyui" else kohya(native)
+            tensors = cast(tensors, None if self.dtype is None else _DTYPES[self.dtype])
+        except ValueError as error:
+            raise ValueError(f"export.format={self.format}, lora={lora.path}: {error}") from error
+        if self.format == "peft":
+            return partial(_write_peft, tensors, metadata, config)
+        return partial(save_file, tensors, metadata=metadata)
+
+    def _record(self, lora: LoraFile) -> dict[str, object]:
+        """How the export was made; how the LoRA was made stands beside it under `mpp`."""
+        return {
+            "mpp": __version__,
+            "format": self.format or "merged",
+            "dtype": self.dtype,
+            "lora": {"file": lora.path.name, "sha256": content_hash(lora.path)},
+        }
+
+    def _write_merged(self, architecture: Architecture, loras: Mapping[str, LoraFile], folder: Path) -> None:
+        source, names = architecture.pretrained, architecture.folders
+        components = other_components(source, set(names.values()))
+        base = architecture.identity().transformer
+        merged = {}
+        for part, transformer in parts_of(architecture.load_transformer()):
+            if part in loras:
+                lora = loras[part]
+                if None not in (lora.record.get("base"), base) and lora.record["base"] != base:
+                    log.warning("%s was trained on other weights (%s) than these", lora.path, lora.record["base"])
+                attach(transformer, lora)
+                merge(transformer)
+                merged[names[part]] = {**self._record(lora), "trained": lora.record}
+            transformer.save_pretrained(folder / names[part])
+        for path in components:
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+        write_json(folder / "mpp_export.json", {"base": {"pretrained": source, "weights": base}, "merged": merged})
+
+
+def other_components(source: str, without: set[str]) -> list[Path]:
+    """All of a pipeline but the named components, as folders and files here; [] where `source` is no pipeline.
+
+    Raises:
+        ValueError: A component is not there and cannot be fetched.
+    """
+    local = Path(source).expanduser()
+    if not source or local.is_file():
+        return []
+    folder = local if local.is_dir() else _fetch(source, ["model_index.json"])
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return sorted(p for p in folder.iterdir() if p.name not in without and list(p.glob("*config.json")))
+    entries = json.loads(index.read_text()).items()
+    names = [n for n, kind in entries if isinstance(kind, list) and kind[0] is not None and n not in without]
+    if not local.is_dir():
+        folder = _fetch(source, ["model_index.json", "LICENSE*", *(f"{name}/*" for name in names)])
+    missing = [name for name in names if not (folder / name).is_dir()]
+    if missing:
+        raise ValueError(f"model.pretrained={source} lacks {', '.join(missing)}, which its model_index.json names")
+    return [index, *sorted(folder.glob("LICENSE*")), *(folder / name for name in names)]
+
+
+def _fetch(source: str, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"the other components of model.pretrained={source} could not be fetched ({type(error).__name__}); check "
+            "the network, or download it and give the folder"
+        ) from error
+
+
+def write_folder(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder so that `target` is either what it was or the complete new one.
+
+    Raises:
+        OSError: The disk is full or not writable; what was there before is untouched.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    new, old = aside / "new", aside / "old"
+    try:
+        new.mkdir()
+        write(new)
+        for file in (p for p in new.rglob("*") if p.is_file()):
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        if is_out_of_space(error):
+            raise OSError(f"no space left to write {target}; free space, run again") from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_peft(tensors: dict[str, Tensor], metadata: dict[str, str], config: PeftConfig, folder: Path) -> None:
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
+    config.save_pretrained(str(folder))

@@ -1,0 +1,1 @@
+"""Any image or video is read exactly as it looks, or refused."""

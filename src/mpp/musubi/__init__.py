@@ -1,0 +1,1 @@
+"""Caches of musubi-tuner and blissful-tuner."""

@@ -1,0 +1,262 @@
+"""From images, videos, masks and captions to a cache: checks first, then text, latents, masks, and the index last."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mpp.cache.fingerprints import Fingerprints
+from mpp.cache.format import Cache, CacheIdentity, Notes, made_from, text_name, write_tensors
+from mpp.cache.provenance import TextProvenance
+from mpp.files import check_writable, is_out_of_space, remove_leftovers
+from mpp.models.contract import Architecture, Encoders, Identity, Prompt
+from mpp.preparing.encoding import LatentWriter
+from mpp.preparing.frames import first_image, mask_sources, read_controls, read_item_masks
+from mpp.preparing.planning import Job, Planner, mask_provenance
+from mpp.preparing.shards import Sharding, ShardResult, ShardResults
+from mpp.preparing.summary import Summary
+from mpp.sampling.prompts import Prompts
+from mpp.sources.items import Item
+from mpp.sources.source import FolderSource
+
+_TEXT_BATCH = 16
+_MASKS_AT_ONCE = 8
+_SHOWN = 20
+
+
+class Preparation:
+    """Brings a cache up to date with its sources; what is current is left alone, so it resumes where it stopped.
+
+    Args:
+        source: Images, videos, masks, captions.
+        architecture: Whose latents and text are cached.
+        device: Where the encoders run.
+        prompts: What will be generated during training, encoded as well; None: nothing.
+        sharding: Shard of this process, workers and batches.
+    """
+
+    def __init__(
+        self,
+        source: FolderSource,
+        architecture: Architecture,
+        device: torch.device | str,
+        prompts: Prompts | None = None,
+        sharding: Sharding | None = None,
+    ) -> None:
+        self.source = source
+        self.architecture = architecture
+        self.device = device
+        self.prompts = prompts or Prompts()
+        self.sharding = sharding or Sharding(workers=0)
+        self.shard = self.sharding.own_shard()
+        self.cache = Cache(source.cache_dir)
+        self.fingerprints = Fingerprints()
+        self.summary = Summary(shard=self.shard)
+
+    def run(self) -> Summary:
+        """Check everything, then encode what is not current, then write the index.
+
+        Raises:
+            ValueError: Bad input (see `FolderSource`), or a cache of another model; nothing has been encoded yet.
+            OSError: The cache cannot be written.
+        """
+        start = time.monotonic()
+        self.prompts.check(self.architecture)
+        items = self.source.items(with_layers=self.architecture.latents.frames.has_layers)
+        self.source.preservation.check([item.caption for item in items if item.split == "train"])
+        identity = self.architecture.identity(fetch=True)
+        self._claim(identity)
+        mine = items[self.shard.index :: self.shard.count]
+        jobs = self._plan(mine, identity)
+        self.summary.count(mine, jobs, self.source.unused(items))
+        self.summary.spent("check", start)
+        encoders = self.architecture.load_encoders(self.device)
+        self._encode_text(jobs, encoders)
+        self._retire_index(jobs, items)
+        jobs = self._encode_latents(jobs, encoders, identity)
+        jobs = self._write_masks(jobs)
+        self._finish(jobs, items)
+        if self.shard.index == 0:
+            self._encode_prompts(encoders, identity)
+        encoders.release()
+        self.summary.seconds = time.monotonic() - start
+        return self.summary
+
+    def _claim(self, identity: Identity) -> None:
+        """Record the model in a new cache, or refuse one that belongs to another."""
+        model = self.architecture
+        check_writable(self.cache.folder, "data.cache_dir")
+        if (self.cache.folder / "cache.json").exists():
+            self.cache.identity().check(CacheIdentity.of(model, identity), self.cache.folder)
+            remove_leftovers(self.cache.folder)
+        else:
+            self.cache.write_identity(CacheIdentity.of(model, identity))
+
+    def _plan(self, items: Sequence[Item], identity: Identity) -> list[Job]:
+        """Jobs for all usable images and videos."""
+        planner = Planner(self.source, self.architecture, self.cache, identity, self.fingerprints)
+        jobs, problems = [], []
+        for item in tqdm(items, desc="checking", unit="file", disable=None):
+            try:
+                jobs += planner.jobs(item)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems and self.source.on_error == "stop":
+            more = f"\n(and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+            raise ValueError("\n".join(problems[:_SHOWN]) + more + "\n(data.on_error=skip leaves such media out)")
+        self.summary.skipped += problems
+        _check_keys(jobs)
+        if not jobs and problems and self.shard.count == 1:
+            raise ValueError(f"none of {len(items)} images and videos could be used; first problem: {problems[0]}")
+        return jobs
+
+    def _retire_index(self, jobs: Sequence[Job], items: Sequence[Item]) -> None:
+        """Remove an index before anything that it names is written anew: it vouches for samples that are whole.
+
+        Where several processes prepare shards it goes before any of them has finished, unless all had already.
+        """
+        stale = any(
+            (not job.latents_current and self.cache.latents_path(job.key).exists())
+            or (job.mask_kind is not None and not job.mask_current and self.cache.mask_path(job.key).exists())
+            for job in jobs
+        )
+        if stale or (self.shard.count > 1 and self._results(items).missing()):
+            (self.cache.folder / "index.jsonl").unlink(missing_ok=True)
+
+    def _results(self, items: Sequence[Item]) -> ShardResults:
+        return ShardResults(self.cache.folder, self._plan_name(items), self.shard.count)
+
+    def _encode_text(self, jobs: Sequence[Job], encoders: Encoders) -> None:
+        start = time.monotonic()
+        wanted: dict[str, tuple[str, Job]] = {}
+        for job in jobs:
+            for caption in self._captions(job.item):
+                wanted.setdefault(text_name(caption, job.seen), (caption, job))
+        missing = [
+            (name, caption, job)
+            for name, (caption, job) in sorted(wanted.items(), key=lambda row: row[1][0])
+            if made_from(self.cache.text_path(name), TextProvenance) is None
+        ]
+        self.summary.texts_encoded, self.summary.texts_current = len(missing), len(wanted) - len(missing)
+        with tqdm(total=len(missing), desc="captions", unit="caption", disable=None) as bar:
+            for first in range(0, len(missing), _TEXT_BATCH):
+                batch = missing[first : first + _TEXT_BATCH]
+                prompts = [Prompt(caption, self._text_images(job)) for _, caption, job in batch]
+                for (name, caption, job), record in zip(batch, encoders.encode_text(prompts), strict=True):
+                    made = TextProvenance(caption, job.seen)
+                    write_tensors(self.cache.text_path(name), record.tensors(), made.header())
+                bar.update(len(batch))
+        encoders.release()
+        self.summary.spent("captions", start)
+
+    def _captions(self, item: Item) -> list[str]:
+        """All captions of an item that training may ask for."""
+        found = [item.caption, *item.variants]
+        if item.split == "train":
+            found += self.source.preservation.of(item.caption)
+            found += [""] if self.source.empty_caption else []
+        return found
+
+    def _text_images(self, job: Job) -> tuple[Image.Image, ...]:
+        if not job.seen:
+            return ()
+        if self.architecture.images.first_frame:
+            return (first_image(job.item, job.cut),)
+        return tuple(read_controls(job.item, job.cut.geometry))
+
+    def _encode_latents(self, jobs: Sequence[Job], encoders: Encoders, identity: Identity) -> list[Job]:
+        """Encode what is stale; returns the jobs that have latents now."""
+        start = time.monotonic()
+        writer = LatentWriter(
+            self.cache, self.architecture, encoders, identity, sharding=self.sharding, on_error=self.source.on_error
+        )
+        done = writer.write([job for job in jobs if not job.latents_current])
+        self.summary.skipped += writer.skipped
+        kept = [found for job in jobs if (found := done.get(job.key, job)) is not None]
+        self.summary.encoded = sum(found is not None for found in done.values())
+        self.summary.current = len(kept) - self.summary.encoded
+        self.summary.spent("latents", start)
+        return kept
+
+    def _write_masks(self, jobs: Sequence[Job]) -> list[Job]:
+        """Write stale masks; returns the jobs whose masks are there now."""
+        start = time.monotonic()
+        masked = [job for job in jobs if job.mask_kind is not None]
+        stale = [job for job in masked if not job.mask_current]
+        self.summary.masks_written, self.summary.masks_current = len(stale), len(masked) - len(stale)
+        with ThreadPoolExecutor(_MASKS_AT_ONCE) as pool:  # most of the time is waiting for the disk
+            done = pool.map(self._write_mask, stale)
+            try:
+                failed = {
+                    job.key: problem
+                    for job, problem in zip(
+                        stale, tqdm(done, total=len(stale), desc="masks", disable=None), strict=True
+                    )
+                    if problem is not None
+                }
+            finally:  # after an error the rest is not waited for
+                pool.shutdown(cancel_futures=True)
+        self.summary.skipped += failed.values()
+        self.summary.masks_written -= len(failed)
+        self.summary.spent("masks", start)
+        return [job for job in jobs if job.key not in failed]
+
+    def _write_mask(self, job: Job) -> str | None:
+        """Write one mask; returns why not, where such samples are skipped."""
+        try:
+            self._average_mask(job)
+        except (ValueError, OSError) as error:
+            if self.source.on_error == "stop" or is_out_of_space(error):
+                raise
+            return str(error)
+        return None
+
+    def _average_mask(self, job: Job) -> None:
+        sources = self.fingerprints.sources(mask_sources(job.item))
+        made = mask_provenance(job.item, job.cut, str(job.mask_kind), job.shape, sources)
+        mask = read_item_masks(job.item, job.cut, job.shape, self.architecture.latents)
+        write_tensors(self.cache.mask_path(job.key), {"mask": mask}, made.header())
+
+    def _encode_prompts(self, encoders: Encoders, identity: Identity) -> None:
+        start = time.monotonic()
+        self.summary.prompts = self.prompts.encode(self.architecture, encoders, self.cache, identity)
+        self.summary.spent("prompts", start)
+
+    def _finish(self, jobs: Sequence[Job], items: Sequence[Item]) -> None:
+        """Write the index, or this process's part of it."""
+        entries, skipped = [job.entry() for job in jobs], tuple(self.summary.skipped)
+        if self.shard.count > 1:
+            results = self._results(items)
+            results.write(self.shard.index, ShardResult(entries, skipped))
+            self.summary.waiting = tuple(results.missing())
+            if self.summary.waiting:
+                return
+            skipped = results.merge()
+        elif not entries:
+            raise ValueError("nothing is left to train on; see what was skipped above")
+        else:
+            self.cache.write_index(entries)
+        unused = tuple(self.summary.unused)
+        self.cache.write_notes(Notes(self.source.sources_record(), unused, skipped))
+
+    def _plan_name(self, items: Sequence[Item]) -> str:
+        """The same for all processes that prepare the same things in the same way."""
+        described = (self.shard.count, self.source.sources_record(), [repr(item) for item in items])
+        return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+
+
+def _check_keys(jobs: Sequence[Job]) -> None:
+    """Refuse two samples of one key, such as an image that is called like a clip.
+
+    Raises:
+        ValueError: Names both.
+    """
+    known: dict[str, Job] = {}
+    for job in jobs:
+        other = known.setdefault(job.key, job)
+        if other is not job:
+            raise ValueError(f"{other.item.media} and {job.item.media} both make the sample {job.key}; rename one")

@@ -1,0 +1,97 @@
+"""What a preparation did, in numbers and words."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mpp.preparing.planning import Job
+from mpp.preparing.shards import Shard
+from mpp.sources.items import Item
+
+_SHOWN = 20
+
+
+@dataclass
+class Summary:
+    """What a preparation did, counted per sample."""
+
+    shard: Shard = field(default_factory=Shard)
+    encoded: int = 0
+    current: int = 0
+    clips: int = 0
+    videos: int = 0
+    masks_written: int = 0
+    masks_current: int = 0
+    masks: Counter[str] = field(default_factory=Counter)
+    texts_encoded: int = 0
+    texts_current: int = 0
+    no_caption: int = 0
+    enlarged: int = 0
+    validation: int = 0
+    prompts: int = 0
+    skipped: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    buckets: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    stages: dict[str, float] = field(default_factory=dict)
+    waiting: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+    def count(self, items: Sequence[Item], jobs: Sequence[Job], unused: Sequence[str]) -> None:
+        """Count what was planned."""
+        used = {job.item.key for job in jobs}
+        self.no_caption = sum(not item.captioned for item in items if item.key in used)
+        self.videos = sum(item.video for item in items if item.key in used)
+        self.unused = list(unused)
+        for job in jobs:
+            geometry, clip = job.cut.geometry, job.cut.clip
+            self.masks[job.mask_kind or "none"] += 1
+            self.buckets[*geometry.size, 1 if clip is None else len(clip.frames)] += 1
+            self.enlarged += geometry.scale > 1
+            self.clips += clip is not None
+            self.validation += job.item.split == "val"
+
+    def spent(self, stage: str, start: float) -> None:
+        """Note the time of a stage that began at `start`."""
+        self.stages[stage] = time.monotonic() - start
+
+    def lines(self) -> list[str]:
+        """The summary in words."""
+        with_mask = sum(n for kind, n in self.masks.items() if kind != "none")
+        kinds = ", ".join(f"{n} from {kind}" for kind, n in sorted(self.masks.items()) if kind != "none")
+        total = self.encoded + self.current
+        clips = f", {self.clips} of them clips of {self.videos} videos" if self.videos else ""
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.stages.items())
+        found = [
+            f"samples: {total}{clips} ({self.encoded} encoded, {self.current} already current, {self.validation} for "
+            f"validation), {len(self.skipped)} skipped",
+            f"masks: {with_mask} of {total}{f' ({kinds})' if kinds else ''}, {self.masks_written} written, "
+            f"{self.masks_current} already current; {total - with_mask} samples train everywhere",
+            f"captions: {self.texts_encoded + self.texts_current} distinct ({self.texts_encoded} encoded, "
+            f"{self.texts_current} already current), {self.no_caption} images and videos without one (empty caption)",
+            "buckets: " + ", ".join(f"{_size(bucket)}: {n}" for bucket, n in sorted(self.buckets.items())),
+            f"time: {self.seconds:.1f} s ({stages})",
+        ]
+        if self.prompts:
+            found.insert(3, f"prompts for samples: {self.prompts}")
+        if self.enlarged:
+            found.insert(1, f"enlarged: {self.enlarged} samples are smaller than their bucket")
+        if self.shard.count > 1:
+            found.insert(0, f"shard {self.shard} (from {self.shard.said_by})")
+        found += [f"skipped: {reason}" for reason in self.skipped]
+        if self.unused:
+            found.append(
+                f"without media, by their names (masks, control images, captions): {', '.join(self.unused[:_SHOWN])}"
+            )
+        if self.waiting:
+            found.append(f"the index is written when these shards have finished too: {_shards(self)}")
+        return found
+
+
+def _size(bucket: tuple[int, int, int]) -> str:
+    width, height, frames = bucket
+    return f"{width}x{height}" if frames == 1 else f"{width}x{height}x{frames}"
+
+
+def _shards(summary: Summary) -> str:
+    return ", ".join(f"{index}/{summary.shard.count}" for index in summary.waiting)

@@ -1,0 +1,204 @@
+"""What the page knows about each sample: its images, and what its mask comes to under a loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mpp.cache.coverage import SampleCoverage, cover
+from mpp.cache.format import Cache, CacheIdentity
+from mpp.cache.index import Entry
+from mpp.core.loss import MaskedPriorLoss
+from mpp.models.contract import LatentSpec
+from mpp.models.frame_axis import FrameAxis
+from mpp.reporting.near_duplicates import Print, motion, open_small, print_of
+
+WHITE = 1 - 1 / 510  # a raw value that would be saved as 255, and below `1 - WHITE` as 0
+BINS = 20  # of raw values between black and white
+_RING = 0.1  # width of the border over the image's shorter side
+_SMALL_SIDE = 64
+_STILL = 1e-3
+
+
+@dataclass(frozen=True)
+class View:
+    """One image of a sample: itself, a key frame of a clip, or a layer.
+
+    Attributes:
+        name: How it is called; "" where it is the only one.
+        frame: Its latent frame.
+        image: Its preview; None where the cache has none.
+        given: Whether the model is given this frame, which then belongs to neither region.
+    """
+
+    name: str
+    frame: int
+    image: Path | None
+    given: bool
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    """What findings ask about a raw mask, all over the frames that are not given.
+
+    Attributes:
+        lowest: Its lowest value.
+        highest: Its highest value.
+        border: Mean over the outer tenth of the image.
+        centre: Mean over the middle half of its width and height.
+        learned: Mean target weight, leaving out the loss's floor.
+        cells: Sum of these weights in the frame where it is largest.
+        still: Whether all frames are equal; False for one frame.
+        values: Share of the cells that are black, that fall into each of `BINS` bins between, and that are white.
+        frames: Mean target and prior weight of each frame.
+    """
+
+    lowest: float
+    highest: float
+    border: float
+    centre: float
+    learned: float
+    cells: float
+    still: bool
+    values: tuple[float, ...]
+    frames: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One row of the report: a sample, and what was found out about it.
+
+    Attributes:
+        entry: Its row in the index.
+        bucket: Size in pixels and number of frames or layers, in words.
+        views: Its images.
+        coverage: What its mask comes to; None where that cannot be said.
+        mask: Facts about the mask; None as above.
+        problem: Why there is no coverage.
+        print: Of its image; None where there is none, or nothing to compare.
+        motion: How far a clip's frames are from its first; None where that is not known.
+    """
+
+    entry: Entry
+    bucket: str
+    views: tuple[View, ...]
+    coverage: SampleCoverage | None = None
+    mask: MaskFacts | None = None
+    problem: str | None = None
+    print: Print | None = None
+    motion: float | None = None
+
+
+def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, identity: CacheIdentity) -> ReportRow:
+    """One sample; a mask or preview that cannot be read is said in the record.
+
+    Args:
+        cache: The cache.
+        entry: The sample.
+        loss: Whose regions are measured.
+        identity: The cache's.
+    """
+    given = identity.given_frames
+    views = views_of(cache, entry, identity)
+    sample = ReportRow(entry, bucket_of(entry, identity.latents), views)
+    sample = _with_images(sample, identity.latents.frames)
+    if entry.shape[1] <= given:
+        return replace(sample, problem=f"all {entry.shape[1]} latent frames are given to the model: nothing to learn")
+    try:
+        mask = cache.mask(entry)[None, :, given:]
+    except ValueError as error:
+        return replace(sample, problem=str(error))
+    if not torch.isfinite(mask).all():
+        return replace(sample, problem=f"{cache.mask_path(entry.key)} holds NaN or infinity")
+    return replace(sample, coverage=cover(loss, mask, entry), mask=_mask_facts(mask, loss))
+
+
+def views_of(cache: Cache, entry: Entry, identity: CacheIdentity) -> tuple[View, ...]:
+    """A sample's images: one for each layer, or for each key frame of a clip."""
+    axis, frames, views = identity.latents.frames, entry.shape[1], []
+    for number in axis.shown(frames):
+        preview = cache.preview(entry.key, axis.suffix(number))
+        views.append(View(axis.name(number, frames), number, preview, number < identity.given_frames))
+    return tuple(views)
+
+
+def weights_of(cache: Cache, sample: ReportRow, loss: MaskedPriorLoss, given: int) -> Tensor | None:
+    """Raw mask, target and prior weights of the views that are not given, `(3, views, h, w)`; None with a problem."""
+    if sample.coverage is None:
+        return None
+    weights = loss.weights(cache.mask(sample.entry)[None, :, given:])
+    frames = [view.frame - given for view in sample.views if not view.given]
+    return torch.stack([field[0, 0, frames] for field in (weights.raw, weights.target, weights.prior)])
+
+
+def bucket_of(entry: Entry, spec: LatentSpec) -> str:
+    """Width and height in pixels, with the number of layers or frames where there are several."""
+    _, frames, height, width = entry.shape
+    size = f"{width * spec.spatial_stride}x{height * spec.spatial_stride}"
+    return size if frames == 1 else f"{size}, {spec.frames.count(frames, spec.temporal_stride)}"
+
+
+def _with_images(sample: ReportRow, axis: FrameAxis) -> ReportRow:
+    """With print and motion, and without the images that cannot be read."""
+    small = [_small(view.image) for view in sample.views]
+    views = tuple(
+        view if image is not None else replace(view, image=None)
+        for view, image in zip(sample.views, small, strict=True)
+    )
+    clip = axis.plays(len(views))
+    shown = small[len(small) // 2 if clip else 0]  # clips often begin with a black frame
+    moved = motion(small) if clip and None not in small else None
+    return replace(sample, views=views, print=None if shown is None else print_of(shown), motion=moved)
+
+
+def _small(path: Path | None) -> Image.Image | None:
+    try:
+        return None if path is None else open_small(path, _SMALL_SIDE)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _mask_facts(mask: Tensor, loss: MaskedPriorLoss) -> MaskFacts:
+    weights = loss.weights(mask)
+    raw = weights.raw[0, 0]
+    learned = replace(loss, mask_min_weight=0.0).weights(mask).target[0, 0]
+    still = raw.shape[0] > 1 and bool((raw - raw[:1]).abs().max() < _STILL)
+    frames = zip(weights.target.mean((0, 1, 3, 4)).tolist(), weights.prior.mean((0, 1, 3, 4)).tolist(), strict=True)
+    border, centre = _border_and_centre(raw.mean(0))
+    return MaskFacts(
+        lowest=float(raw.min()),
+        highest=float(raw.max()),
+        border=border,
+        centre=centre,
+        learned=float(learned.mean()),
+        cells=float(learned.sum((1, 2)).max()),
+        still=still,
+        values=value_shares(raw),
+        frames=tuple(frames),
+    )
+
+
+def _border_and_centre(raw: Tensor) -> tuple[float, float]:
+    """Means over the outer ring and the middle of a mask `(h, w)`."""
+    height, width = raw.shape
+    ring = max(1, round(_RING * min(height, width)))
+    inner = torch.zeros_like(raw, dtype=torch.bool)
+    inner[ring : height - ring, ring : width - ring] = True
+    top, left = height // 4, width // 4
+    return float(raw[~inner].mean()), float(raw[top : height - top, left : width - left].mean())
+
+
+def value_shares(raw: Tensor) -> tuple[float, ...]:
+    """Share of the cells that are black, in each of `BINS` equal bins between, and white."""
+    values = raw.flatten()
+    black, white = values < 1 - WHITE, values > WHITE
+    between = torch.histc(values[~(black | white)], bins=BINS, min=0.0, max=1.0).tolist()
+    return tuple(count / len(values) for count in (float(black.sum()), *between, float(white.sum())))
+
+
+def used_for_training(samples: Sequence[ReportRow]) -> list[SampleCoverage]:
+    """Coverage of the training samples that have one."""
+    return [s.coverage for s in samples if s.entry.split == "train" and s.coverage is not None]

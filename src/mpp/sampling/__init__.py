@@ -1,0 +1,1 @@
+"""Prompts, and the images and clips that are generated from them."""

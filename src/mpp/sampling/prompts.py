@@ -1,0 +1,202 @@
+"""Prompts to generate from during training and by `python -m mpp.sample`, and their cached conditioning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from mpp.cache.format import Cache, made_from, text_name, write_tensors
+from mpp.cache.provenance import PromptProvenance
+from mpp.cache.reader import Reader
+from mpp.files import content_hash
+from mpp.media.geometry import Geometry, crop_image, image_tensor
+from mpp.media.images import read_image
+from mpp.models.conditioning import flat_tensors
+from mpp.models.contract import Architecture, Conditioning, Encoders, Generation, Identity, Prompt
+
+
+@dataclass(frozen=True)
+class ReadyPrompt:
+    """One prompt ready to generate from, its conditioning as `collate` gives it."""
+
+    prompt: str
+    generation: Generation
+    positive: Conditioning
+    negative: Conditioning | None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is generated.
+
+    Args:
+        prompts: Captions; none: nothing is generated.
+        negative_prompt: Read where the guidance is above 1.
+        controls: For each prompt its conditioning images (files), for models that see them: the edited image,
+            references, or the first frame.
+        width: Pixels.
+        height: Pixels.
+        frames: Frames of a clip, or layers of an image; 1 is an image.
+        steps: Sampling steps; None: the family's.
+        guidance_scale: Classifier-free guidance; 1 is none; None: the family's.
+        seed: Of the noise; base and LoRA begin with the same.
+
+    Raises:
+        ValueError: A setting is out of its range, or controls that do not pair with the prompts.
+    """
+
+    prompts: Sequence[str] = ()
+    negative_prompt: str = ""
+    controls: Sequence[Sequence[str]] | None = None
+    width: int = 512
+    height: int = 512
+    frames: int = 1
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        if self.controls is not None and len(self.controls) != len(self.prompts):
+            raise ValueError(
+                f"sampling.controls has {len(self.controls)} lists of images for {len(self.prompts)} prompts; "
+                "give one list for each prompt"
+            )
+        if self.frames < 1 or (self.steps is not None and self.steps < 1):
+            raise ValueError(f"sampling.frames and steps must be at least 1, got {self.frames} and {self.steps}")
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuse what the model cannot generate; reads the conditioning images.
+
+        Raises:
+            ValueError: Sizes off the model's grid, a wrong number of conditioning images, or unreadable ones.
+        """
+        if not self.prompts:
+            return
+        spec, inputs = architecture.latents, architecture.images
+        for name in ("width", "height"):
+            if getattr(self, name) < spec.pixel_step or getattr(self, name) % spec.pixel_step:
+                raise ValueError(
+                    f"sampling.{name} must be a multiple of {spec.pixel_step} for this model, got {getattr(self, name)}"
+                )
+        if (self.frames - 1) % spec.temporal_stride:
+            raise ValueError(
+                f"sampling.frames must be a multiple of {spec.temporal_stride} plus 1 for this model, got {self.frames}"
+            )
+        given = architecture.given_frames
+        if spec.shape(spec.frames.length(self.frames), self.height, self.width)[1] <= given:
+            raise ValueError(
+                f"sampling.frames={self.frames}: this model is given the first {given} latent frames, so nothing would "
+                f"be generated; set at least {given * spec.temporal_stride + 1}"
+            )
+        least, most = (1, 1) if inputs.first_frame else (inputs.least, inputs.most)
+        for number, prompt in enumerate(self.prompts):
+            files = self._files(number)
+            if not least <= len(files) <= most:
+                wanted = str(least) if least == most else f"{least} to {most}"
+                raise ValueError(
+                    f"sampling.controls: the prompt {prompt!r} has {len(files)} images, this model takes {wanted}"
+                )
+            for file in files:
+                read_image(file)
+
+    def encode(self, architecture: Architecture, encoders: Encoders, cache: Cache, identity: Identity) -> int:
+        """Cache the conditioning of all prompts, and of the negative one, as far as it is not there.
+
+        Returns:
+            Number of prompts.
+        """
+        todo: dict[Path, tuple[PromptProvenance, Generation, bool]] = {}
+        settings = dict(architecture.cache_settings)
+        for number in range(len(self.prompts)):
+            generation = self._generation(architecture, number)
+            for text, negative in self._texts(number, generation):
+                path = cache.generation_path(self._name(architecture, text, number, negative=negative))
+                made = PromptProvenance(text, architecture.family, settings, identity.vae, identity.text_encoder)
+                if made_from(path, PromptProvenance) != made:
+                    todo[path] = made, generation, self._sees(architecture, negative=negative)
+        prompts = [
+            Prompt(made.caption, generation.controls if sees else ()) for made, generation, sees in todo.values()
+        ]
+        texts = [encoders.encode_text([prompt])[0] for prompt in prompts]
+        encoders.release()
+        for (path, (made, generation, _)), record in zip(todo.items(), texts, strict=True):
+            fields = flat_tensors(encode_inputs(architecture, encoders, generation))
+            write_tensors(path, {**record.tensors(), **fields}, made.header())
+        return len(self.prompts)
+
+    def read(self, architecture: Architecture, cache: Reader) -> list[ReadyPrompt]:
+        """All prompts with their cached conditioning.
+
+        Raises:
+            ValueError: One was not prepared.
+        """
+        found = []
+        for number, prompt in enumerate(self.prompts):
+            generation = self._generation(architecture, number)
+            records = []
+            for text, negative in self._texts(number, generation):
+                record = cache.prompt(self._name(architecture, text, number, negative=negative), architecture)
+                if record is None:
+                    raise ValueError(
+                        f"the cache {cache.folder} has no embeddings of the prompt {text!r} for samples; run "
+                        "`python -m mpp.prepare` again with the same sampling settings"
+                    )
+                records.append(architecture.collate([record]))
+            found.append(ReadyPrompt(prompt, generation, records[0], records[1] if len(records) > 1 else None))
+        return found
+
+    def _texts(self, number: int, generation: Generation) -> list[tuple[str, bool]]:
+        """The prompt, and where there is guidance the negative one; and which it is."""
+        found = [(self.prompts[number], False)]
+        return found + ([(self.negative_prompt, True)] if generation.guidance_scale > 1 else [])
+
+    @staticmethod
+    def _sees(architecture: Architecture, *, negative: bool) -> bool:
+        inputs = architecture.images
+        return inputs.in_text and (inputs.in_negative or not negative)
+
+    def _files(self, number: int) -> list[Path]:
+        return [Path(file).expanduser() for file in self.controls[number]] if self.controls is not None else []
+
+    def _name(self, architecture: Architecture, text: str, number: int, *, negative: bool) -> str:
+        parts = [content_hash(file) for file in self._files(number)]
+        inputs = architecture.images
+        if parts or inputs.first_frame:
+            parts += [architecture.family, f"{self.width}x{self.height}x{self.frames}"]
+        if inputs.in_text and not self._sees(architecture, negative=negative):
+            parts += ["unseen"]
+        return text_name(text, parts)
+
+    def _generation(self, architecture: Architecture, number: int) -> Generation:
+        controls = [read_image(file).rgb for file in self._files(number)]
+        if architecture.images.first_frame:
+            controls = [crop_image(c, Geometry(c.size, (self.width, self.height))) for c in controls]
+        scale = architecture.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return Generation(
+            width=self.width,
+            height=self.height,
+            frames=self.frames,
+            steps=architecture.steps if self.steps is None else self.steps,
+            guidance_scale=scale,
+            seed=self.seed,
+            controls=tuple(controls),
+        )
+
+
+def encode_inputs(architecture: Architecture, encoders: Encoders, generation: Generation) -> dict[str, object]:
+    """Image fields of a prompt's conditioning: a clip that stands still on its first frame, or control images."""
+    inputs, spec = architecture.images, architecture.latents
+    if not inputs.first_frame:
+        return encoders.encode_images(torch.zeros(1, 3, 1, generation.height, generation.width), generation.controls)
+    first = image_tensor(_one(generation.controls))
+    opaque = first.new_ones(spec.frames.channels - len(first), *first.shape[1:])
+    frames = spec.frames.length(generation.frames)
+    return encoders.encode_images(torch.cat([first, opaque])[None].repeat(1, 1, frames, 1, 1), ())
+
+
+def _one(images: Sequence[Image.Image]) -> Image.Image:
+    (image,) = images
+    return image

@@ -1,0 +1,1 @@
+"""What the user has: where media, masks and captions lie."""

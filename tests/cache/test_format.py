@@ -1,0 +1,127 @@
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpp.cache.format import Cache, CacheIdentity, write_tensors
+from mpp.models.contract import Identity, LatentSpec
+from mpp.models.families.wan import WanConditioning
+from tests import helpers
+
+
+@pytest.fixture
+def cache(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "cache")
+    return Cache(tmp_path / "cache")
+
+
+def first(cache):
+    return next(entry for entry in cache.entries() if entry.mask is not None)
+
+
+def test_a_missing_cache_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"no cache at .*; make one with `python -m mpp.prepare"):
+        Cache(tmp_path / "none").identity()
+
+
+def test_another_format_version_is_refused(cache):
+    path = cache.folder / "cache.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(ValueError, match="format version 99, this mpp reads 3"):
+        cache.identity()
+
+
+@pytest.mark.parametrize(
+    ("family", "latents", "identity", "what"),
+    [
+        ("flux2", None, Identity(None, None, None), "family"),
+        ("wan", LatentSpec(48, 16, 4, (1, 2, 2)), Identity(None, None, None), "latents"),
+        ("wan", None, Identity(None, "other", None), "vae"),
+        ("wan", None, Identity(None, None, "other"), "text_encoder"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(cache, family, latents, identity, what):
+    cached = cache.identity()
+    with pytest.raises(ValueError, match=f"was made with another {what}"):
+        cached.check(
+            CacheIdentity(family, latents or cached.latents, identity.vae, identity.text_encoder), cache.folder
+        )
+
+
+def test_encoders_that_are_not_at_hand_are_reported_as_not_compared(cache):
+    identity = cache.identity()
+    assert identity.check(replace(identity, vae=None, text_encoder=None), cache.folder) == ["vae", "text_encoder"]
+    assert identity.check(identity, cache.folder) == []
+
+
+def test_a_cache_made_with_another_setting_is_refused(cache, pipeline):
+    identity = cache.identity()
+    assert identity.settings == {"text_length": 64}
+    other = CacheIdentity.of(helpers.architecture(pipeline, "model.text_length=32"), Identity(None, None, None))
+    with pytest.raises(ValueError, match=r"another settings .*'text_length': 64.*'text_length': 32"):
+        identity.check(other, cache.folder)
+
+
+@pytest.mark.parametrize("kind", ["latents", "mask", "text"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "noise"])
+def test_damaged_files_are_named(cache, kind, damage):
+    entry = first(cache)
+    paths = {
+        "latents": cache.latents_path(entry.key),
+        "mask": cache.mask_path(entry.key),
+        "text": cache.text_path(entry.text),
+    }
+    path = paths[kind]
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"\xff" * 200)
+    state = "missing" if damage == "gone" else "damaged or cut short"
+    with pytest.raises(ValueError, match=rf"{path.name} is {state}; run `python -m mpp.prepare` again"):
+        cache.check_files(entry)
+
+
+def test_mask_and_latents_that_disagree_are_refused_with_both_shapes(cache):
+    entry = first(cache)
+    write_tensors(cache.mask_path(entry.key), {"mask": torch.ones(1, 1, 3, 3)}, {})
+    for action in (cache.check_files, cache.mask):
+        with pytest.raises(
+            ValueError, match=r"mask is \(1, 1, 3, 3\), the sample's latents call for \(1, 1, \d+, \d+\)"
+        ):
+            action(entry)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_named(cache, value):
+    entry = first(cache)
+    path = cache.latents_path(entry.key)
+    tensor = load_file(path)["latents"]
+    tensor[0, 0, 0, 0] = value
+    save_file({"latents": tensor}, path)
+    with pytest.raises(ValueError, match=f"{entry.key}: its latents hold NaN or infinity"):
+        cache.latents(entry)
+
+
+@pytest.mark.parametrize("line", ["{not json", "[1]", '{"key": "x"}'])
+def test_a_damaged_index_is_named(cache, line):
+    (cache.folder / "index.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"index\.jsonl is damaged"):
+        cache.entries()
+
+
+def test_text_of_another_family_is_refused(cache):
+    entry = first(cache)
+    write_tensors(cache.text_path(entry.text), {"pooled": torch.ones(3)}, {})
+    with pytest.raises(ValueError, match="not this model's conditioning .holds \\['pooled'\\], wanted are"):
+        cache.conditioning(entry, WanConditioning)
+
+
+def test_tensors_survive_writing_exactly(tmp_path):
+    tensor = torch.randn(3, 4).t()
+    write_tensors(tmp_path / "x.safetensors", {"x": tensor}, {"source": "y"})
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], tensor)

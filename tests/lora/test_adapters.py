@@ -1,0 +1,226 @@
+import json
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mpp.lora.adapters import Adapter, adapter_state, adapters_off, has_adapter, inject, load_adapter_state, save_lora
+from mpp.models.tiny import TRANSFORMER
+from tests.helpers import randomise_adapter, unchecked_error
+
+KINDS = ["lora", "rslora", "dora", "lokr"]
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+def transformer(dtype=torch.float32):
+    torch.manual_seed(0)
+    return WanTransformer3DModel(**TRANSFORMER).to(dtype)
+
+
+def inputs(dtype=torch.float32):
+    random = torch.Generator().manual_seed(3)
+    return {
+        "hidden_states": torch.randn(2, 16, 1, 8, 8, generator=random).to(dtype),
+        "timestep": torch.tensor([100.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 6, 32, generator=random).to(dtype),
+        "return_dict": False,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_off_is_the_base_bit_for_bit_whatever_was_trained(kind):
+    model = transformer()
+    base = model(**inputs())[0]
+    inject(model, Adapter(kind=kind, rank=4), TARGETS, seed=0)
+    randomise_adapter(model)
+    with torch.no_grad(), adapters_off(model):
+        assert torch.equal(model(**inputs())[0], base)
+    assert not torch.allclose(model(**inputs())[0], base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_off_equals_the_public_switch_of_diffusers(kind):
+    model = transformer()
+    inject(model, Adapter(kind=kind, rank=4), TARGETS, seed=0)
+    randomise_adapter(model)
+    with torch.no_grad():
+        with adapters_off(model):
+            ours = model(**inputs())[0]
+        model.disable_adapters()
+        assert torch.equal(model(**inputs())[0], ours)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "lokr"])
+def test_a_fresh_adapter_is_the_base_bit_for_bit(kind):
+    model = transformer()
+    base = model(**inputs())[0]
+    inject(model, Adapter(kind=kind, rank=4), TARGETS, seed=0)
+    assert torch.equal(model(**inputs())[0], base)
+
+
+def first_layer(model):
+    return next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("lora", 6 / 2), ("rslora", 6 / 2**0.5), ("lokr", 6 / 2)])
+def test_the_update_is_the_product_of_the_factors_by_alpha_over_rank_or_its_root(kind, scale):
+    model = transformer()
+    inject(model, Adapter(kind=kind, rank=2, alpha=6), TARGETS, seed=0)
+    randomise_adapter(model)
+    layer, name = first_layer(model), "blocks.0.attn1.to_q"
+    factor = {key.removeprefix(f"{name}."): t for key, t in adapter_state(model).items() if key.startswith(f"{name}.")}
+    if kind == "lokr":
+        product = torch.kron(factor["lokr_w1"], factor["lokr_w2_a"] @ factor["lokr_w2_b"])
+    else:
+        product = factor["lora_B.weight"] @ factor["lora_A.weight"]
+    seen = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        update = layer(seen) - layer.get_base_layer()(seen)
+    torch.testing.assert_close(update, scale * seen @ product.T, rtol=1e-4, atol=1e-5)
+    assert update.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_acts_on_the_adapter_in_training_alone(kind):
+    model = transformer()
+    inject(model, Adapter(kind=kind, rank=4, dropout=0.5), TARGETS, seed=0)
+    randomise_adapter(model)
+    layer, seen = first_layer(model), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        counts = []
+        for mode in (True, False):
+            model.train(mode)
+            counts.append(len({tuple(layer(seen).flatten().tolist()) for _ in range(16)}))
+    assert counts[0] == (2 if kind == "lokr" else 16)  # the whole update comes and goes, or parts of its input
+    assert counts[1] == 1
+
+
+def test_switching_restores_each_layers_own_state_also_after_an_exception():
+    model = transformer()
+    inject(model, Adapter(rank=4), TARGETS, seed=0)
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layers[0]._disable_adapters = True  # switched off on purpose before
+    before = [layer._disable_adapters for layer in layers]
+    with pytest.raises(RuntimeError, match="inside"), adapters_off(model):
+        with adapters_off(model):
+            pass
+        assert all(layer._disable_adapters for layer in layers)
+        raise RuntimeError("inside")
+    assert [layer._disable_adapters for layer in layers] == before
+
+
+def test_switching_touches_neither_requires_grad_nor_train_mode():
+    model = transformer()
+    inject(model, Adapter(rank=4), TARGETS, seed=0)
+    frozen = next(p for p in model.parameters() if p.requires_grad)
+    frozen.requires_grad_(False)  # frozen on purpose, as in LoRA-FA
+    model.blocks[0].eval()
+    flags = [(p.requires_grad) for p in model.parameters()], [m.training for m in model.modules()]
+    with adapters_off(model):
+        inside = [(p.requires_grad) for p in model.parameters()], [m.training for m in model.modules()]
+        assert inside == flags
+    assert ([(p.requires_grad) for p in model.parameters()], [m.training for m in model.modules()]) == flags
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_float32_over_a_bf16_base_and_only_they_train(kind):
+    model = transformer(torch.bfloat16)
+    inject(model, Adapter(kind=kind, rank=4), TARGETS, seed=0)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora" in name or "lokr" in name for name in trainable)
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if n not in trainable} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_initialisation_follows_the_seed_alone_and_not_the_bases_dtype(kind):
+    states = []
+    for dtype, noise in ((torch.float32, 1), (torch.bfloat16, 2)):
+        model = transformer(dtype)
+        torch.manual_seed(noise)
+        before = torch.random.get_rng_state()
+        inject(model, Adapter(kind=kind, rank=4), TARGETS, seed=5)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        states.append(adapter_state(model))
+    assert states[0].keys() == states[1].keys()
+    # Values that came from a bf16 draw would all be representable in bf16.
+    fine = [v for v in states[1].values() if not torch.equal(v, v.bfloat16().float())]
+    assert fine
+
+
+def test_targets_that_match_nothing_are_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match=r"lora.targets=.*to_query.* fit no trainable module.*to_k.*to_q"):
+        inject(transformer(), Adapter(targets=["to_query"]), TARGETS, seed=0)
+
+
+def test_targets_may_be_one_regex():
+    model = transformer()
+    inject(model, Adapter(rank=2, targets=r"blocks\.1\..*to_q"), TARGETS, seed=0)
+    assert {name.split(".")[1] for name in adapter_state(model)} == {"1"}
+
+
+def test_settings_out_of_range_are_refused():
+    for name, value, start in [
+        ("rank", 0, "lora.rank"),
+        ("alpha", 0, "lora.rank"),
+        ("kind", "loha", "lora.kind"),
+        ("dropout", 1.0, "lora.dropout"),
+    ]:
+        assert unchecked_error(Adapter, **{name: value}).startswith(f"ValueError: {start}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_loads_the_file_into_a_fresh_base_with_the_same_output(kind, tmp_path):
+    model = transformer()
+    inject(model, Adapter(kind=kind, rank=4, alpha=7), TARGETS, seed=0)
+    randomise_adapter(model)
+    trained = model(**inputs())[0]
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, model, adapter_state(model), {"samples_seen": 3})
+    fresh = transformer()
+    fresh.load_lora_adapter(tmp_path, weight_name=path.name, prefix="transformer")
+    assert torch.equal(fresh(**inputs())[0], trained)
+
+
+def test_lora_file_holds_the_adapter_alone_with_alpha_and_provenance(tmp_path):
+    model = transformer()
+    inject(model, Adapter(rank=4, alpha=7), TARGETS, seed=0)
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, model, adapter_state(model), {"samples_seen": 3})
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata()
+    described = json.loads(metadata["lora_adapter_metadata"])
+    assert described["transformer.lora_alpha"] == 7
+    assert described["transformer.r"] == 4
+    assert json.loads(metadata["mpp"]) == {"samples_seen": 3}
+    names = load_file(path)
+    assert len(names) == 2 * 20  # A and B of ten layers in each of two blocks
+    assert all(name.startswith("transformer.blocks.") and ".lora_" in name for name in names)
+
+
+def test_state_of_another_adapter_is_refused():
+    model = transformer()
+    inject(model, Adapter(rank=4), TARGETS, seed=0)
+    state = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
+    load_adapter_state(model, state, "file")
+    wrong = dict(list(state.items())[1:])
+    with pytest.raises(ValueError, match=r"file does not hold this run's adapter: 1 of 40 tensors missing"):
+        load_adapter_state(model, wrong, "file")
+    other = transformer()
+    inject(other, Adapter(rank=8), TARGETS, seed=0)
+    with pytest.raises(ValueError, match="40 of another shape"):
+        load_adapter_state(other, state, "file")
+    with pytest.raises(ValueError, match=r"0 of 40 tensors missing, 1 unknown \(first: blocks.7.to_q.lora_A.weight\)"):
+        load_adapter_state(model, {**state, "blocks.7.to_q.lora_A.weight": torch.zeros(4, 64)}, "file")
+
+
+def test_has_adapter_tells():
+    model = transformer()
+    assert not has_adapter(model)
+    inject(model, Adapter(rank=2), TARGETS, seed=0)
+    assert has_adapter(model)
