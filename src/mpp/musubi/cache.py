@@ -226,9 +226,9 @@ class MusubiCache:
             return wanted[0]
         model = self.architecture.family
         if wanted:
-            raise ValueError(
-                f"{self.folder} holds latents of {' and '.join(wanted)}, different sizes of {model}; give each a folder"
-            )
+            held = {name.short: stem for stem in stems if (name := LatentsName.read(stem)) is not None}
+            both = " and ".join(f"{short} ({held[short]}.safetensors)" for short in wanted)
+            raise ValueError(f"{self.folder} holds latents of {both}, different sizes of {model}; give each a folder")
         if (self.folder / "cache.json").is_file():
             raise ValueError(f"{self.folder} is a cache of `python -m mpp.prepare`; choose data.layout=mpp")
         held = ", ".join(f"{short} ({count})" for short, count in sorted(shorts.items()))
