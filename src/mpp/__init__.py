@@ -1,3 +1,3 @@
 """mpp: LoRA training on frozen diffusion transformers with masked prior preservation."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
