@@ -31,7 +31,8 @@ def case(number, dtype=torch.float64):
     """Random latents and masks; some masks empty, full, or tiered; images and videos."""
     random_ = torch.Generator().manual_seed(number)
     b, c = 1 + number % 3, 1 + number % 4
-    cells = [(3, 4), (2, 3, 3), (1, 4, 2)][number % 3]
+    drawn = torch.randint(1, 5, (3,), generator=random_).tolist()  # also a single cell or frame
+    cells = tuple(drawn[number % 2 :])  # a video, or an image without a frame axis
     pred, target, prior = (torch.randn(b, c, *cells, generator=random_, dtype=torch.float64).to(dtype) for _ in "abc")
     mask = torch.rand(b, 1, *cells, generator=random_, dtype=torch.float64)
     for sample in range(b):

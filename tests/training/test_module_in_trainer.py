@@ -131,6 +131,14 @@ def test_whether_the_teacher_runs_is_decided_on_the_hosts_copy_of_the_mask(archi
         assert data.to("meta").host_mask is host
 
 
+def test_a_validation_is_of_its_own_batches_alone(architecture):
+    half = FULL.clone()
+    half[..., :2] = 0
+    built, first, second = module(architecture, THRESHOLD), [batch(FULL)], [batch(half, seed=1)]
+    validate(built, first)
+    assert validate(built, second) == validate(module(architecture, THRESHOLD), second)
+
+
 def test_validation_sees_exactly_the_sigmas_that_were_asked_for(architecture, passes):
     validate(module(architecture, THRESHOLD, val_sigmas=[0.3, 0.7]), [batch(FULL)])
     assert passes == [pytest.approx([sigma] * 2, rel=1e-7) for sigma in (0.3, 0.7)]
