@@ -35,6 +35,7 @@ from benchmarks.phantom_limb.study import (
     run,
 )
 from benchmarks.phantom_limb.world import SUBJECTS
+from mpp import __version__
 from mpp.files import write_atomically, write_json
 
 Row = dict[str, float | str]
@@ -181,9 +182,8 @@ def study(name: str, args: argparse.Namespace) -> None:
     text = table(rows) + "\n" + against(rows, part.reference)
     print(f"\n{text}\n{name}: {fresh} of {len(found)} runs made in {minutes} minutes", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        args.out / f"{name}.json", {"minutes": minutes, "fresh_runs": fresh, "torch": torch.__version__, "runs": rows}
-    )
+    made_with = {"mpp": __version__, "torch": torch.__version__}
+    write_json(args.out / f"{name}.json", {"minutes": minutes, "fresh_runs": fresh, **made_with, "runs": rows})
     write_atomically(args.out / f"{name}.md", lambda path: path.write_text(text))
     side_by_side(kept(folder, root, rules.subjects[0], part.variants)).save(args.out / f"{name}.png")
 

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mpp.lora.adapters import Adapter, adapter_state, adapters_off, has_adapter, inject, load_adapter_state, save_lora
+from mpp.models.experts import Experts
 from mpp.models.tiny import TRANSFORMER
 from tests.helpers import randomise_adapter, unchecked_error
 
@@ -137,20 +138,53 @@ def test_adapters_are_float32_over_a_bf16_base_and_only_they_train(kind):
     assert {p.dtype for n, p in model.named_parameters() if n not in trainable} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_initialisation_follows_the_seed_alone_and_not_the_bases_dtype(kind):
-    states = []
-    for dtype, noise in ((torch.float32, 1), (torch.bfloat16, 2)):
-        model = transformer(dtype)
-        torch.manual_seed(noise)
-        before = torch.random.get_rng_state()
-        inject(model, Adapter(kind=kind, rank=4), TARGETS, seed=5)
-        assert torch.equal(torch.random.get_rng_state(), before)
-        states.append(adapter_state(model))
-    assert states[0].keys() == states[1].keys()
+def drawn(model, kind="lora", seed=5, targets=None):
+    """The state of a fresh adapter; the global random state is whatever it was, and stays so."""
+    torch.manual_seed(int(torch.randint(1000, ())))
+    before = torch.random.get_rng_state()
+    inject(model, Adapter(kind=kind, rank=4, targets=targets), TARGETS, seed=seed)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    return adapter_state(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_the_same_whatever_the_bases_precision(kind):
+    wide, narrow = drawn(transformer(), kind), drawn(transformer(torch.bfloat16), kind)
+    assert wide.keys() == narrow.keys()
+    for name, tensor in wide.items():
+        if "magnitude" in name:  # of DoRA: the norms of the base's own rows
+            torch.testing.assert_close(tensor, narrow[name], rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(tensor, narrow[name]), name
     # Values that came from a bf16 draw would all be representable in bf16.
-    fine = [v for v in states[1].values() if not torch.equal(v, v.bfloat16().float())]
-    assert fine
+    assert any(not torch.equal(v, v.bfloat16().float()) for n, v in narrow.items() if "magnitude" not in n)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_draws_alone(kind):
+    everywhere = drawn(transformer(), kind)
+    some = drawn(transformer(), kind, targets=["to_v", "ffn.net.2"])
+    assert 0 < len(some) < len(everywhere)
+    assert all(torch.equal(tensor, everywhere[name]) for name, tensor in some.items())
+
+
+def test_layers_experts_and_seeds_draw_differently():
+    state = drawn(Experts({"high": transformer(), "low": transformer()}, offload=False))
+    other = drawn(transformer(), seed=6)
+    alone = drawn(transformer(), seed=5)
+    downs = [tensor for name, tensor in (*state.items(), *other.items(), *alone.items()) if "lora_A" in name]
+    assert len({tuple(tensor.flatten().tolist()) for tensor in downs}) == len(downs)
+
+
+def test_drawn_adapters_follow_the_law_that_peft_draws_by():
+    model = WanTransformer3DModel(**{**TRANSFORMER, "num_layers": 6})
+    state = drawn(model)
+    downs = {name: tensor for name, tensor in state.items() if "lora_A" in name}
+    scaled = torch.cat([(tensor * tensor.shape[1] ** 0.5).flatten() for tensor in downs.values()])
+    assert scaled.abs().max() <= 1  # kaiming_uniform with a = sqrt(5): uniform within 1 / sqrt(fan in)
+    assert abs(float(scaled.mean())) < 4 / (3 * len(scaled)) ** 0.5
+    assert float(scaled.var()) == pytest.approx(1 / 3, rel=0.05)
+    assert all(not tensor.any() for name, tensor in state.items() if "lora_B" in name)
 
 
 def test_targets_that_match_nothing_are_refused_with_the_names_there_are():

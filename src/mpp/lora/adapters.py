@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mpp.core import draws
 from mpp.files import write_atomically
 from mpp.models.experts import parts_of
 
@@ -69,19 +70,27 @@ class Adapter:
 
 
 def inject(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequence[str], *, seed: int) -> None:
-    """Freeze the transformer and add a trainable float32 adapter, initialised from `seed`.
+    """Freeze the transformer and add a trainable float32 adapter.
 
-    The draws are the same on every device; over a base in lower precision they are other numbers of the same law.
+    Each layer's tensors are drawn by PEFT's own law from (seed, the layer's name): they are the same whatever the
+    base's precision and device, the order of its layers, and the other layers that have an adapter.
+
+    Args:
+        transformer: A single transformer, or experts, whose layers' names begin with theirs.
+        adapter: What is added.
+        default_targets: Where, if `adapter` does not say.
+        seed: Of the draws; the global random state is left as it was.
 
     Raises:
         ValueError: `lora.targets` match no module, or modules that adapters cannot attach to.
     """
     transformer.requires_grad_(False)
-    # On the CPU whatever device the base is on: the same seed gives the same adapter everywhere.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for _, part in parts_of(transformer):
+        for expert, part in parts_of(transformer):
             _add_adapter(part, adapter, default_targets)
+            for name, layer in part.named_modules(prefix=expert):
+                if isinstance(layer, BaseTunerLayer):
+                    _draw(layer, adapter.kind, draws.generator(seed, "adapter", name).initial_seed())
 
 
 def _add_adapter(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequence[str]) -> None:
@@ -94,8 +103,6 @@ def _add_adapter(transformer: nn.Module, adapter: Adapter, default_targets: str 
             f"lora.targets={config.target_modules} fit no trainable module of {type(transformer).__name__}: "
             f"{str(error).splitlines()[0][:200]}; its linear layers end in {', '.join(linear)}"
         ) from error
-    for layer in _layers(transformer):
-        _to_float32(layer, adapter.kind)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -106,17 +113,21 @@ def _layers(transformer: nn.Module) -> Iterator[BaseTunerLayer]:
     return (m for m in transformer.modules() if isinstance(m, BaseTunerLayer))
 
 
-def _to_float32(layer: BaseTunerLayer, kind: str) -> None:
-    """Adapters inherit the base's dtype; draw them again in float32 so that a bf16 base loses no precision."""
-    low = [p for p in layer.parameters() if p.requires_grad and p.dtype != torch.float32]
-    if not low:
-        return
-    for parameter in low:
-        parameter.data = parameter.data.float()
+def _draw(layer: BaseTunerLayer, kind: str, seed: int) -> None:
+    """Draw a layer's adapter in float32 on the CPU: PEFT draws in the base's precision, and on its device.
+
+    That of a skeleton, on the meta device, has no numbers and stays there.
+    """
+    trainable = {parameter: parameter.device for parameter in layer.parameters() if parameter.requires_grad}
+    for parameter, device in trainable.items():
+        parameter.data = parameter.data.to(device if device.type == "meta" else "cpu", torch.float32)
+    torch.default_generator.manual_seed(seed)  # of the CPU alone
     if kind == "lokr":
         layer.reset_adapter_parameters(ADAPTER)
     else:
         layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+    for parameter, device in trainable.items():
+        parameter.data = parameter.data.to(device)
 
 
 def has_adapter(transformer: nn.Module) -> bool:
