@@ -125,11 +125,11 @@ def kill_after(monkeypatch, batches):
 @pytest.mark.parametrize(
     ("killed_after", "accumulate", "batch_size", "workers"),
     [
-        (3, 1, 2, 0),
-        (9, 2, 1, 0),
+        (6, 2, 1, 0),
+        pytest.param(3, 1, 2, 0, marks=pytest.mark.slow),
+        pytest.param(9, 2, 1, 0, marks=pytest.mark.slow),
         pytest.param(4, 1, 2, 0, marks=pytest.mark.slow),
         pytest.param(6, 1, 2, 2, marks=pytest.mark.slow),
-        pytest.param(6, 2, 1, 0, marks=pytest.mark.slow),
         pytest.param(12, 3, 1, 0, marks=pytest.mark.slow),
         pytest.param(8, 1, 2, 0, marks=pytest.mark.slow),
     ],
@@ -160,7 +160,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert ends[0]["mpp"]["samples_seen"] == ends[1]["mpp"]["samples_seen"]
 
 
-@pytest.mark.parametrize("steps", [3, 4, 5])
+@pytest.mark.parametrize("steps", [3, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_a_finished_run_can_be_lengthened_bit_for_bit(pipeline, prepared, tmp_path, steps):
     train(pipeline, prepared, tmp_path / "straight", "trainer.max_steps=9")
     train(pipeline, prepared, tmp_path / "longer", f"trainer.max_steps={steps}")
@@ -169,7 +169,7 @@ def test_a_finished_run_can_be_lengthened_bit_for_bit(pipeline, prepared, tmp_pa
     assert all(torch.equal(straight[name], longer[name]) for name in straight)
 
 
-@pytest.mark.parametrize("optimizer", ["prodigy", "schedulefree"])
+@pytest.mark.parametrize("optimizer", [pytest.param("prodigy", marks=pytest.mark.slow), "schedulefree"])
 def test_other_optimizers_train_and_resume(pipeline, prepared, tmp_path, optimizer):
     pytest.importorskip({"prodigy": "prodigyopt", "schedulefree": "schedulefree"}[optimizer])
     lr = [f"optimizer={optimizer}", "optimizer.lr=1.0" if optimizer == "prodigy" else "optimizer.lr=1e-3"]

@@ -218,6 +218,7 @@ def test_a_loss_that_would_not_preserve_is_refused_before_the_model_loads(
         helpers.train(pipeline, other_captions, tmp_path, "loss=binary", *uneven, *settings)
 
 
+@pytest.mark.slow
 def test_training_with_preservation_lowers_the_drift_of_the_other_captions(pipeline, other_captions, tmp_path, caplog):
     architecture = helpers.architecture(pipeline)
 

@@ -27,6 +27,7 @@ def test_the_base_and_its_control_passed_the_gate():
     assert figures["limits"] == gate.LIMITS
 
 
+@pytest.mark.slow
 def test_the_shipped_base_generates_what_the_gate_saw(tmp_path):
     figures = gate.base_figures(study.BASE, 64, tmp_path / "gate.png")
     assert figures["malformed"] < 0.02

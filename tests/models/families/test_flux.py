@@ -138,8 +138,8 @@ def test_clips_are_refused(folder):
         (False, (100, 60), (12, 6)),
         (False, (48, 90), (6, 10)),
         (True, (100, 60), (182, 90)),  # by the aspect of 96x48
-        (True, (90, 91), (128, 128)),
-        (True, (20, 90), (84, 196)),
+        pytest.param(True, (90, 91), (128, 128), marks=pytest.mark.slow),
+        pytest.param(True, (20, 90), (84, 196), marks=pytest.mark.slow),
     ],
 )
 def test_control_latents_are_those_the_pipeline_makes(folder, theirs, monkeypatch, resize, size, cells):

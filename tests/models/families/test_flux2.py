@@ -121,7 +121,7 @@ class StopError(Exception):
     """Raised when a spy has seen enough."""
 
 
-@pytest.mark.parametrize("kind", [Flux2Pipeline, Flux2KleinPipeline])
+@pytest.mark.parametrize("kind", [Flux2Pipeline, pytest.param(Flux2KleinPipeline, marks=pytest.mark.slow)])
 def test_reference_images_are_encoded_as_the_pipeline_does(dev, monkeypatch, kind):
     """Odd sizes are cropped, and those above a megapixel made smaller first."""
     arch = architecture(DEV, dev)
