@@ -158,9 +158,14 @@ def test_a_corrupt_image_stops_nothing_and_the_rest_follows_when_it_is_mended(pa
     assert ([path.parent.name for path in summary.written], len(summary.kept)) == (["sub1"], 2)
 
 
+# x264 looks ahead in a thread, so its bytes vary now and then, and what is hit by damage at a fixed place with them.
+STEADY = {"preset": "ultrafast", "threads": "1"}
+
+
 def test_a_damaged_video_leaves_nothing_behind(paths):
     source, output = paths
-    path = write_video(source / "v.mp4", [random_mask(n, (48, 64)) for n in range(9)], codec="libx264", form="yuv420p")
+    frames = [random_mask(n, (48, 64)) for n in range(9)]
+    path = write_video(source / "v.mp4", frames, codec="libx264", form="yuv420p", **STEADY)
     data = bytearray(path.read_bytes())
     start = data.index(b"mdat") + 3000
     data[start : start + 400] = bytes(400)

@@ -24,7 +24,7 @@ CODECS = {  # file: encoder, pixels, options
     "h264.mkv": ("libx264", "yuv420p", {"g": "12"}),
     "h264.avi": ("libx264", "yuv420p", {"g": "12"}),
     "h264.ts": ("libx264", "yuv420p", {"g": "12"}),
-    "h264.flv": ("libx264", "yuv420p", {"g": "12"}),
+    "h264.flv": ("libx264", "yuv420p", {"g": "12", "preset": "ultrafast", "threads": "1"}),  # the same bytes always
     "open_gop.mp4": ("libx264", "yuv420p", {"x264-params": f"{X264}:open-gop=1:bframes=3"}),
     "refreshed.mp4": ("libx264", "yuv420p", {"x264-params": f"{X264}:intra-refresh=1:bframes=0"}),
     "hevc.mp4": ("libx265", "yuv420p", {"x265-params": "log-level=none:keyint=12:bframes=3"}),
