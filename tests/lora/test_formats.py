@@ -25,6 +25,8 @@ from tests.families import parameters
 from tests.families.base import architecture, batch
 from tests.helpers import randomise_adapter
 
+pytestmark = pytest.mark.slow
+
 DOUBLE = r"transformer_blocks\.\d+\..*(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out|net\.0\.proj|net\.2)"
 # Which of diffusers' pipelines reads which of our files, and the modules that it can read at this size: its importers
 # of FLUX.1 and HunyuanVideo split linear1 at the published width, which a test below has. Not in here, because

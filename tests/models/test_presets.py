@@ -7,6 +7,8 @@ from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.contract import LatentSpec
 from tests.helpers import config
 
+pytestmark = pytest.mark.slow
+
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml") if path.stem not in ("toy", "tiny_wan"))
 
 
