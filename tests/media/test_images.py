@@ -196,8 +196,6 @@ def test_an_image_goes_to_the_bucket_of_its_shape():
 def test_bucket_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match="data.resolution must be at least 16"):
         Buckets(8, 16)
-    with pytest.raises(ValueError, match="data.max_aspect must be at least 1"):
-        Buckets(512, 16, 0.5)
 
 
 # ---------------------------------------------------------------- masks that mean something else than their grey

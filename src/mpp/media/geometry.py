@@ -32,12 +32,23 @@ class Geometry:
         """Bucket pixels per source pixel; above 1 the image is enlarged."""
         return max(self.size[0] / self.source[0], self.size[1] / self.source[1])
 
+    @property
+    def cropped(self) -> float:
+        """Share of the image's area that the bucket leaves out, in [0, 1)."""
+        return 1 - min(self._aspects()) / max(self._aspects())
+
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """The crop (left, top, right, bottom) in an image of `width` by `height` that shows the whole source."""
-        kept_x = self.size[0] / (self.source[0] * self.scale)
-        kept_y = self.size[1] / (self.source[1] * self.scale)
-        left, top = (1 - kept_x) / 2 * width, (1 - kept_y) / 2 * height
-        return left, top, left + kept_x * width, top + kept_y * height
+        """The crop (left, top, right, bottom) in an image of `width` by `height` that shows the whole source.
+
+        It lies inside the image without any rounding: Pillow refuses an edge at -1e-13.
+        """
+        wide, high = self._aspects()
+        left, top = max(0.0, 1 - wide / high) / 2 * width, max(0.0, 1 - high / wide) / 2 * height
+        return left, top, width - left, height - top
+
+    def _aspects(self) -> tuple[int, int]:
+        """The bucket's aspect ratio and the source's, as whole numbers of one scale."""
+        return self.size[0] * self.source[1], self.size[1] * self.source[0]
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Buckets:
         max_aspect: Longest side over shortest, >= 1.
 
     Raises:
-        ValueError: The resolution is below one step, or the aspect below 1.
+        ValueError: The resolution is below one step, or the aspect below 1 or infinite.
     """
 
     resolution: int
@@ -61,11 +72,11 @@ class Buckets:
         """Refuse settings out of range."""
         if self.resolution < self.step:
             raise ValueError(f"data.resolution must be at least {self.step} for this model, got {self.resolution}")
-        if not self.max_aspect >= 1:
-            raise ValueError(f"data.max_aspect must be at least 1, got {self.max_aspect}")
+        if not 1 <= self.max_aspect < math.inf:
+            raise ValueError(f"data.max_aspect must be at least 1 and finite, got {self.max_aspect}")
 
     def sizes(self) -> list[tuple[int, int]]:
-        """All buckets as (width, height), each as large as the area allows for one of its sides."""
+        """All buckets as (width, height), each as large as the area allows for one of its sides; at least a square."""
         area = self.resolution**2
         found = set()
         for units in range(1, int(self.resolution * self.max_aspect) // self.step + 1):
@@ -73,7 +84,8 @@ class Buckets:
             other = area // side // self.step * self.step
             if other >= self.step and max(side / other, other / side) <= self.max_aspect:
                 found |= {(side, other), (other, side)}
-        return sorted(found)
+        square = self.resolution // self.step * self.step
+        return sorted(found) or [(square, square)]
 
     def choose(self, width: int, height: int) -> tuple[int, int]:
         """The bucket whose aspect ratio is nearest (by its logarithm), the larger one where two are equally near."""
