@@ -134,7 +134,9 @@ class MaskJob:
                     self._look(task)
             except ValueError as error:
                 failures.append(_named(task.clip, str(error)))
-            except RuntimeError as error:  # of the model, or too little memory for it
+            except OSError:
+                raise
+            except Exception as error:  # noqa: BLE001 (of a model or a library, or too little memory for it)
                 failures.append(_named(task.clip, f"the model failed on it ({error})".splitlines()[0]))
         return JobSummary(tuple(written), tuple(kept), frames, unused, tuple(failures), Path(self.output))
 

@@ -25,7 +25,7 @@ from mpp.files import weights_fingerprint
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, Prompt
 from mpp.models.single_file import SingleFile
-from mpp.models.weights import component_fingerprint, fingerprint_if_present, resolve_folder
+from mpp.models.weights import component_fingerprint, fingerprint_if_present, loading, resolve_folder
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -224,10 +224,11 @@ class FamilyEncoders:
             ValueError: Not there, or of another latent shape than the model's.
         """
         if "vae" not in self._loaded:
-            folder = resolve_folder(self.model.vae, "vae", "model.vae")
-            vae = self.vae_class.from_pretrained(folder, torch_dtype=DTYPES[self.model.vae_dtype])
-            self.check_vae(vae)
-            vae = vae.to(self.device).eval().requires_grad_(False)
+            with loading(self.model.vae, "model.vae"):
+                folder = resolve_folder(self.model.vae, "vae", "model.vae")
+                vae = self.vae_class.from_pretrained(folder, torch_dtype=DTYPES[self.model.vae_dtype])
+                self.check_vae(vae)
+                vae = vae.to(self.device).eval().requires_grad_(False)
             # Samples are generated under the run's autocast, which would decode a float32 VAE in bfloat16.
             vae.decode = torch.autocast(self.device.type, enabled=False)(vae.decode)
             self._loaded["vae"] = vae
@@ -241,16 +242,18 @@ class FamilyEncoders:
     ) -> PreTrainedModel:
         """A text or image encoder in `text_dtype`, or another."""
         if subfolder not in self._loaded:
-            folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
-            model = kind.from_pretrained(folder, dtype=dtype or DTYPES[self.model.text_dtype])
-            self._loaded[subfolder] = model.to(self.device).eval().requires_grad_(False)
+            with loading(self.model.text_encoder, "model.text_encoder"):
+                folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
+                model = kind.from_pretrained(folder, dtype=dtype or DTYPES[self.model.text_dtype])
+                self._loaded[subfolder] = model.to(self.device).eval().requires_grad_(False)
         return self._loaded[subfolder]
 
     def tokenizer(self, subfolder: str = "tokenizer", kind: Any = AutoTokenizer) -> Any:  # noqa: ANN401
         """A tokenizer (or a processor, by its class)."""
         if subfolder not in self._loaded:
-            folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
-            self._loaded[subfolder] = kind.from_pretrained(folder)
+            with loading(self.model.text_encoder, "model.text_encoder"):
+                folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
+                self._loaded[subfolder] = kind.from_pretrained(folder)
         return self._loaded[subfolder]
 
     def encode_images(

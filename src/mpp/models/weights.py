@@ -1,5 +1,7 @@
 """Where the weights of a model's components lie on this machine, and their fingerprints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -8,6 +10,26 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mpp.files import weights_fingerprint
 
 _CONFIGS = ("", "tokenizer_", "preprocessor_", "scheduler_")  # what a component's folder holds: `..config.json`
+
+
+class WeightsError(ValueError):
+    """Weights that are not there or cannot be loaded, as opposed to something wrong with what they are used on."""
+
+
+@contextmanager
+def loading(source: str, option: str) -> Iterator[None]:
+    """Raise whatever is raised while a component is loaded as a WeightsError that names the setting.
+
+    Args:
+        source: Where the component is loaded from.
+        option: Name of the setting.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = isinstance(error, ValueError) and f"{option}=" in str(error)
+        reason = str(error) if said else f"{option}={source} cannot be loaded ({type(error).__name__}: {error})"
+        raise WeightsError(reason) from error
 
 
 def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = True, files: str = "*") -> Path:

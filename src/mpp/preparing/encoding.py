@@ -1,8 +1,10 @@
 """Images and clips to latents in the cache: worker processes decode while the encoder runs."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
@@ -13,9 +15,10 @@ from tqdm import tqdm
 from mpp.cache.fingerprints import Fingerprints
 from mpp.cache.format import Cache, chunks, write_tensors
 from mpp.cache.provenance import LatentsProvenance, Source
-from mpp.files import is_out_of_space, write_atomically
+from mpp.files import write_atomically
 from mpp.models.conditioning import flat_tensors
 from mpp.models.contract import Architecture, Encoders, Identity
+from mpp.preparing.failures import Failures, naming
 from mpp.preparing.frames import as_image, as_pixels, read_controls, read_item_frames
 from mpp.preparing.planning import Job, source_files
 from mpp.preparing.shards import Sharding
@@ -41,6 +44,16 @@ class Decoded:
     sources: tuple[Source, ...] = ()
     error: str | None = None
 
+    def checked(self) -> Self:
+        """Itself.
+
+        Raises:
+            ValueError: It could not be read.
+        """
+        if self.error is not None:
+            raise ValueError(self.error)
+        return self
+
 
 class Decoding(Dataset[Decoded]):
     """Samples decoded by number."""
@@ -56,14 +69,13 @@ class Decoding(Dataset[Decoded]):
         """Decode one; what is wrong with it is part of the answer."""
         job = self.jobs[index]
         try:
-            # The fingerprints are those of the files that are read, should one change meanwhile.
-            sources = Fingerprints().sources(source_files(job.item))
-            frames = read_item_frames(job.item, job.cut)
-            controls = tuple(read_controls(job.item, job.cut.geometry))
+            with naming(job.item, "it cannot be read"):
+                # The fingerprints are those of the files that are read, should one change meanwhile.
+                sources = Fingerprints().sources(source_files(job.item))
+                frames = read_item_frames(job.item, job.cut)
+                controls = tuple(read_controls(job.item, job.cut.geometry))
         except (ValueError, OSError) as error:
             return Decoded(job, error=str(error))
-        except Exception as error:  # noqa: BLE001 (in a worker it would end the run without a name)
-            return Decoded(job, error=f"{job.item.media}: {type(error).__name__}: {error}")
         return Decoded(job, frames, controls, sources)
 
 
@@ -76,7 +88,7 @@ class LatentWriter:
         encoders: Its encoders.
         identity: Of their weights.
         sharding: Workers and batches.
-        on_error: `stop` at the first sample that fails, or `skip` it.
+        failures: What becomes of a sample that cannot be read, encoded or written.
     """
 
     def __init__(
@@ -87,11 +99,10 @@ class LatentWriter:
         identity: Identity,
         *,
         sharding: Sharding,
-        on_error: str,
+        failures: Failures,
     ) -> None:
         self.cache, self.architecture, self.encoders, self.identity = cache, architecture, encoders, identity
-        self.sharding, self.on_error = sharding, on_error
-        self.skipped: list[str] = []
+        self.sharding, self.failures = sharding, failures
 
     def write(self, jobs: Sequence[Job]) -> dict[str, Job | None]:
         """Encode all of them.
@@ -100,30 +111,21 @@ class LatentWriter:
             By key the job as it came out, None where it was skipped.
 
         Raises:
-            ValueError: A sample fails and `on_error` is `stop`.
+            ValueError: A sample fails, and failures stop.
             OSError: The disk is full or cannot be written.
         """
-        done: dict[str, Job | None] = {}
+        done: dict[str, Job | None] = {job.key: None for job in jobs}
         with tqdm(total=len(jobs), desc="latents", unit="sample", disable=None) as bar:
             for batch in self._decoded(jobs):
                 good = []
                 for decoded in batch:
-                    if decoded.error is None:
-                        good.append(decoded)
-                    else:
-                        done[decoded.job.key] = self._failed(ValueError(decoded.error))
-                for decoded, latents in zip(good, self._encode(good), strict=True):
-                    try:
+                    with self.failures.of(decoded.job.item, "it cannot be read"):
+                        good.append(decoded.checked())
+                for decoded, latents in self._encode(good):
+                    with self.failures.of(decoded.job.item, "it cannot be written to the cache"):
                         done[decoded.job.key] = self._store(decoded, latents)
-                    except (ValueError, OSError) as error:
-                        done[decoded.job.key] = self._failed(error)
                 bar.update(len(batch))
         return done
-
-    def _failed(self, error: Exception) -> None:
-        if self.on_error == "stop" or is_out_of_space(error):
-            raise error
-        self.skipped.append(str(error))
 
     def _decoded(self, jobs: Sequence[Job]) -> Iterator[list[Decoded]]:
         """Batches of one shape, decoded ahead of the encoder by the workers."""
@@ -140,12 +142,19 @@ class LatentWriter:
         ahead = {"prefetch_factor": 1} if workers else {}  # clips are large
         return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=workers, **ahead))
 
-    def _encode(self, batch: Sequence[Decoded]) -> list[Tensor]:
-        """Latents `(c, f, h, w)` of samples of one shape."""
-        if not batch:
-            return []
-        pixels = torch.stack([as_pixels(decoded.frames) for decoded in batch])
-        return list(self.encoders.encode_pixels(pixels))
+    def _encode(self, batch: Sequence[Decoded]) -> list[tuple[Decoded, Tensor]]:
+        """Samples of one shape with their latents `(c, f, h, w)`: one by one if they fail together."""
+        if len(batch) > 1:
+            with contextlib.suppress(Exception):  # one of them has it again by itself, and then has a name
+                return list(zip(batch, self._latents(batch), strict=True))
+        found = []
+        for decoded in batch:
+            with self.failures.of(decoded.job.item, "the VAE failed on it"):
+                found.append((decoded, self._latents([decoded])[0]))
+        return found
+
+    def _latents(self, batch: Sequence[Decoded]) -> Tensor:
+        return self.encoders.encode_pixels(torch.stack([as_pixels(decoded.frames) for decoded in batch]))
 
     def _store(self, decoded: Decoded, latents: Tensor) -> Job:
         """Write previews, image conditioning, and last the latents, whose record vouches for the others."""
@@ -154,11 +163,9 @@ class LatentWriter:
             raise ValueError(f"{media}: the VAE gave NaN or infinite latents; use model.vae_dtype=float32")
         if tuple(latents.shape) != job.shape:
             raise ValueError(f"{media}: latents are {tuple(latents.shape)}, expected {job.shape}")
-        try:
+        with naming(job.item, "its conditioning images cannot be encoded"):
             pixels = as_pixels(decoded.frames)[None]
             fields = flat_tensors(self.encoders.encode_images(pixels, decoded.controls))
-        except ValueError as error:
-            raise ValueError(f"{media}: its conditioning images: {error}") from error
         self._write_previews(job, decoded.frames)
         shapes = {name: tuple(tensor.shape) for name, tensor in fields.items()}
         cut, vae = job.cut, self.identity.vae

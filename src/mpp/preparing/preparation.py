@@ -2,28 +2,27 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from mpp.cache.fingerprints import Fingerprints
-from mpp.cache.format import Cache, CacheIdentity, Notes, made_from, text_name, write_tensors
-from mpp.cache.provenance import TextProvenance
-from mpp.files import check_writable, is_out_of_space, remove_leftovers
-from mpp.models.contract import Architecture, Encoders, Identity, Prompt
+from mpp.cache.format import Cache, CacheIdentity, Notes, write_tensors
+from mpp.files import check_writable, remove_leftovers
+from mpp.models.contract import Architecture, Encoders, Identity
 from mpp.preparing.encoding import LatentWriter
-from mpp.preparing.frames import first_image, mask_sources, read_controls, read_item_masks
+from mpp.preparing.failures import Failures
+from mpp.preparing.frames import mask_sources, read_item_masks
 from mpp.preparing.planning import Job, Planner, mask_provenance
 from mpp.preparing.shards import Sharding, ShardResult, ShardResults
 from mpp.preparing.summary import Summary
+from mpp.preparing.texts import TextWriter
 from mpp.sampling.prompts import Prompts
 from mpp.sources.items import Item
 from mpp.sources.source import FolderSource
 
-_TEXT_BATCH = 16
 _MASKS_AT_ONCE = 8
 _SHOWN = 20
 
@@ -55,7 +54,8 @@ class Preparation:
         self.shard = self.sharding.own_shard()
         self.cache = Cache(source.cache_dir)
         self.fingerprints = Fingerprints()
-        self.summary = Summary(shard=self.shard)
+        self.failures = Failures(source.on_error)
+        self.summary = Summary(shard=self.shard, skipped=self.failures.reasons)
 
     def run(self) -> Summary:
         """Check everything, then encode what is not current, then write the index.
@@ -72,13 +72,13 @@ class Preparation:
         self._claim(identity)
         mine = items[self.shard.index :: self.shard.count]
         jobs = self._plan(mine, identity)
-        self.summary.count(mine, jobs, self.source.unused(items))
         self.summary.spent("check", start)
         encoders = self.architecture.load_encoders(self.device)
-        self._encode_text(jobs, encoders)
+        jobs = self._encode_text(jobs, encoders)
         self._retire_index(jobs, items)
         jobs = self._encode_latents(jobs, encoders, identity)
         jobs = self._write_masks(jobs)
+        self.summary.count(mine, jobs, self.source.unused(items))
         self._finish(jobs, items)
         if self.shard.index == 0:
             self._encode_prompts(encoders, identity)
@@ -99,16 +99,15 @@ class Preparation:
     def _plan(self, items: Sequence[Item], identity: Identity) -> list[Job]:
         """Jobs for all usable images and videos."""
         planner = Planner(self.source, self.architecture, self.cache, identity, self.fingerprints)
-        jobs, problems = [], []
+        jobs, checked = [], Failures("skip")  # all are named at once
         for item in tqdm(items, desc="checking", unit="file", disable=None):
-            try:
+            with checked.of(item, "it cannot be prepared"):
                 jobs += planner.jobs(item)
-            except ValueError as error:
-                problems.append(str(error))
+        problems = checked.reasons
         if problems and self.source.on_error == "stop":
             more = f"\n(and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
             raise ValueError("\n".join(problems[:_SHOWN]) + more + "\n(data.on_error=skip leaves such media out)")
-        self.summary.skipped += problems
+        self.failures.reasons += problems
         _check_keys(jobs)
         if not jobs and problems and self.shard.count == 1:
             raise ValueError(f"none of {len(items)} images and videos could be used; first problem: {problems[0]}")
@@ -130,28 +129,16 @@ class Preparation:
     def _results(self, items: Sequence[Item]) -> ShardResults:
         return ShardResults(self.cache.folder, self._plan_name(items), self.shard.count)
 
-    def _encode_text(self, jobs: Sequence[Job], encoders: Encoders) -> None:
+    def _encode_text(self, jobs: Sequence[Job], encoders: Encoders) -> list[Job]:
+        """Encode captions; returns the jobs that have all of theirs now."""
         start = time.monotonic()
-        wanted: dict[str, tuple[str, Job]] = {}
-        for job in jobs:
-            for caption in self._captions(job.item):
-                wanted.setdefault(text_name(caption, job.seen), (caption, job))
-        missing = [
-            (name, caption, job)
-            for name, (caption, job) in sorted(wanted.items(), key=lambda row: row[1][0])
-            if made_from(self.cache.text_path(name), TextProvenance) is None
-        ]
-        self.summary.texts_encoded, self.summary.texts_current = len(missing), len(wanted) - len(missing)
-        with tqdm(total=len(missing), desc="captions", unit="caption", disable=None) as bar:
-            for first in range(0, len(missing), _TEXT_BATCH):
-                batch = missing[first : first + _TEXT_BATCH]
-                prompts = [Prompt(caption, self._text_images(job)) for _, caption, job in batch]
-                for (name, caption, job), record in zip(batch, encoders.encode_text(prompts), strict=True):
-                    made = TextProvenance(caption, job.seen)
-                    write_tensors(self.cache.text_path(name), record.tensors(), made.header())
-                bar.update(len(batch))
+        captions = {job.item.key: self._captions(job.item) for job in jobs}
+        writer = TextWriter(self.cache, self.architecture, encoders, self.failures)
+        jobs = writer.write(captions, jobs)
+        self.summary.texts_encoded, self.summary.texts_current = writer.encoded, writer.current
         encoders.release()
         self.summary.spent("captions", start)
+        return jobs
 
     def _captions(self, item: Item) -> list[str]:
         """All captions of an item that training may ask for."""
@@ -161,59 +148,40 @@ class Preparation:
             found += [""] if self.source.empty_caption else []
         return found
 
-    def _text_images(self, job: Job) -> tuple[Image.Image, ...]:
-        if not job.seen:
-            return ()
-        if self.architecture.images.first_frame:
-            return (first_image(job.item, job.cut),)
-        return tuple(read_controls(job.item, job.cut.geometry))
-
     def _encode_latents(self, jobs: Sequence[Job], encoders: Encoders, identity: Identity) -> list[Job]:
         """Encode what is stale; returns the jobs that have latents now."""
         start = time.monotonic()
         writer = LatentWriter(
-            self.cache, self.architecture, encoders, identity, sharding=self.sharding, on_error=self.source.on_error
+            self.cache, self.architecture, encoders, identity, sharding=self.sharding, failures=self.failures
         )
         done = writer.write([job for job in jobs if not job.latents_current])
-        self.summary.skipped += writer.skipped
         kept = [found for job in jobs if (found := done.get(job.key, job)) is not None]
-        self.summary.encoded = sum(found is not None for found in done.values())
-        self.summary.current = len(kept) - self.summary.encoded
         self.summary.spent("latents", start)
         return kept
 
     def _write_masks(self, jobs: Sequence[Job]) -> list[Job]:
         """Write stale masks; returns the jobs whose masks are there now."""
         start = time.monotonic()
-        masked = [job for job in jobs if job.mask_kind is not None]
-        stale = [job for job in masked if not job.mask_current]
-        self.summary.masks_written, self.summary.masks_current = len(stale), len(masked) - len(stale)
-        with ThreadPoolExecutor(_MASKS_AT_ONCE) as pool:  # most of the time is waiting for the disk
-            done = pool.map(self._write_mask, stale)
-            try:
-                failed = {
-                    job.key: problem
-                    for job, problem in zip(
-                        stale, tqdm(done, total=len(stale), desc="masks", disable=None), strict=True
-                    )
-                    if problem is not None
-                }
-            finally:  # after an error the rest is not waited for
-                pool.shutdown(cancel_futures=True)
-        self.summary.skipped += failed.values()
-        self.summary.masks_written -= len(failed)
+        stale = [job for job in jobs if job.mask_kind is not None and not job.mask_current]
+        failed = {job.key for job, failures in zip(stale, self._average_masks(stale), strict=True) if failures.reasons}
         self.summary.spent("masks", start)
         return [job for job in jobs if job.key not in failed]
 
-    def _write_mask(self, job: Job) -> str | None:
-        """Write one mask; returns why not, where such samples are skipped."""
-        try:
+    def _average_masks(self, jobs: Sequence[Job]) -> Iterator[Failures]:
+        """Write masks; what failed of each, in their order."""
+        with ThreadPoolExecutor(_MASKS_AT_ONCE) as pool:  # most of the time is waiting for the disk
+            try:
+                for found in tqdm(pool.map(self._write_mask, jobs), total=len(jobs), desc="masks", disable=None):
+                    self.failures.reasons += found.reasons
+                    yield found
+            finally:  # after an error the rest is not waited for
+                pool.shutdown(cancel_futures=True)
+
+    def _write_mask(self, job: Job) -> Failures:
+        failures = Failures(self.source.on_error)
+        with failures.of(job.item, "its mask cannot be written"):
             self._average_mask(job)
-        except (ValueError, OSError) as error:
-            if self.source.on_error == "stop" or is_out_of_space(error):
-                raise
-            return str(error)
-        return None
+        return failures
 
     def _average_mask(self, job: Job) -> None:
         sources = self.fingerprints.sources(mask_sources(job.item))
@@ -237,7 +205,7 @@ class Preparation:
                 return
             skipped = results.merge()
         elif not entries:
-            raise ValueError("nothing is left to train on; see what was skipped above")
+            raise ValueError(f"nothing is left to train on; first problem: {skipped[0]}")
         else:
             self.cache.write_index(entries)
         unused = tuple(self.summary.unused)

@@ -38,12 +38,16 @@ class Summary:
     seconds: float = 0.0
 
     def count(self, items: Sequence[Item], jobs: Sequence[Job], unused: Sequence[str]) -> None:
-        """Count what was planned."""
+        """Count the samples that are there now, all of them, and what is not used."""
         used = {job.item.key for job in jobs}
         self.no_caption = sum(not item.captioned for item in items if item.key in used)
         self.videos = sum(item.video for item in items if item.key in used)
         self.unused = list(unused)
         for job in jobs:
+            self.encoded += not job.latents_current
+            self.current += job.latents_current
+            self.masks_written += job.mask_kind is not None and not job.mask_current
+            self.masks_current += job.mask_current
             geometry, clip = job.cut.geometry, job.cut.clip
             self.masks[job.mask_kind or "none"] += 1
             self.buckets[*geometry.size, 1 if clip is None else len(clip.frames)] += 1
