@@ -10,6 +10,7 @@ MODELS = sorted((Path(__file__).parents[1] / "configs" / "model").glob("*.yaml")
 COMMANDS = {"prepare", "train", "sample", "export", "report", "masks"}
 LAYERS = [  # rooms, or modules of the top; each may import from those before it
     "files",
+    "workers",
     "core",
     "models",
     "memory",

@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
+from mpp.batching.batch import Collate
 from mpp.batching.datamodule import CachedSamples, LatentDataModule, split_entries
 from mpp.batching.loader import BatchOrder, TrainLoader, ValidationLoader
 from mpp.cache.format import Cache
@@ -98,7 +99,7 @@ def test_windows_tell_each_batch_the_masks_of_its_optimizer_step(prepared, archi
     data = LatentDataModule(architecture=architecture, cache_dir=str(prepared), batch_size=1)
     data.setup()
     order = BatchOrder([e.shape for e in data.train_entries], 1, 0)
-    loader = TrainLoader(data.train_dataloader()._loader.dataset, order, data.collate, window=3)
+    loader = TrainLoader(data.visits(), order, Collate(architecture), window=3)
     batches = list(loader)
     for start in range(0, len(batches), 3):
         group = batches[start : start + 3]
@@ -132,7 +133,8 @@ def test_validation_counts_every_sample_once_whatever_the_number_of_ranks(prepar
     samples = CachedSamples(data.cache, data.val_entries, architecture)
     shapes = [entry.shape for entry in data.val_entries]
     ranks = [
-        list(ValidationLoader(samples, shapes, 2, data.collate, rank=rank, world_size=world)) for rank in range(world)
+        list(ValidationLoader(samples, shapes, 2, Collate(architecture), rank=rank, world_size=world))
+        for rank in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     counted = Counter(key for batches in ranks for batch in batches if batch.counted for key in batch.keys)

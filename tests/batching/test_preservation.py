@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from mpp.batching.batch import collate_samples
+from mpp.batching.batch import Collate
 from mpp.batching.datamodule import LatentDataModule
 from mpp.batching.loader import BatchOrder
 from mpp.batching.preservation import Preservation
@@ -125,9 +125,9 @@ def test_other_images_come_with_their_own_captions(architecture, prepared, other
 
 def test_a_preservation_sample_teaches_only_the_prior(architecture, other_captions):
     data = datamodule(architecture, other_captions, batch_size=1, rate=0.5, caption="")
-    samples = data.train_dataloader()._loader.dataset
+    samples = data.visits()
     sample = samples[Visit(len(data.train_entries), 0)]
-    batch = collate_samples([sample], architecture.collate([sample.conditioning]))
+    batch = Collate(architecture)([sample])
     for threshold in (None, 0.1):
         loss = MaskedPriorLoss(prior_weight=1.0, prior_threshold=threshold, normalization="per_sample")
         assert loss.weights(batch.mask).needs_prior().all()
@@ -227,9 +227,9 @@ def test_training_with_preservation_lowers_the_drift_of_the_other_captions(pipel
             pipeline, other_captions, out, "loss=threshold", "trainer.max_steps=30", "optimizer.lr=1e-2", *settings
         )
         data = datamodule(architecture, other_captions, rate=0.5, caption="")
-        samples = data.train_dataloader()._loader.dataset
+        samples = data.visits()
         found = [samples[Visit(i, 0)] for i in (8, 10)]
-        batch = collate_samples(found, architecture.collate([s.conditioning for s in found]))
+        batch = Collate(architecture)(found)
         module.val_metrics.reset()
         module.validation_step(batch, 0)
         return module.val_metrics.compute()["drift"]

@@ -158,3 +158,21 @@ def test_rows_are_not_kept_in_memory(tmp_path):
     index = Index.open(tmp_path / "index.jsonl")
     columns = [value for value in vars(index._columns).values() if isinstance(value, np.ndarray)]
     assert sum(column.nbytes for column in columns if not isinstance(column, np.memmap)) < 200 * 40
+
+
+def test_another_process_maps_the_file_itself_and_is_not_sent_its_text(tmp_path):
+    draws = random.Random(5)
+    for number in range(8):
+        path = tmp_path / f"{number}.jsonl"
+        rows = [entry(n, caption="words " * draws.randint(100, 900)) for n in range(draws.randint(1, 60))]
+        write_index(path, rows)
+        chosen = Index.open(path)[draws.randrange(len(rows)) :: draws.randint(1, 3)]
+        sent = pickle.dumps(chosen)
+        assert len(sent) < 1500 + 100 * len(rows)
+        expected = list(chosen)
+        assert list(pickle.loads(sent)) == expected
+        told = pickle.loads(sent)
+        write_index(path, [replace(row, caption=f"{row.caption}!") for row in rows])
+        with pytest.raises(ValueError, match="written anew since this run began: start it again"):
+            told[0]
+        assert list(chosen) == expected  # who has the old file goes on with it

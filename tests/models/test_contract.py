@@ -1,5 +1,6 @@
 """Every family and variant keeps the contract of `models/contract.py`; the witness is diffusers' own pipeline."""
 
+import pickle
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import mpp.prepare
 import mpp.train
+from mpp.batching.batch import Collate
 from mpp.cache.format import Cache
 from mpp.core.flow import Noisy, interpolate
 from mpp.core.loss import MaskedPriorLoss
@@ -15,6 +17,7 @@ from mpp.lora.adapters import Adapter, adapter_state, adapters_off, inject
 from mpp.media.geometry import image_tensor
 from mpp.models.contract import Generation, Prompt
 from mpp.training.teacher import Teacher
+from tests.batching.test_loader import pickled
 from tests.families import parameters
 from tests.families.base import architecture, batch, conditioning, controls, draw_set, pixels
 from tests.helpers import QUIET, config, corrupted, logged, loss_of, randomise_adapter, student_of, teacher_of
@@ -79,6 +82,13 @@ def test_latents_have_the_shape_the_spec_says(arch, variant, encoders):
     assert tuple(latents.shape[1:]) == arch.latents.shape(*clip.shape[2:])
     assert latents.dtype == torch.float32
     assert torch.isfinite(latents).all()
+
+
+def test_workers_collate_as_the_main_process_does(arch, variant, encoders):
+    records = [conditioning(arch, variant, encoders, text) for text in TEXTS]
+    own, told = arch.collate(records), pickle.loads(pickled(Collate(arch))).architecture.collate(records)
+    assert own.tensors().keys() == told.tensors().keys()
+    assert all(torch.equal(tensor, told.tensors()[name]) for name, tensor in own.tensors().items())
 
 
 def test_velocity_is_what_diffusers_pipeline_feeds_its_scheduler(arch, variant, encoders, monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from mpp.batching.batch import collate_samples, read_sample
+from mpp.batching.batch import Collate, read_sample
 from mpp.core.loss import MaskedPriorLoss
 from mpp.musubi.cache import MusubiCache, baked_advice
 from tests.families import variants
@@ -134,7 +134,7 @@ def test_what_is_read_trains(case, built, tmp_path):
     entries = cache.entries()
     assert len({entry.signature(arch.given_frames) for entry in entries}) == 1
     samples = [read_sample(cache, entry, arch) for entry in entries]
-    batch = collate_samples(samples, arch.collate([sample.conditioning for sample in samples]))
+    batch = Collate(arch)(samples)
     transformer = arch.load_transformer()
     with torch.no_grad():
         velocity = arch.velocity(transformer, batch.latents, torch.tensor([0.3, 0.8]), batch.conditioning)

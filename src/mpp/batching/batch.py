@@ -80,14 +80,24 @@ class Batch:
         return len(self.keys)
 
 
-def collate_samples(samples: Sequence[Sample], conditioning: Conditioning) -> Batch:
-    """One batch from samples of one shape and their batched conditioning."""
-    mask = torch.stack([sample.mask for sample in samples])
-    return Batch(
-        keys=tuple(sample.key for sample in samples),
-        latents=torch.stack([sample.latents for sample in samples]),
-        mask=mask,
-        conditioning=conditioning,
-        host_mask=mask,
-        preserved=sum(sample.preserved for sample in samples),
-    )
+@dataclass(frozen=True)
+class Collate:
+    """Samples of one shape to a batch. Each worker gets a copy, so it holds the family's settings and no weights."""
+
+    architecture: Architecture
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """One batch.
+
+        Raises:
+            ValueError: As `Architecture.collate` raises.
+        """
+        mask = torch.stack([sample.mask for sample in samples])
+        return Batch(
+            keys=tuple(sample.key for sample in samples),
+            latents=torch.stack([sample.latents for sample in samples]),
+            mask=mask,
+            conditioning=self.architecture.collate([sample.conditioning for sample in samples]),
+            host_mask=mask,
+            preserved=sum(sample.preserved for sample in samples),
+        )

@@ -7,7 +7,7 @@ import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
-from mpp.batching.batch import Batch, Sample, collate_samples, read_sample
+from mpp.batching.batch import Collate, Sample, read_sample
 from mpp.batching.freshness import MaskChanges, mask_changes
 from mpp.batching.loader import BatchOrder, Shape, TrainLoader, ValidationLoader, pool_quota
 from mpp.batching.preservation import Preservation
@@ -153,7 +153,8 @@ class LatentDataModule(LightningDataModule):
             route=self.route,
         )
         window = self.trainer.accumulate_grad_batches if self.trainer else 1
-        return TrainLoader(samples, order, self.collate, window=window, num_workers=self.num_workers)
+        collate = Collate(self.architecture)
+        return TrainLoader(samples, order, collate, window=window, num_workers=self.num_workers)
 
     def visits(self) -> TrainSamples:
         """The samples of an epoch by visit."""
@@ -167,7 +168,8 @@ class LatentDataModule(LightningDataModule):
         rank, world = self._path()
         shapes = self.val_entries.signatures(self.architecture.given_frames)
         samples = CachedSamples(self.cache, self.val_entries, self.architecture)
-        return ValidationLoader(samples, shapes, self.batch_size, self.collate, rank=rank, world_size=world)
+        collate = Collate(self.architecture)
+        return ValidationLoader(samples, shapes, self.batch_size, collate, rank=rank, world_size=world)
 
     def route(self, number: int, epoch: int) -> int:
         """Number of the expert that serves a visit's sigma in an epoch."""
@@ -190,10 +192,6 @@ class LatentDataModule(LightningDataModule):
 
     def _pool_shapes(self) -> list[Shape]:
         return [entry.signature(self.architecture.given_frames) for _, entry in self.pool]
-
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """One batch from samples of one shape."""
-        return collate_samples(samples, self.architecture.collate([sample.conditioning for sample in samples]))
 
     def _compare_masks(self, entries: Index) -> None:
         """Look for masks that changed since the cache was prepared.

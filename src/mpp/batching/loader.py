@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mpp.batching.batch import Batch, Sample
 from mpp.batching.visits import Visit
 from mpp.cache.format import chunks
 from mpp.core import draws
+from mpp.workers import ReadAhead
 
 Shape = tuple[object, ...]  # sizes, and tuples of sizes
 T = TypeVar("T")
@@ -156,13 +158,13 @@ class TrainLoader:
     ) -> None:
         self.sampler = order
         self.window = window
-        self._loader = DataLoader(
-            dataset,
-            batch_sampler=order,
-            collate_fn=collate,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+        self._loader = ReadAhead(
+            partial(_read_batch, dataset, collate),
+            order,
+            "data.num_workers",
+            workers=num_workers,
+            persistent=True,
+            pinned=torch.cuda.is_available(),
         )
 
     def __len__(self) -> int:
@@ -209,7 +211,7 @@ class ValidationLoader:
         positions = range(rank, -(-len(found) // world_size) * world_size, world_size)
         self._counted = [position < len(found) for position in positions]
         batches = [found[position % len(found)] for position in positions]
-        self._loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+        self._loader = ReadAhead(partial(_read_batch, dataset, collate), batches, "data.num_workers")
 
     def __len__(self) -> int:
         """Batches on this rank."""
@@ -238,6 +240,10 @@ def pool_quota(shapes: Sequence[Shape], count: int) -> dict[Shape, int]:
     for shape in by_remainder[: count - sum(shares.values())]:
         shares[shape] += 1
     return {shape: max(1, share) for shape, share in shares.items()}
+
+
+def _read_batch(dataset: Dataset[Sample], collate: Callable[[list[Sample]], Batch], members: Sequence[Any]) -> Batch:
+    return collate([dataset[member] for member in members])
 
 
 def _by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:

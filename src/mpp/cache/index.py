@@ -1,6 +1,8 @@
 """The samples of a cache as a sequence that is parsed where it is looked at: a million of them open in seconds."""
 
 import json
+import mmap
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -79,9 +81,8 @@ class Index(Sequence[Entry]):
         Raises:
             ValueError: The file is damaged.
         """
-        text = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
         with path.open("rb") as handle:
-            columns = _columns(handle, text, path)
+            columns = _columns(handle, _MappedText(path, handle.fileno()), path)
         return cls(columns, np.arange(len(columns.split)))
 
     @classmethod
@@ -96,7 +97,7 @@ class Index(Sequence[Entry]):
         Raises:
             ValueError: A row is damaged.
         """
-        columns = _columns(lines, np.frombuffer(b"".join(lines), np.uint8), path)
+        columns = _columns(lines, b"".join(lines), path)
         return cls(columns, np.arange(len(lines)))
 
     def __len__(self) -> int:
@@ -115,7 +116,7 @@ class Index(Sequence[Entry]):
             return Index(self._columns, self._rows[index])
         row = self._rows[index]
         start, stop = self._columns.starts[row], self._columns.starts[row + 1]
-        return _entry(json.loads(self._columns.text[start:stop].tobytes()))
+        return _entry(json.loads(self._columns.text[start:stop]))
 
     def __iter__(self) -> Iterator[Entry]:
         """All rows."""
@@ -149,11 +150,43 @@ class Index(Sequence[Entry]):
         return Index(self._columns, self._rows[chosen])
 
 
+class _MappedText:
+    """The text of an index file, mapped into memory. Another process is told its name and maps the file itself.
+
+    Raises:
+        ValueError: The file was replaced before the other process mapped it.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path, self._text = path.absolute(), _mapped(descriptor)
+        self._known = _seen(os.fstat(descriptor))
+
+    def __getitem__(self, part: slice) -> bytes:
+        if self._text is None:
+            with self._path.open("rb") as handle:
+                if _seen(os.fstat(handle.fileno())) != self._known:
+                    raise ValueError(f"{self._path} was written anew since this run began: start it again")
+                self._text = _mapped(handle.fileno())
+        return self._text[part]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_text": None}
+
+
+def _mapped(descriptor: int) -> mmap.mmap | bytes:
+    empty = os.fstat(descriptor).st_size == 0
+    return b"" if empty else mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+
+
+def _seen(state: os.stat_result) -> tuple[int, int]:
+    return state.st_size, state.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class _Columns:
     """What is looked at of every row: the rest stays in the file, which is mapped into memory."""
 
-    text: np.ndarray
+    text: _MappedText | bytes
     starts: np.ndarray
     split: np.ndarray
     masked: np.ndarray
@@ -163,7 +196,7 @@ class _Columns:
     kinds: list[tuple[tuple[int, ...], tuple[tuple[str, tuple[int, ...]], ...]]]
 
 
-def _columns(lines: Iterable[bytes], text: np.ndarray, path: Path) -> _Columns:
+def _columns(lines: Iterable[bytes], text: _MappedText | bytes, path: Path) -> _Columns:
     starts, rows = array("q", [0]), array("i")
     kinds: dict[Any, int] = {}
     for number, line in enumerate(lines, 1):

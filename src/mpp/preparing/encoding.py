@@ -9,7 +9,6 @@ from typing import Self
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mpp.cache.fingerprints import Fingerprints
@@ -22,6 +21,7 @@ from mpp.preparing.failures import Failures, naming
 from mpp.preparing.frames import as_image, as_pixels, read_controls, read_item_frames
 from mpp.preparing.planning import Job, source_files
 from mpp.preparing.shards import Sharding
+from mpp.workers import ReadAhead
 
 _PREVIEW_SIDE = 512
 
@@ -55,28 +55,21 @@ class Decoded:
         return self
 
 
-class Decoding(Dataset[Decoded]):
-    """Samples decoded by number."""
+def decode_sample(job: Job) -> Decoded:
+    """Decode one sample; what is wrong with it is part of the answer."""
+    try:
+        with naming(job.item, "it cannot be read"):
+            # The fingerprints are those of the files that are read, should one change meanwhile.
+            sources = Fingerprints().sources(source_files(job.item))
+            frames = read_item_frames(job.item, job.cut)
+            controls = tuple(read_controls(job.item, job.cut.geometry))
+    except (ValueError, OSError) as error:
+        return Decoded(job, error=str(error))
+    return Decoded(job, frames, controls, sources)
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
 
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.jobs)
-
-    def __getitem__(self, index: int) -> Decoded:
-        """Decode one; what is wrong with it is part of the answer."""
-        job = self.jobs[index]
-        try:
-            with naming(job.item, "it cannot be read"):
-                # The fingerprints are those of the files that are read, should one change meanwhile.
-                sources = Fingerprints().sources(source_files(job.item))
-                frames = read_item_frames(job.item, job.cut)
-                controls = tuple(read_controls(job.item, job.cut.geometry))
-        except (ValueError, OSError) as error:
-            return Decoded(job, error=str(error))
-        return Decoded(job, frames, controls, sources)
+def _decode_all(jobs: Sequence[Job]) -> list[Decoded]:
+    return [decode_sample(job) for job in jobs]
 
 
 class LatentWriter:
@@ -131,16 +124,14 @@ class LatentWriter:
         """Batches of one shape, decoded ahead of the encoder by the workers."""
         if not jobs:
             return iter(())
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index in range(len(jobs)):
-            groups.setdefault((*jobs[index].shape, *jobs[index].cut.geometry.size), []).append(index)
+        groups: dict[tuple[int, ...], list[Job]] = {}
+        for job in jobs:
+            groups.setdefault((*job.shape, *job.cut.geometry.size), []).append(job)
         batches = [part for group in groups.values() for part in chunks(group, self.sharding.batch_size)]
         remote = any(not isinstance(job.item.media, Path) for job in jobs)
         # Clients of object storage do not survive a fork.
         workers = 0 if remote else min(self.sharding.workers, len(batches))
-        dataset = Decoding(jobs)
-        ahead = {"prefetch_factor": 1} if workers else {}  # clips are large
-        return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=workers, **ahead))
+        return iter(ReadAhead(_decode_all, batches, "prepare.workers", workers=workers, ahead=1))  # clips are large
 
     def _encode(self, batch: Sequence[Decoded]) -> list[tuple[Decoded, Tensor]]:
         """Samples of one shape with their latents `(c, f, h, w)`: one by one if they fail together."""
