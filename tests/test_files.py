@@ -1,9 +1,23 @@
+import errno
+import fcntl
 import os
+import random
 import stat
+from unicodedata import normalize
 
 import pytest
 
-from mpp.files import content_hash, weights_fingerprint, write_atomically
+import mpp.files
+from mpp.files import (
+    check_writable,
+    content_hash,
+    names_told_apart,
+    read_record,
+    sync,
+    weights_fingerprint,
+    write_atomically,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -42,6 +56,97 @@ def test_written_files_have_ordinary_permissions(tmp_path):
     (tmp_path / "ordinary").write_text("")
     write_atomically(tmp_path / "x", lambda temporary: temporary.write_text("new"))
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
+
+
+def test_any_name_that_the_disk_takes_can_be_written(tmp_path):
+    draws = random.Random(6)
+    for _ in range(40):
+        letter = draws.choice(["x", "\u00e9", "\u4eba", "\U0001f600"])
+        most = 255 // len(letter.encode())
+        path = tmp_path / (letter * draws.choice([1, most // 2, most - 1, most]))
+        write_atomically(path, lambda temporary: temporary.write_text("new"))
+        assert path.read_text() == "new"
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---------------------------------------------------------------- Windows, by stand-ins for what it refuses
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """What Windows refuses, on this machine: to open folders, to sync what was opened for reading."""
+    opened, synced = os.open, os.fsync
+
+    def no_folders(path, *arguments, **settings):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **settings)
+
+    def no_readers(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        synced(descriptor)
+
+    monkeypatch.setattr(mpp.files, "WINDOWS", True)
+    monkeypatch.setattr(os, "open", no_folders)
+    monkeypatch.setattr(os, "fsync", no_readers)
+
+
+def test_what_is_written_is_synced_by_windows_own_way(windows, tmp_path):
+    draws = random.Random(7)
+    for number in range(12):
+        content = {"n": [draws.random() for _ in range(draws.randint(0, 99))]}
+        write_json(tmp_path / f"folder {number}" / "x.json", content)
+        assert read_record(tmp_path / f"folder {number}" / "x.json") == content
+        sync(tmp_path / f"folder {number}" / "x.json")
+    check_writable(tmp_path / "folder 1", "output_dir")
+
+
+def test_a_file_that_is_open_elsewhere_for_a_moment_is_replaced_after_it(windows, tmp_path, monkeypatch):
+    draws, rename = random.Random(8), os.replace
+    monkeypatch.setattr(mpp.files, "_WAIT", 0)
+    for _ in range(10):
+        refusals = draws.choice([0, 1, 5, 100])
+        left = [refusals]
+
+        def scanned(old, new, left=left):
+            if left[0]:
+                left[0] -= 1
+                raise PermissionError(errno.EACCES, "Access is denied", str(new))
+            rename(old, new)
+
+        monkeypatch.setattr(os, "replace", scanned)
+        path = tmp_path / "lora.safetensors"
+        path.write_text("old")
+        if refusals < 20:
+            write_atomically(path, lambda temporary: temporary.write_text("new"))
+            assert path.read_text() == "new"
+        else:
+            with pytest.raises(PermissionError, match=r"lora.safetensors cannot be replaced, another program has it"):
+                write_atomically(path, lambda temporary: temporary.write_text("new"))
+            assert path.read_text() == "old"
+        assert os.listdir(tmp_path) == ["lora.safetensors"]
+
+
+def test_names_are_told_apart_as_the_disk_does(tmp_path, monkeypatch):
+    draws = random.Random(9)
+    exact = names_told_apart(tmp_path)
+    names = ["".join(draws.choice("aAbB\u00e9\u00c9") for _ in range(3)) for _ in range(40)]
+    names += [normalize("NFD", name) for name in names]
+    assert len(set(map(exact, names))) == len(set(names))  # this disk takes any two for two
+    there = type(tmp_path).exists
+    monkeypatch.setattr(
+        type(tmp_path), "exists", lambda path: there(path) or any(_alike(path, p) for p in tmp_path.iterdir())
+    )
+    folded = names_told_apart(tmp_path)
+    for name in names:
+        assert [folded(name) == folded(other) for other in names] == [
+            normalize("NFC", name).lower() == normalize("NFC", other).lower() for other in names
+        ]
+
+
+def _alike(one, other):
+    return normalize("NFC", one.name).lower() == normalize("NFC", other.name).lower()
 
 
 def test_fingerprints_follow_content(tmp_path):

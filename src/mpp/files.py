@@ -5,14 +5,19 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
+from unicodedata import normalize
 
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
 _LEFTOVER, _DAY = ".tmp", 24 * 3600
+_SHORT = 40  # characters of a file's name in that of its temporary file
+WINDOWS = os.name == "nt"
+_TRIES, _WAIT = 20, 0.1  # at replacing a file that another program has open, seconds
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -25,25 +30,57 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         OSError: The disk is full or not writable; the temporary file is removed and `path` is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = None
+    # the name is cut, so that it fits wherever that of `path` does
+    temporary = path.with_name(f".{path.name[:_SHORT]}.{secrets.token_hex(8)}{_LEFTOVER}")
     try:
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=_LEFTOVER, delete=False) as handle:
-            temporary = Path(handle.name)
         write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync(temporary)
+        _replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if is_out_of_space(error):
             raise OSError(
                 errno.ENOSPC,
                 f"no space left to write {path}; what was there before is untouched: free space, run again",
             ) from error
         raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with path.open("r+b") as handle:  # Windows syncs no handle that only reads
+        os.fsync(handle.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's names are on the disk; Windows opens no folders and keeps a journal of names instead."""
+    if WINDOWS:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    for left in reversed(range(_TRIES)):
+        try:
+            os.replace(temporary, path)
+        except PermissionError as error:
+            if not WINDOWS:
+                raise
+            if not left:
+                raise PermissionError(
+                    error.errno, f"{path} cannot be replaced, another program has it open: close that, run again"
+                ) from error
+            time.sleep(_WAIT)  # a virus scanner looks at new files for a moment
+        else:
+            return
 
 
 def is_out_of_space(error: BaseException) -> bool:
@@ -75,10 +112,27 @@ def check_writable(folder: Path, option: str) -> None:
         ) from error
 
 
+def names_told_apart(folder: Path) -> Callable[[str], str]:
+    """From a name to what a folder's file system makes of it: equal for two names that it takes for one file.
+
+    Those of macOS and Windows tell no capitals apart, and some no ways to write an accent.
+    """
+    with NamedTemporaryFile(dir=folder, prefix=".\N{LATIN CAPITAL LETTER E WITH ACUTE}", suffix=_LEFTOVER) as handle:
+        probe = Path(handle.name)
+        capitals = not probe.with_name(probe.name.swapcase()).exists()
+        accents = not probe.with_name(normalize("NFD", probe.name)).exists()
+
+    def told_apart(name: str) -> str:
+        name = name if accents else normalize("NFC", name)
+        return name if capitals else name.casefold()
+
+    return told_apart
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files below a folder that killed processes left there more than a day ago."""
     for path in folder.rglob(f".*{_LEFTOVER}"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows: somebody writes it
             if path.stat().st_mtime < time.time() - _DAY:
                 path.unlink()
 
@@ -94,7 +148,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_bytes(json.dumps(content, indent=1).encode() + b"\n"))
 
 
 def content_hash(path: Path) -> str:
@@ -125,7 +179,7 @@ def weights_fingerprint(source: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     config = source / "config.json"
     if source.is_dir() and config.is_file():
-        content = json.loads(config.read_text())
+        content = json.loads(config.read_bytes())
         stable = {k: v for k, v in content.items() if not k.startswith("_") and not k.endswith("version")}
         digest.update(json.dumps(stable, sort_keys=True).encode())
     for file in files:
@@ -137,17 +191,3 @@ def weights_fingerprint(source: Path) -> str:
                 handle.seek(size * index // _SAMPLES)
                 digest.update(handle.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

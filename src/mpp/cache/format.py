@@ -160,7 +160,7 @@ class Cache:
             raise ValueError(
                 f"no cache at {self.folder}; make one with `python -m mpp.prepare data.cache_dir={self.folder}`"
             )
-        content = _json(path.read_text(), path)
+        content = _json(path.read_bytes(), path)
         if content.get("format") != FORMAT:
             raise ValueError(
                 f"the cache {self.folder} has format version {content.get('format')}, this mpp reads {FORMAT}; "
@@ -186,7 +186,7 @@ class Cache:
         path = self.folder / "notes.json"
         if not path.is_file():
             return Notes()
-        content = _json(path.read_text(), path)
+        content = _json(path.read_bytes(), path)
         try:
             return Notes(content["sources"], tuple(content["unused"]), tuple(content["skipped"]))
         except (KeyError, TypeError) as error:
@@ -363,10 +363,10 @@ def _tensor(path: Path, name: str, shape: Sequence[int]) -> Tensor:
         return handle.get_tensor(name)
 
 
-def _json(text: str, path: Path) -> dict[str, object]:
+def _json(text: bytes, path: Path) -> dict[str, object]:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (no object); {_AGAIN}")

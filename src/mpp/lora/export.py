@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpp import __version__
-from mpp.files import content_hash, is_out_of_space, write_atomically, write_json
+from mpp.files import content_hash, is_out_of_space, sync, write_atomically, write_json
 from mpp.lora.files import PREFIX, LoraFile, attach, find_loras, merge, updates
 from mpp.lora.formats import cast, comfyui, kohya, to_native
 from mpp.models.contract import Architecture
@@ -189,7 +189,7 @@ def other_components(source: str, without: set[str]) -> list[Path]:
     index = folder / "model_index.json"
     if not index.is_file():
         return sorted(p for p in folder.iterdir() if p.name not in without and list(p.glob("*config.json")))
-    entries = json.loads(index.read_text()).items()
+    entries = json.loads(index.read_bytes()).items()
     names = [n for n, kind in entries if isinstance(kind, list) and kind[0] is not None and n not in without]
     if not local.is_dir():
         folder = _fetch(source, ["model_index.json", "LICENSE*", *(f"{name}/*" for name in names)])
@@ -222,8 +222,7 @@ def write_folder(target: Path, write: Callable[[Path], object]) -> None:
         new.mkdir()
         write(new)
         for file in (p for p in new.rglob("*") if p.is_file()):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+            sync(file)
         if target.exists():
             target.rename(old)
         new.rename(target)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import posixpath
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -20,6 +21,7 @@ MediaPath = Path | UPath
 _AT_ONCE = 500  # files fetched together; more would fill memory with texts
 _FEW = 16  # files of one remote folder that are looked up one by one instead of listing it
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # of S3, Azure, Google, SFTP, memory
+_DRIVE = re.compile(r"^/(?=[A-Za-z]:)")  # of file:///C:/photos
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "checksum")
 
 
@@ -46,7 +48,7 @@ def as_path(text: str | Path) -> MediaPath:
     if not separator:
         return Path(text).expanduser()
     if protocol in ("file", "local"):
-        return Path(rest)
+        return Path(_DRIVE.sub("", rest))
     try:
         path = UPath(text)
         path.fs  # noqa: B018 (loads the package)
@@ -237,10 +239,16 @@ def _walk(root: str, below: str, chain: tuple[str, ...], without: Collection[str
             linked = entry.is_symlink()
             where = os.path.realpath(entry.path) if linked else os.path.join(chain[-1], entry.name)
             if entry.is_dir():
-                if where not in without and where not in chain:
+                if not _among(where, without) and where not in chain:
                     yield from _walk(root, f"{name}/", (*chain, where), without)
             elif entry.is_file() or (linked and not os.path.exists(entry.path)):  # a link to nothing fails when read
                 yield Listed(name, where)
+
+
+def _among(folder: str, others: Collection[str]) -> bool:
+    """Whether a folder is one of some, also where the disk tells no capitals apart."""
+    same = [other for other in others if other == folder or other.casefold() == folder.casefold()]
+    return any(other == folder or (os.path.exists(other) and os.path.samefile(folder, other)) for other in same)
 
 
 def _look(parent: UPath, inside: Sequence[UPath]) -> dict[str, Literal["file", "folder"]]:

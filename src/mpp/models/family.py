@@ -113,7 +113,7 @@ class Family(Architecture):
         file = self._file()
         if file is None:
             folder = resolve_folder(self.pretrained, self.folders[""], "model.pretrained", files="*.json")
-            config = json.loads((folder / "config.json").read_text())
+            config = json.loads((folder / "config.json").read_bytes())
         else:
             config = self.single_file.describe(file, self.transformer_class.__name__)
         if config.get("_class_name") != self.transformer_class.__name__:
@@ -175,7 +175,7 @@ class Family(Architecture):
         """The pipeline's own scheduler where `pretrained` holds one that can be had, else `default`."""
         try:
             folder = resolve_folder(self.pretrained, "scheduler", "model.pretrained")
-            name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+            name = json.loads((folder / "scheduler_config.json").read_bytes())["_class_name"]
         except (ValueError, OSError, KeyError):
             return default or FlowMatchEulerDiscreteScheduler()
         import diffusers  # noqa: PLC0415 (classes by name)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from mpp.cache.fingerprints import Fingerprints
 from mpp.cache.format import Cache, CacheIdentity, Notes, write_tensors
-from mpp.files import check_writable, remove_leftovers
+from mpp.files import check_writable, names_told_apart, remove_leftovers
 from mpp.models.contract import Architecture, Encoders, Identity
 from mpp.preparing.encoding import LatentWriter
 from mpp.preparing.failures import Failures
@@ -108,7 +108,7 @@ class Preparation:
             more = f"\n(and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
             raise ValueError("\n".join(problems[:_SHOWN]) + more + "\n(data.on_error=skip leaves such media out)")
         self.failures.reasons += problems
-        _check_keys(jobs)
+        self._check_keys(jobs)
         if not jobs and problems and self.shard.count == 1:
             raise ValueError(f"none of {len(items)} images and videos could be used; first problem: {problems[0]}")
         return jobs
@@ -216,15 +216,18 @@ class Preparation:
         described = (self.shard.count, self.source.sources_record(), [repr(item) for item in items])
         return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
+    def _check_keys(self, jobs: Sequence[Job]) -> None:
+        """Refuse two samples whose files would be one, such as of an image that is called like a clip.
 
-def _check_keys(jobs: Sequence[Job]) -> None:
-    """Refuse two samples of one key, such as an image that is called like a clip.
-
-    Raises:
-        ValueError: Names both.
-    """
-    known: dict[str, Job] = {}
-    for job in jobs:
-        other = known.setdefault(job.key, job)
-        if other is not job:
-            raise ValueError(f"{other.item.media} and {job.item.media} both make the sample {job.key}; rename one")
+        Raises:
+            ValueError: Names both.
+        """
+        known: dict[str, Job] = {}
+        told_apart = names_told_apart(self.cache.folder)
+        for job in jobs:
+            other = known.setdefault(told_apart(job.key), job)
+            if other is not job:
+                makes = f"both make the sample {job.key}"
+                if other.key != job.key:
+                    makes = f"make the samples {other.key} and {job.key}, one file name for the disk of data.cache_dir"
+                raise ValueError(f"{other.item.media} and {job.item.media} {makes}; rename one")

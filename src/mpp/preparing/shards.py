@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpp.cache.index import Entry, Index, line_of, write_index
-from mpp.files import write_atomically
+from mpp.files import names_told_apart, write_atomically
 
 _ENVIRONMENTS = (("RANK", "WORLD_SIZE", "torchrun"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM"))
 
@@ -122,11 +122,11 @@ class ShardResults:
             header, *rows = self._path(index).read_bytes().splitlines(keepends=True)
             skipped += json.loads(header)["skipped"]
             entries += Index.read(rows, self._path(index))
-        keys = {entry.key for entry in entries}
+        names = Counter(map(names_told_apart(self.cache), (entry.key for entry in entries)))
         if not entries:
             raise ValueError(f"no image or video could be used; first problem: {(skipped or ['none was there'])[0]}")
-        if len(keys) < len(entries):
-            key, _ = Counter(entry.key for entry in entries).most_common(1)[0]
+        if len(names) < len(entries):
+            key, _ = names.most_common(1)[0]
             raise ValueError(f"two images or videos make the sample {key}; rename one of them")
         write_index(self.cache / "index.jsonl", entries)
         return tuple(skipped)

@@ -4,7 +4,7 @@ import os
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from pydantic import ConfigDict
@@ -168,10 +168,15 @@ def _item(placed: _Placed, manifest: MediaPath, dataset: SourceSettings, *, with
 
 def _key(media: MediaPath, folder: MediaPath) -> str:
     """Path below the manifest's folder without suffix; of media elsewhere, the whole path."""
-    text, base = str(media), f"{str(folder).rstrip('/')}/"
     if isinstance(media, Path) and isinstance(folder, Path):
-        text, base = os.path.abspath(media), f"{os.path.abspath(folder).rstrip('/')}/"
-    inside = text.removeprefix(base).partition("://")
-    below = (inside[2] or inside[0]).strip("/")
+        below = _below(Path(os.path.abspath(media)), Path(os.path.abspath(folder)))
+    else:
+        inside = str(media).removeprefix(f"{str(folder).rstrip('/')}/").partition("://")
+        below = (inside[2] or inside[0]).strip("/")
     stem, suffix = posixpath.splitext(below)
     return stem if suffix.lower() in SUFFIXES | VIDEO_SUFFIXES else below
+
+
+def _below(path: PurePath, folder: PurePath) -> str:
+    """An absolute path with slashes, below a folder where it lies in it, else below its drive."""
+    return path.relative_to(folder if path.is_relative_to(folder) else path.anchor).as_posix()

@@ -1,10 +1,12 @@
 """Where media, masks and captions come from, as the list of samples to prepare."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
+from mpp.files import WINDOWS
 from mpp.media.paths import absolute, as_path, read_all, real
 from mpp.sources.captions import CaptionTable, OtherCaptions, clean
 from mpp.sources.clips import Clips
@@ -14,6 +16,7 @@ from mpp.sources.manifest import manifest_items
 from mpp.sources.settings import PATHS, SourceSettings, read_datasets
 from mpp.sources.tables import as_record, decode_text
 
+_NO_FILE = re.compile(r"[<>:\"|?*\\\x00-\x1f]|[ .]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # Windows
 _LONGEST = 200  # bytes of a file name, so that the cache's own endings fit into the usual 255
 
 
@@ -225,4 +228,6 @@ def _bad_key(key: str) -> str | None:
         return "is not UTF-8"
     if any(part in ("", ".", "..") for part in parts) or "\0" in key:
         return "has an empty part, `.` or `..`"
+    if WINDOWS and any(map(_NO_FILE.search, parts)):
+        return "has a part that can name no file on Windows"
     return f"has a part longer than {_LONGEST} bytes" if longest > _LONGEST else None

@@ -74,7 +74,7 @@ class Toy(Architecture):
     def check(self) -> None:
         """Refuse a transformer that is not there or not of the toy's shape; loads no weights."""
         folder = resolve_folder(self.pretrained, "transformer", "model.pretrained")
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_bytes())
         wanted = {
             "_class_name": "WanTransformer3DModel",
             "in_channels": self.latents.channels + 2,
@@ -103,7 +103,7 @@ class Toy(Architecture):
         """The transformer without weights, on the meta device."""
         folder = resolve_folder(self.pretrained, "transformer", "model.pretrained")
         with init_empty_weights():
-            return WanTransformer3DModel.from_config(json.loads((folder / "config.json").read_text()))
+            return WanTransformer3DModel.from_config(json.loads((folder / "config.json").read_bytes()))
 
     def load_encoders(self, device: torch.device | str) -> "ToyEncoders":
         """Codec and words; nothing to load."""
