@@ -185,9 +185,12 @@ def _problems(path: str, node: dict[str, Any]) -> Iterator[str]:
     except ValueError as error:
         yield f"{path}: {error}"
         return
-    known = inspect.signature(function).parameters
+    try:
+        known = inspect.signature(function).parameters
+    except ValueError:  # a built-in type has none to compare with
+        return
     options = [option for option in known if option not in _FROM_ELSEWHERE.get(target, ())]
-    ours = target.split(".")[0] == "mpp"
+    ours = target.split(".")[0] == "mpp" or target == "lightning.Trainer"
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function) if ours else {}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for name, value in node.items():

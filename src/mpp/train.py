@@ -5,13 +5,15 @@ import warnings
 from pathlib import Path
 
 import lightning
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig
 
 from mpp.batching.datamodule import LatentDataModule
 from mpp.config import build, build_all, check_config, command, plain_values
 from mpp.core.loss import MaskedPriorLoss
 from mpp.training.checkpoint import AtomicCheckpointIO, check_checkpoint, read_checkpoint
+from mpp.training.flags import check_flags, check_trainer
 from mpp.training.module import MaskedPriorModule
 
 log = logging.getLogger("mpp")
@@ -27,6 +29,8 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         ValueError: Bad settings, a cache or checkpoint that does not fit, a model that is not there.
     """
     check_config(cfg)
+    settings = plain_values(cfg)
+    check_flags(settings["trainer"], settings["callbacks"] or {})
     folder = Path(cfg.output_dir)
     architecture = build(cfg.model)
     module = MaskedPriorModule(
@@ -40,7 +44,7 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         val_sigmas=cfg.val_sigmas,
         gradient_checkpointing=cfg.gradient_checkpointing,
         compile_blocks=cfg.compile,
-        provenance=plain_values(cfg),
+        provenance=settings,
     )
     data = build(cfg.data, architecture=architecture)
     checkpoint = find_checkpoint(cfg.ckpt_path, folder)
@@ -49,17 +53,37 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     check_preservation(module.loss, data)
     if checkpoint is not None:
         check_checkpoint(read_checkpoint(checkpoint), base=architecture.identity().transformer, seed=cfg.seed)
-    bar = cfg.trainer.enable_progress_bar is not False
-    trainer = build(
-        cfg.trainer,
-        limit_val_batches=cfg.trainer.limit_val_batches if data.val_entries else 0,
-        callbacks=[c for c in build_all(cfg.callbacks) if bar or not isinstance(c, ProgressBar)],
-        logger=build_all(cfg.logger),
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=str(folder),
-    )
+    trainer = build_trainer(cfg, data, folder)
     fit(trainer, module, data, checkpoint, validate_first=cfg.validate_first)
     return trainer, module
+
+
+def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> lightning.Trainer:
+    """The Trainer with callbacks and loggers; no process is started yet.
+
+    Raises:
+        ValueError: Flags that Lightning refuses, or what it would choose by itself and is not known to work.
+    """
+    loggers = build_all(cfg.get("logger"))
+    useless = (
+        *([] if cfg.trainer.enable_progress_bar is not False else [ProgressBar]),
+        *([] if loggers else [LearningRateMonitor]),
+    )
+    callbacks = [callback for callback in build_all(cfg.callbacks) if not isinstance(callback, useless)]
+    try:
+        trainer = build(
+            cfg.trainer,
+            limit_val_batches=cfg.trainer.limit_val_batches if data.val_entries else 0,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=str(folder),
+        )
+    except (MisconfigurationException, TypeError, RuntimeError, ImportError) as error:
+        raise ValueError(f"Lightning refuses the settings of trainer: {error}") from error
+    check_trainer(trainer, cfg.trainer.precision)
+    return trainer
 
 
 def fit(
@@ -74,9 +98,12 @@ def fit(
     # Points in the log are counted in optimizer steps across epochs, so short epochs lose none.
     warnings.filterwarnings("ignore", message="The number of training batches")
     warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`")  # Lightning 2.6, torch 2.13
-    if validate_first and checkpoint is None and data.val_entries:
-        trainer.validate(module, datamodule=data, verbose=False)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        if validate_first and checkpoint is None and data.val_entries:
+            trainer.validate(module, datamodule=data, verbose=False)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except MisconfigurationException as error:
+        raise ValueError(f"Lightning refuses the settings: {error}") from error
     if trainer.is_global_zero:
         for file in sorted(Path(trainer.default_root_dir).glob("lora*.safetensors")):  # with experts one each
             log.info("LoRA: %s", file)

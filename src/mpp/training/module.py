@@ -23,8 +23,6 @@ from mpp.training.metrics import LossMetrics
 from mpp.training.step import MaskedPriorStep, Position, StepOutput, WholePasses
 from mpp.training.teacher import Teacher
 
-_LOSSY_PRECISION = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
-
 
 class MaskedPriorModule(LightningModule):
     """Holds the frozen transformer plus adapter and runs teacher and student in each step.
@@ -88,17 +86,12 @@ class MaskedPriorModule(LightningModule):
         self._learning = 0  # samples since the last report that are meant to teach something
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot train, before the transformer is loaded.
+        """Refuse a strategy that cannot train experts, before the transformer is loaded.
 
         Raises:
-            ValueError: A precision that would round the adapter, or a strategy that cannot train experts.
+            ValueError: As above.
         """
         del stage
-        if self.trainer.precision in _LOSSY_PRECISION:
-            raise ValueError(
-                f"trainer.precision={self.trainer.precision} would round the float32 adapter; use bf16-mixed with "
-                "model.dtype=bfloat16"
-            )
         strategy = self.trainer.strategy
         # A step may use one expert alone, and DDP waits for gradients of all parameters unless told.
         alone = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")  # noqa: SLF001
