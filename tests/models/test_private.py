@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -43,7 +44,14 @@ CALLED = [  # class in diffusers or itself, name, parameters that calls rely on
     (DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model", "module, params_and_buffers_to_ignore"),
     (ConfigLoaderImpl, "_apply_overrides_to_config", "overrides, cfg"),
 ]
-READ = {"_keys_to_ignore_on_load_unexpected", "_keep_in_fp32_modules", "_disable_adapters", "_ddp_kwargs"}
+READ = {
+    "_keys_to_ignore_on_load_unexpected",
+    "_keep_in_fp32_modules",
+    "_disable_adapters",
+    "_ddp_kwargs",
+    "_signal_connector",
+}
+READ |= {"_batches_that_stepped"}
 
 
 @pytest.mark.parametrize(("owner", "name", "parameters"), CALLED, ids=lambda value: getattr(value, "__name__", value))
@@ -68,6 +76,10 @@ def test_private_attributes_are_there_and_mean_what_they_meant():
         layer._disable_adapters = off
         assert layer.disable_adapters is off
     assert DDPStrategy(find_unused_parameters=True)._ddp_kwargs == {"find_unused_parameters": True}
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    assert trainer.fit_loop.epoch_loop._batches_that_stepped == 0
+    for name in ("register_signal_handlers", "teardown"):
+        assert list(inspect.signature(getattr(trainer._signal_connector, name)).parameters) == []
 
 
 def test_nothing_private_is_used_that_is_not_listed_here():

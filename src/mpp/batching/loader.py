@@ -172,9 +172,7 @@ class TrainLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches that are left of the current epoch."""
-        if self.sampler.position >= len(self):
-            self.sampler.position = 0
+        """The batches that are left of the current epoch: none at its end, until the next epoch is set."""
         for group in chunks(self._loader, self.window):
             masks = tuple(batch.mask for batch in group) if self.window > 1 else None
             for batch in group:

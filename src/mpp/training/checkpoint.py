@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from mpp.files import write_atomically
 
 CHECKPOINT_FORMAT = 1
+_DONE, _BEGUN = ("processed", "completed"), ("ready", "started")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -27,6 +28,33 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         del storage_options
         write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+
+def settled(loops: Mapping[str, Any]) -> dict[str, Any]:
+    """Lightning's loop counters as they are between two steps, whenever in a step they were taken.
+
+    A save at a batch's end finds the counters of batch and epoch half advanced, and Lightning 2.6 guesses from them
+    where to go on: at an epoch's end it repeats the epoch, and leaves out a validation that was due. The place is known
+    from the loader, so all else follows: the epoch is begun, so many of its batches are done, and where a validation is
+    due after the last of them, it has not begun. Settling what is settled changes nothing.
+
+    Args:
+        loops: `checkpoint["loops"]`.
+    """
+    fit = dict(loops["fit_loop"])
+    place = (fit["state_dict"].get("combined_loader") or [None])[0]
+    if not isinstance(place, Mapping):  # batches by hand: no place to go on from
+        return dict(loops)
+    epoch, batch = place["epoch"], place["position"]
+    seen = fit["epoch_loop.batch_progress"]["total"]["ready"]
+    epochs = dict.fromkeys(_BEGUN, epoch + 1) | dict.fromkeys(_DONE, epoch)
+    total, current = (dict.fromkeys((*_BEGUN, *_DONE), count) for count in (seen, batch))
+    fit["epoch_progress"] = {"total": epochs, "current": dict(epochs)}
+    fit["epoch_loop.batch_progress"] = {**fit["epoch_loop.batch_progress"], "total": total, "current": current}
+    begun = dict.fromkeys(_BEGUN, 1) | dict.fromkeys(_DONE, 0)  # what Lightning takes for a validation to run again
+    validation = {"total": begun, "current": dict(begun), "is_last_batch": False}
+    fit["epoch_loop.val_loop.batch_progress"] = validation
+    return {**loops, "fit_loop": fit}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

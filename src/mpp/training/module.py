@@ -18,7 +18,7 @@ from mpp.core.loss import LossSums, MaskedPriorLoss
 from mpp.lora.adapters import Adapter, adapter_state, inject, load_adapter_state
 from mpp.models.contract import Architecture
 from mpp.training import metrics
-from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint
+from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, settled
 from mpp.training.metrics import LossMetrics
 from mpp.training.step import MaskedPriorStep, Position, StepOutput, WholePasses
 from mpp.training.teacher import Teacher
@@ -84,6 +84,9 @@ class MaskedPriorModule(LightningModule):
         self._window: tuple[Tensor, ...] | None = None  # the accumulation window that `_over` was measured on
         self._over: LossSums | None = None
         self._learning = 0  # samples since the last report that are meant to teach something
+        self._losses: list[tuple[Tensor, int, tuple[str, ...]]] = []  # not yet looked at, with step and keys
+        self._trained: list[Tensor] | None = None  # the weights that are trained, while others are evaluated
+        self.resumed: Mapping[str, Any] | None = None  # the checkpoint, until its optimizer is restored
 
     def setup(self, stage: str) -> None:
         """Refuse a strategy that cannot train experts, before the transformer is loaded.
@@ -143,7 +146,30 @@ class MaskedPriorModule(LightningModule):
         over, parts = self.effective_batch(output, batch)
         self.train_metrics.update(output)
         self.report_train(batch, batch_idx)
-        return self.loss.terms(output.sums, over).total * parts
+        total = self.loss.terms(output.sums, over).total * parts
+        self._losses.append((total.detach(), self.trainer.global_step + 1, batch.keys))
+        return total
+
+    def on_train_batch_start(self, *_: object) -> None:
+        """Count points of the logs in optimizer steps, also after a resume, where Lightning counts from the save."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step  # noqa: SLF001
+
+    def not_finite(self, *, newest: bool) -> tuple[int, tuple[str, ...]] | None:
+        """The first step whose loss was not finite, and the samples of that batch.
+
+        Args:
+            newest: Look at the last batch too, for which the device has to be waited for.
+        """
+        count = len(self._losses) - (not newest)
+        looked_at, self._losses = self._losses[:count], self._losses[count:]
+        if not looked_at:
+            return None
+        finite = torch.stack([loss for loss, *_ in looked_at]).isfinite().tolist()
+        return next((where[1:] for where, good in zip(looked_at, finite, strict=True) if not good), None)
+
+    def adapter_is_finite(self) -> bool:
+        """Whether all that is trained is finite."""
+        return all(torch.stack([p.detach().isfinite().all() for p in self.parameters() if p.requires_grad]).tolist())
 
     def effective_batch(self, output: StepOutput, batch: Batch) -> tuple[LossSums, int]:
         """What the loss divides by, and how many parts it will be averaged over.
@@ -202,6 +228,7 @@ class MaskedPriorModule(LightningModule):
     def on_train_start(self) -> None:
         """Start the clock of the first report."""
         self._reported_at = time.monotonic()
+        self.resumed = None
         self._optimizer_mode("train")
 
     def on_fit_start(self) -> None:
@@ -211,11 +238,11 @@ class MaskedPriorModule(LightningModule):
     def on_validation_start(self) -> None:
         """Schedule-free optimizers evaluate other weights than they train."""
         self._check_weights()
-        self._optimizer_mode("eval")
+        self._evaluate()
 
     def on_validation_end(self) -> None:
         """Back to the weights that are trained."""
-        self._optimizer_mode("train")
+        self.train_on()
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation breakdown over all ranks."""
@@ -237,25 +264,36 @@ class MaskedPriorModule(LightningModule):
             if callable(switch):
                 switch()
 
+    def _evaluate(self) -> None:
+        """The weights that are meant to be used, where an optimizer trains others."""
+        if self._trained is not None or not any(hasattr(optimizer, "eval") for optimizer in self.trainer.optimizers):
+            return
+        self._trained = [p.detach().clone() for p in self.parameters() if p.requires_grad]
+        self._optimizer_mode("eval")
+
+    def train_on(self) -> None:
+        """The weights that are trained, bit for bit as they were: an optimizer's own way back rounds."""
+        if self._trained is None:
+            return
+        self._optimizer_mode("train")
+        with torch.no_grad():
+            for parameter, value in zip((p for p in self.parameters() if p.requires_grad), self._trained, strict=True):
+                parameter.copy_(value)
+        self._trained = None
+
     @contextmanager
     def evaluated_adapter(self) -> Iterator[dict[str, Tensor]]:
         """The adapter's tensors as they are meant to be used; training goes on bit for bit as if nothing happened.
 
         Schedule-free optimizers train other weights than they evaluate; for all others these are the same.
         """
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        before = [p.detach().clone() for p in parameters]
-        training = self.training and bool(self.trainer.optimizers)
-        if training:
-            self._optimizer_mode("eval")
+        evaluating = self._trained is not None
+        self._evaluate()
         try:
             yield adapter_state(self.transformer)
         finally:
-            if training:
-                self._optimizer_mode("train")
-            with torch.no_grad():
-                for parameter, value in zip(parameters, before, strict=True):
-                    parameter.copy_(value)
+            if not evaluating:
+                self.train_on()
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -272,11 +310,18 @@ class MaskedPriorModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how the checkpoint was made."""
         checkpoint["mpp"] = self.record()
+        checkpoint["loops"] = settled(checkpoint["loops"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that is not this run's."""
         check_checkpoint(checkpoint, base=self._base, seed=self.seed)
+        checkpoint["loops"] = settled(checkpoint["loops"])  # of versions that saved them as they were
         self.samples_seen = checkpoint["mpp"]["samples_seen"]
+        self.resumed = checkpoint
+
+    def restore_optimizer(self) -> None:
+        """The optimizer of the checkpoint that was resumed from, ahead of Lightning, which evaluation may depend on."""
+        self.trainer.strategy.load_optimizer_state_dict(self.resumed)
 
     def record(self) -> dict[str, object]:
         """Provenance of checkpoints and LoRA files."""
