@@ -12,7 +12,9 @@ from omegaconf import DictConfig
 from mpp.batching.datamodule import LatentDataModule
 from mpp.config import build, build_all, check_config, command, plain_values
 from mpp.core.loss import MaskedPriorLoss
+from mpp.training.callbacks import Checkpoints
 from mpp.training.checkpoint import AtomicCheckpointIO, check_checkpoint, read_checkpoint
+from mpp.training.endings import Endings
 from mpp.training.flags import check_flags, check_trainer
 from mpp.training.module import MaskedPriorModule
 
@@ -53,13 +55,14 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     check_preservation(module.loss, data)
     if checkpoint is not None:
         check_checkpoint(read_checkpoint(checkpoint), base=architecture.identity().transformer, seed=cfg.seed)
-    trainer = build_trainer(cfg, data, folder)
-    fit(trainer, module, data, checkpoint, validate_first=cfg.validate_first)
+    trainer, endings = build_trainer(cfg, data, folder)
+    with endings.handling(trainer):
+        fit(trainer, module, data, checkpoint, validate_first=cfg.validate_first)
     return trainer, module
 
 
-def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> lightning.Trainer:
-    """The Trainer with callbacks and loggers; no process is started yet.
+def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> tuple[lightning.Trainer, Endings]:
+    """The Trainer with callbacks and loggers, and how it ends; no process is started yet.
 
     Raises:
         ValueError: Flags that Lightning refuses, or what it would choose by itself and is not known to work.
@@ -70,12 +73,14 @@ def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> ligh
         *([] if loggers else [LearningRateMonitor]),
     )
     callbacks = [callback for callback in build_all(cfg.callbacks) if not isinstance(callback, useless)]
+    savers = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
+    endings = Endings(savers[0].save if savers else lambda *_: False, folder)
     try:
         trainer = build(
             cfg.trainer,
             limit_val_batches=cfg.trainer.limit_val_batches if data.val_entries else 0,
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            callbacks=callbacks,
+            callbacks=[endings, *callbacks],
             logger=loggers,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=str(folder),
@@ -83,7 +88,7 @@ def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> ligh
     except (MisconfigurationException, TypeError, RuntimeError, ImportError) as error:
         raise ValueError(f"Lightning refuses the settings of trainer: {error}") from error
     check_trainer(trainer, cfg.trainer.precision)
-    return trainer
+    return trainer, endings
 
 
 def fit(

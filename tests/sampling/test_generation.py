@@ -217,7 +217,10 @@ def test_processes_share_the_prompts(architecture, tmp_path):
         callback = mpp.training.callbacks.Generations(str(tmp_path), Prompts(), 1)
         callback._ready = [SimpleNamespace(prompt=p) for p in "abc"]
         trainer = SimpleNamespace(
-            global_rank=rank, world_size=2, precision_plugin=SimpleNamespace(forward_context=nullcontext)
+            global_rank=rank,
+            world_size=2,
+            callbacks=[],
+            precision_plugin=SimpleNamespace(forward_context=nullcontext),
         )
         module = SimpleNamespace(
             architecture=architecture, transformer=None, device="cpu", evaluated_adapter=nullcontext

@@ -12,6 +12,7 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -199,6 +200,20 @@ def _first(names: Sequence[str]) -> str:
     return f" (first: {names[0]})" if names else ""
 
 
+def lora_files(path: Path, transformer: nn.Module) -> list[Path]:
+    """The files of a LoRA: with experts one each, `NAME_EXPERT.safetensors`."""
+    return [path.with_stem(f"{path.stem}_{part}") if part else path for part, _ in parts_of(transformer)]
+
+
+def step_of_lora(file: Path) -> int | None:
+    """The step of a run that a LoRA file was saved at; None where it is missing, damaged or of another program."""
+    try:
+        with safe_open(file, "pt") as handle:
+            return json.loads((handle.metadata() or {})["mpp"])["steps"]
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
 def save_lora(
     path: Path, transformer: nn.Module, state: Mapping[str, Tensor], provenance: Mapping[str, object]
 ) -> list[Path]:
@@ -210,8 +225,8 @@ def save_lora(
     Returns:
         The files written.
     """
-    written = []
-    for part, model in parts_of(transformer):
+    written = lora_files(path, transformer)
+    for target, (part, model) in zip(written, parts_of(transformer), strict=True):
         config = model.peft_config[ADAPTER].to_dict()
         described = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
         record = {**provenance, "expert": part} if part else dict(provenance)
@@ -221,7 +236,5 @@ def save_lora(
             "mpp": json.dumps(record, sort_keys=True, default=str),
         }
         tensors = {f"transformer.{name}": v.detach().cpu().contiguous() for name, v in part_state(state, part).items()}
-        target = path.with_stem(f"{path.stem}_{part}") if part else path
         write_atomically(target, partial(save_file, tensors, metadata=metadata))
-        written.append(target)
     return written

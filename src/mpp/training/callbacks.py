@@ -11,9 +11,10 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from PIL import Image
 
 from mpp.batching.datamodule import LatentDataModule
-from mpp.lora.adapters import save_lora
+from mpp.lora.adapters import lora_files, save_lora, step_of_lora
 from mpp.sampling.generation import generate, generation_name, save
 from mpp.sampling.prompts import Prompts, ReadyPrompt
+from mpp.training.endings import endings_of
 from mpp.training.module import MaskedPriorModule
 
 log = logging.getLogger("mpp")
@@ -38,33 +39,74 @@ class Checkpoints(Checkpoint):
         self.folder, self.every_n_steps, self.keep_all = Path(folder), every_n_steps, keep_all
         self._saved_at = 0
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that had ended is not trained again, so what a kill left out at its end is made up for here."""
+        if is_finished(trainer, pl_module):
+            pl_module.restore_optimizer()
+            self._complete(trainer, pl_module, pl_module.resumed["global_step"])
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What was resumed from is saved already."""
-        del pl_module
+        """What was resumed from is saved already, all but what a kill right after it left out."""
         self._saved_at = trainer.global_step
+        if self._saved_at:
+            self._complete(trainer, pl_module, self._saved_at)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Save at the chosen steps, and at the last one while its place in the epoch is still known."""
-        step = trainer.global_step
-        if step != self._saved_at and (step % self.every_n_steps == 0 or step == trainer.max_steps):
-            self._save(trainer, pl_module)
+        """Save at the chosen steps, and at the last one."""
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+            self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save whatever has not been saved."""
-        if trainer.global_step != self._saved_at:
-            self._save(trainer, pl_module)
+        self.save(trainer, pl_module)
 
-    def _save(self, trainer: Trainer, module: MaskedPriorModule) -> None:
-        step = self._saved_at = trainer.global_step
+    def save(self, trainer: Trainer, module: MaskedPriorModule) -> bool:
+        """Save the step at hand unless it is saved.
+
+        The LoRA of the step comes first, then the checkpoint, which makes the step count, then the newest LoRA: a run
+        that is killed in between resumes from a step whose LoRA is there, and makes up for the rest.
+
+        Returns:
+            Whether a step is saved.
+
+        Raises:
+            ValueError: The adapter is not finite; what was saved before is untouched.
+            OSError: The disk is full or not writable.
+        """
+        step = trainer.global_step
+        if step == self._saved_at:
+            return step > 0
+        if (endings := endings_of(trainer)) is not None:
+            endings.check_adapter(trainer, module)
+        self._write(trainer, module, self._lora_of(step))
         checkpoints = self.folder / "checkpoints"
-        trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
         if self.keep_all:
             trainer.save_checkpoint(checkpoints / f"step-{step:06d}.ckpt", weights_only=False)
-        if not trainer.is_global_zero:
-            return
-        with module.evaluated_adapter() as state:
-            for path in (self.folder / "lora" / f"step-{step:06d}.safetensors", self.folder / "lora.safetensors"):
-                save_lora(path, module.transformer, state, module.record())
+        trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
+        self._saved_at = step
+        self._write(trainer, module, self.folder / "lora.safetensors")
+        return True
+
+    def _lora_of(self, step: int) -> Path:
+        return self.folder / "lora" / f"step-{step:06d}.safetensors"
+
+    def _complete(self, trainer: Trainer, module: MaskedPriorModule, step: int) -> None:
+        """Write the LoRA of a step that was resumed from, where it is not there or older."""
+        for path in (self._lora_of(step), self.folder / "lora.safetensors"):
+            written = lora_files(path, module.transformer)
+            if trainer.is_global_zero and any((step_of_lora(file) or 0) < step for file in written):
+                self._write(trainer, module, path, steps=step)
+
+    def _write(self, trainer: Trainer, module: MaskedPriorModule, path: Path, steps: int | None = None) -> None:
+        if trainer.is_global_zero:
+            record = module.record() | ({} if steps is None else {"steps": steps})
+            with module.evaluated_adapter() as state:
+                save_lora(path, module.transformer, state, record)
+
+
+def is_finished(trainer: Trainer, module: MaskedPriorModule) -> bool:
+    """Whether a run was resumed that had trained all its steps."""
+    return module.resumed is not None and 0 <= trainer.max_steps <= module.resumed["global_step"]
 
 
 class Generations(Checkpoint):
@@ -98,27 +140,36 @@ class Generations(Checkpoint):
         data: LatentDataModule = trainer.datamodule
         self._ready = self.prompts.read(pl_module.architecture, data.cache)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that had ended is not trained again, so what a kill left out at its end is made up for here."""
+        if is_finished(trainer, pl_module):
+            pl_module.restore_optimizer()
+            self._generate(trainer, pl_module, pl_module.resumed["global_step"], missing=True)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The untrained adapter, which generates what the base does; what was resumed from is generated already."""
-        if trainer.global_step == 0:
-            self._generate(trainer, pl_module)
-        self._done_at = trainer.global_step
+        """The untrained adapter, which generates what the base does, or what a kill left out."""
+        step = trainer.global_step
+        if step % self.every_n_steps == 0:
+            self._generate(trainer, pl_module, step, missing=step > 0)
+        self._done_at = step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Every so many steps."""
         if trainer.global_step % self.every_n_steps == 0:
-            self._generate(trainer, pl_module)
+            self._generate(trainer, pl_module, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The finished adapter."""
-        self._generate(trainer, pl_module)
+        self._generate(trainer, pl_module, trainer.global_step)
 
-    def _generate(self, trainer: Trainer, module: MaskedPriorModule) -> None:
-        step = trainer.global_step
+    def _generate(self, trainer: Trainer, module: MaskedPriorModule, step: int, *, missing: bool = False) -> None:
         if not self._ready or step == self._done_at:
             return
         self._done_at = step
         folder = self.folder / f"step-{step:06d}"
+        names = [generation_name(number, ready.prompt) for number, ready in enumerate(self._ready)]
+        if missing and trainer.strategy.broadcast(all((folder / f"{name}.png").is_file() for name in names)):
+            return
         try:
             self._generate_own(trainer, module, folder)
         except (RuntimeError, OSError) as error:
@@ -128,14 +179,19 @@ class Generations(Checkpoint):
             for file in sorted(folder.glob("*.png")):
                 for logger in trainer.loggers:
                     log_image(logger, f"samples/{file.stem}", Image.open(file).convert("RGB"), step)
+        if (endings := endings_of(trainer)) is not None:
+            endings.attend(trainer, module)
 
     def _generate_own(self, trainer: Trainer, module: MaskedPriorModule, folder: Path) -> None:
         """This process's prompts."""
+        endings = endings_of(trainer)
         share = list(enumerate(self._ready))[trainer.global_rank :: trainer.world_size]
         encoders = module.architecture.load_encoders(module.device)
         try:
             with module.evaluated_adapter(), trainer.precision_plugin.forward_context():
                 for number, ready in share:
+                    if endings is not None and endings.asked_to_end:
+                        return
                     pair = generate(
                         module.architecture,
                         module.transformer,

@@ -1,0 +1,165 @@
+"""Runs that are stopped and resumed many times end as those that never stopped, to the bit."""
+
+import os
+import random
+import signal
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load, load_file
+
+from mpp.core import draws
+from mpp.lora.adapters import step_of_lora
+from mpp.training.checkpoint import read_checkpoint
+from tests.helpers import logged, train
+
+HERE = "tests.training.test_chains.SignalAt"
+OPTIMIZERS = {
+    "adamw": [],
+    "schedulefree": ["optimizer=schedulefree", "optimizer.lr=1e-2"],
+    "prodigy": ["optimizer=prodigy", "optimizer.lr=1.0"],
+}
+
+
+class SignalAt(Callback):
+    """A signal of the system to this process, in the midst of a step, counted from 1."""
+
+    def __init__(self, step, number=15):
+        self.step, self.number, self.sent = step, number, False
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step - 1 and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), self.number)
+
+
+def stopped(step, *settings):
+    return [f"+callbacks.stop._target_={HERE}", f"+callbacks.stop.step={step}", *settings]
+
+
+def chain(pipeline, cache, out, settings, stops):
+    """One run, stopped at each of some steps."""
+    for part, step in enumerate(stops):
+        with pytest.raises(SystemExit) as ended:
+            train(pipeline, cache, out, *settings, *again(part), *stopped(step))
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert step_of_lora(out / "lora.safetensors") == step
+    return train(pipeline, cache, out, *settings, *again(len(stops)))
+
+
+def again(part):
+    return [f"logger.csv.version=csv/part{part}", *(["ckpt_path=last"] if part else [])]
+
+
+def assert_equal_runs(straight, parts):
+    ends = [read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (straight, parts)]
+    for name, tensor in ends[0]["state_dict"].items():
+        assert torch.equal(tensor, ends[1]["state_dict"][name]), name
+    assert ends[0]["mpp"]["samples_seen"] == ends[1]["mpp"]["samples_seen"]
+    places = [end["loops"]["fit_loop"] for end in ends]
+    for name in ("epoch_progress", "epoch_loop.batch_progress"):
+        assert places[0][name] == places[1][name]
+    assert places[0]["state_dict"]["combined_loader"] == places[1]["state_dict"]["combined_loader"]
+    one, two = (load_file(run / "lora.safetensors") for run in (straight, parts))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def values(folder, name):
+    """What was logged under a name, by step; over all parts of a run."""
+    rows = [row for path in sorted(folder.glob("csv/*")) for row in logged_in(path)]
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def logged_in(folder):
+    return logged_of(folder / "metrics.csv")
+
+
+def logged_of(path):
+    names, *lines = [line.split(",") for line in path.read_text().splitlines()]
+    return [{n: float(v) for n, v in zip(names, line, strict=True) if v} for line in lines]
+
+
+def drawn(seed):
+    """Settings of a run of 12 to 30 batches in epochs of 4 to 8, and where it is stopped."""
+    random_ = random.Random(seed)
+    batch, window, name = random_.choice([1, 2, 3]), random_.choice([1, 1, 2, 3]), random_.choice(list(OPTIMIZERS))
+    steps = random_.randint(6, 12)
+    settings = [
+        *OPTIMIZERS[name],
+        f"data.batch_size={batch}",
+        f"trainer.accumulate_grad_batches={window}",
+        f"trainer.max_steps={steps}",
+        f"callbacks.checkpoints.every_n_steps={random_.randint(1, steps)}",
+        f"data.val_fraction={random_.choice([0, 0.25])}",
+        f"trainer.val_check_interval={random_.randint(1, 7)}",
+        f"data.unmasked_probability={random_.choice([0, 0.5])}",
+        f"loss={random_.choice(['threshold', 'continuous'])}",
+    ]
+    return settings, sorted(random_.sample(range(1, steps), random_.randint(1, 4)))
+
+
+@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 12))])
+def test_a_chain_of_resumes_at_drawn_steps_is_the_straight_run(pipeline, prepared, tmp_path, seed):
+    settings, stops = drawn(seed)
+    train(pipeline, prepared, tmp_path / "straight", *settings)
+    chain(pipeline, prepared, tmp_path / "parts", settings, stops)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "parts")
+    wanted, found = (values(tmp_path / run, "val/loss") for run in ("straight", "parts"))
+    assert wanted == found, "validations that were due at a stop are made up for, with the values that they had"
+    wanted, found = (values(tmp_path / run, "train/loss") for run in ("straight", "parts"))
+    assert wanted == found
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_five_resumes_in_a_row_at_epochs_ends_go_through_one_epoch_each(
+    pipeline, prepared, tmp_path, monkeypatch, validates
+):
+    """Eight samples in two shapes: four batches of two are an epoch."""
+    seen, good = [], draws.noise
+
+    def noise(shape, seed, epoch, key):
+        seen.append((epoch, key)) if isinstance(epoch, int) else None
+        return good(shape, seed, epoch, key)
+
+    monkeypatch.setattr(draws, "noise", noise)
+    settings = ["trainer.max_steps=24"]
+    settings += ["data.val_fraction=0.1", "trainer.val_check_interval=4"] if validates else []
+    train(pipeline, prepared, tmp_path / "straight", *settings)
+    straight, seen[:] = list(seen), []
+    chain(pipeline, prepared, tmp_path / "parts", settings, [4, 8, 12, 16, 20])
+    assert seen == straight, "every sample has the noise of its own epoch, in the same order"
+    assert {epoch for epoch, _ in seen} == set(range(6))
+    assert_equal_runs(tmp_path / "straight", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_of_whole_epochs_can_be_lengthened_by_epochs(pipeline, prepared, tmp_path, epochs):
+    by_epochs = ["trainer.max_steps=-1"]
+    train(pipeline, prepared, tmp_path / "straight", *by_epochs, "trainer.max_epochs=3")
+    train(pipeline, prepared, tmp_path / "parts", *by_epochs, f"trainer.max_epochs={epochs}")
+    for longer in range(epochs, 4):  # first without anything to add
+        train(pipeline, prepared, tmp_path / "parts", *by_epochs, f"trainer.max_epochs={longer}", *again(longer))
+    assert_equal_runs(tmp_path / "straight", tmp_path / "parts")
+    assert logged(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_kill_left_out_after_the_checkpoint_is_made_up_for(pipeline, prepared, tmp_path, seed):
+    """The files of a run's saves are taken away or put back to those of the save before, in drawn combinations."""
+    random_ = random.Random(seed)
+    settings = ["callbacks.checkpoints.every_n_steps=2", *OPTIMIZERS[random_.choice(list(OPTIMIZERS))]]
+    train(pipeline, prepared, tmp_path, *settings)
+    files = [tmp_path / "lora.safetensors", tmp_path / "lora" / "step-000004.safetensors"]
+    wanted = {file: file.read_bytes() for file in files}
+    older = (tmp_path / "lora" / "step-000002.safetensors").read_bytes()
+    for file in random_.sample(files, random_.randint(1, 2)):
+        damage = random_.choice([None, older, b"", wanted[file][:-7]])
+        file.unlink() if damage is None else file.write_bytes(damage)
+    more = random_.choice([0, 2])
+    train(pipeline, prepared, tmp_path, *settings, f"trainer.max_steps={4 + more}", *again(1))
+    newest = tmp_path / "lora" / f"step-{4 + more:06d}.safetensors"
+    assert step_of_lora(files[0]) == step_of_lora(newest) == 4 + more
+    assert step_of_lora(files[1]) == 4
+    for one, two in ((load(wanted[files[1]]), load_file(files[1])), (load_file(files[0]), load_file(newest))):
+        assert all(torch.equal(one[name], two[name]) for name in one)
