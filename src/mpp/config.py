@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -29,12 +30,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from pydantic import TypeAdapter, ValidationError
 
 from mpp import cli
+from mpp.files import is_out_of_space
 from mpp.settings import default_settings, described_settings, locate
 
 log = logging.getLogger("mpp")
 
 _PACKAGED = Path(__file__).parent / "configs"  # in an installed wheel
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
+_NO_SPACE = "no space left to write"
 _EXTRAS = {"bitsandbytes": "adamw8bit", "prodigyopt": "prodigy", "schedulefree": "schedulefree", "wandb": "wandb"}
 _FROM_ELSEWHERE = {  # made from other groups, so nobody can set them here
     "lightning.Trainer": ("logger", "callbacks", "plugins", "default_root_dir"),
@@ -264,6 +267,12 @@ def build_all(node: DictConfig | None) -> list[Any]:
     return [build(child) for child in (node or {}).values() if child is not None]
 
 
+def _said_by_main(failed: threading.ExceptHookArgs) -> None:
+    """A thread of a logger that meets a full disk hands the error on to the main thread, which says it."""
+    if failed.exc_value is None or not is_out_of_space(failed.exc_value):
+        threading.__excepthook__(failed)
+
+
 def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], None]:
     """The entry of a command: its words become a configuration, and that is what `task` gets.
 
@@ -276,11 +285,14 @@ def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], Non
 
     @functools.wraps(task)
     def run(cfg: DictConfig) -> None:
+        threading.excepthook = _said_by_main
         try:
             task(cfg)
         except (ValueError, OSError, OmegaConfBaseException) as error:
             if os.environ.get("MPP_TRACEBACK"):
                 raise
+            if is_out_of_space(error) and _NO_SPACE not in str(error):  # a logger's, which names no file
+                error = f"{_NO_SPACE} logs below {cfg.get('output_dir', '.')} ({error}): free space, run again"
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 

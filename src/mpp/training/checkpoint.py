@@ -27,7 +27,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: The disk is full or not writable; the previous checkpoint is untouched.
         """
         del storage_options
-        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as handle:  # torch's own writer tells no full disk from a mistake
+                torch.save(checkpoint, handle)
+
+        write_atomically(Path(path), write)
 
 
 def settled(loops: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from mpp.cache.coverage import Coverage, measure_coverage, mode_of, step_cost
 from mpp.cache.index import Entry
 from mpp.cache.reader import Reader
 from mpp.core.loss import MaskedPriorLoss
+from mpp.files import write_atomically
 from mpp.models.frame_axis import FrameAxis
 from mpp.training.callbacks import log_image
 from mpp.training.module import MaskedPriorModule
@@ -58,8 +59,7 @@ class RunReport(Callback):
             top += row.height
             for logger in trainer.loggers:
                 log_image(logger, f"regions/{entry.key}", row, trainer.global_step)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(self.folder / "regions.png")
+        write_atomically(self.folder / "regions.png", lambda temporary: sheet.save(temporary, "PNG"))
 
 
 def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage) -> list[str]:
