@@ -129,11 +129,16 @@ def names_told_apart(folder: Path) -> Callable[[str], str]:
     return told_apart
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files below a folder that killed processes left there more than a day ago."""
+def remove_leftovers(folder: Path, *, older_than: float = _DAY) -> None:
+    """Remove temporary files below a folder that killed processes left there.
+
+    Args:
+        folder: Where they are looked for.
+        older_than: Seconds; younger ones may be another process's that is writing. 0 where none can be.
+    """
     for path in folder.rglob(f".*{_LEFTOVER}"):
         with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows: somebody writes it
-            if path.stat().st_mtime < time.time() - _DAY:
+            if path.stat().st_mtime <= time.time() - older_than:
                 path.unlink()
 
 

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import lightning
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 from mpp.batching.datamodule import LatentDataModule
 from mpp.config import build, build_all, check_config, command, plain_values
 from mpp.core.loss import MaskedPriorLoss
+from mpp.files import check_writable, remove_leftovers
 from mpp.training.callbacks import Checkpoints
 from mpp.training.checkpoint import AtomicCheckpointIO, check_checkpoint, read_checkpoint
 from mpp.training.endings import Endings
@@ -56,6 +58,9 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     if checkpoint is not None:
         check_checkpoint(read_checkpoint(checkpoint), base=architecture.identity().transformer, seed=cfg.seed)
     trainer, endings = build_trainer(cfg, data, folder)
+    check_writable(folder, "output_dir")
+    if trainer.is_global_zero:
+        remove_leftovers(folder, older_than=0)
     with endings.handling(trainer):
         fit(trainer, module, data, checkpoint, validate_first=cfg.validate_first)
     return trainer, module
@@ -109,9 +114,24 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(f"Lightning refuses the settings: {error}") from error
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not is_lost_process(error):
+            raise
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        raise ValueError(
+            f"another process of this run has ended ({str(error).splitlines()[0][:200]}); it said why, unless it was "
+            "killed. "
+            + (f"The run goes on from {last} with ckpt_path=last" if last.is_file() else "No checkpoint was written")
+        ) from error
     if trainer.is_global_zero:
         for file in sorted(Path(trainer.default_root_dir).glob("lora*.safetensors")):  # with experts one each
             log.info("LoRA: %s", file)
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether an error of the backend says that another process is gone."""
+    said = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or "gloo" in said or "nccl" in said
 
 
 def check_preservation(loss: MaskedPriorLoss, data: LatentDataModule) -> None:

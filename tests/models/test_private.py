@@ -11,6 +11,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import subprocess_script
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.parallel import DistributedDataParallel
@@ -42,6 +43,7 @@ CALLED = [  # class in diffusers or itself, name, parameters that calls rely on
     ("QwenImageEditPipeline", "_encode_vae_image", "self, image, generator"),
     ("QwenImageEditPlusPipeline", "_encode_vae_image", "self, image, generator"),
     (DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model", "module, params_and_buffers_to_ignore"),
+    (subprocess_script, "_launch_process_observer", "child_processes"),
     (ConfigLoaderImpl, "_apply_overrides_to_config", "overrides, cfg"),
 ]
 READ = {

@@ -182,6 +182,41 @@ def SignalAtSetup():  # noqa: N802 (stands for a class)
     return LambdaCallback(on_fit_start=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_death_of_one_process_is_one_message_of_the_other(pipeline, prepared, tmp_path, rank):
+    run = Run(pipeline, prepared, tmp_path / "run", "trainer.strategy=ddp", "trainer.devices=2")
+    ranks = run.ranks()
+    os.kill(ranks[rank], signal.SIGKILL)
+    assert run.end() == (1 if rank else -signal.SIGKILL)
+    run.wait_for_end_of(ranks[1])
+    assert "error: another process of this run has ended" in run.text()
+    assert "No checkpoint was written" in run.text()
+    assert "Traceback" not in run.text()
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(pipeline, prepared, tmp_path):
+    train(pipeline, prepared, tmp_path, "trainer.max_steps=2")
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".csv"}
+    for folder in (tmp_path, tmp_path / "lora", tmp_path / "checkpoints"):
+        (folder / f".last.ckpt.{random.Random(str(folder)).randbytes(8).hex()}.tmp").write_bytes(b"half")
+    (tmp_path / "notes.tmp").write_text("mine")
+    train(pipeline, prepared, tmp_path, "trainer.max_steps=2", "ckpt_path=last", "logger.csv.version=csv/again")
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == ["notes.tmp"]
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_an_output_folder_that_cannot_be_written_is_said_before_the_transformer_is_loaded(
+    pipeline, prepared, tmp_path, monkeypatch
+):
+    from diffusers import WanTransformer3DModel
+
+    monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"output_dir=.* cannot be written \(.*choose another folder"):
+        train(pipeline, prepared, tmp_path / "file" / "run")
+
+
 # ---------------------------------------------------------------- numbers that are not finite
 
 

@@ -1,11 +1,14 @@
 """How a run ends before its time: asked to by a signal, or because its numbers are not finite."""
 
 import logging
+import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,6 +16,7 @@ from types import FrameType
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import subprocess_script
 
 from mpp.training.module import MaskedPriorModule
 
@@ -22,6 +26,7 @@ _END = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "
 _SAVE = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))  # SLURM's, ahead of its end
 _EXIT = 128  # a shell's code of a process that a signal ended, less the signal's number
 _SAVE_ONLY = 1
+_LOOK_EVERY, _GRACE = 1.0, 10.0  # seconds
 
 
 class Endings(Callback):
@@ -59,6 +64,7 @@ class Endings(Callback):
         """
         connector = trainer._signal_connector  # noqa: SLF001
         connector.register_signal_handlers = connector.teardown = lambda: None
+        subprocess_script._launch_process_observer = watch  # noqa: SLF001
         if threading.current_thread() is not threading.main_thread():
             yield  # Python hands signals to the main thread alone
             return
@@ -204,6 +210,27 @@ class Endings(Callback):
             return list(values)
         mine = torch.tensor(values, device=trainer.strategy.root_device)
         return trainer.strategy.reduce(mine, reduce_op="max").tolist()
+
+
+def watch(processes: Sequence[subprocess.Popen]) -> None:
+    """End this process, with a message, when one of those that it started has failed, in place of Lightning's SIGKILL.
+
+    It may wait for the lost one in a reduction for ever; where it meets the loss by itself, it says so itself.
+    """
+
+    def look() -> None:
+        while (codes := [process.poll() for process in processes]) and not any(codes):
+            if all(code == 0 for code in codes):
+                return
+            time.sleep(_LOOK_EVERY)
+        time.sleep(_GRACE)
+        number, code = next((number, code) for number, code in enumerate(codes, 1) if code)
+        sys.stderr.write(f"error: another process of this run has ended (rank {number}, exit code {code})\n")
+        for process in processes:
+            process.kill()
+        os._exit(1)
+
+    threading.Thread(target=look, name="watch", daemon=True).start()
 
 
 def endings_of(trainer: Trainer) -> Endings | None:
