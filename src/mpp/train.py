@@ -58,6 +58,7 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     if checkpoint is not None:
         check_checkpoint(read_checkpoint(checkpoint), base=architecture.identity().transformer, seed=cfg.seed)
     trainer, endings = build_trainer(cfg, data, folder)
+    data.order(0, trainer.num_devices * trainer.num_nodes, limit=trainer.limit_train_batches)  # refuses a limit of none
     check_writable(folder, "output_dir")
     if trainer.is_global_zero:
         remove_leftovers(folder, older_than=0)

@@ -138,23 +138,33 @@ class LatentDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """This rank's training batches, by shape."""
-        rank, world = self._path()
+        trainer = self.trainer
         samples = self._visits = self.visits()
+        order = self.order(*self._path(), limit=trainer.limit_train_batches if trainer else None)
+        window = trainer.accumulate_grad_batches if trainer else 1
+        collate = Collate(self.architecture)
+        return TrainLoader(samples, order, collate, window=window, num_workers=self.num_workers)
+
+    def order(self, rank: int, world_size: int, *, limit: int | float | None) -> BatchOrder:
+        """Which samples make up which batch on a rank.
+
+        Raises:
+            ValueError: `limit`, a number of batches or a share of them, leaves none.
+        """
         shapes = self.train_entries.signatures(self.architecture.given_frames)
-        order = BatchOrder(
-            [shapes[row] for row in samples.numbering.rows],
+        numbering = (self._visits or self.visits()).numbering
+        return BatchOrder(
+            [shapes[row] for row in numbering.rows],
             self.batch_size,
             self.seed,
             rank,
-            world,
+            world_size,
             pool=self._pool_shapes(),
-            pool_count=self.preservation.count(samples.numbering.count),
+            pool_count=self.preservation.count(numbering.count),
             routes=len(self.architecture.boundaries) + 1,
             route=self.route,
+            limit=limit,
         )
-        window = self.trainer.accumulate_grad_batches if self.trainer else 1
-        collate = Collate(self.architecture)
-        return TrainLoader(samples, order, collate, window=window, num_workers=self.num_workers)
 
     def visits(self) -> TrainSamples:
         """The samples of an epoch by visit."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +44,10 @@ class BatchOrder:
         pool_count: How many of them an epoch holds; 0 is none.
         routes: Number of experts.
         route: Which of them a sample (by number) falls to in an epoch; asked only with several.
+        limit: Batches of an epoch that run on this rank, or the share of them that do; None: all.
+
+    Raises:
+        ValueError: `limit` leaves no batch.
     """
 
     def __init__(
@@ -57,12 +62,14 @@ class BatchOrder:
         pool_count: int = 0,
         routes: int = 1,
         route: Callable[[int, int], int] | None = None,
+        limit: int | float | None = None,
     ) -> None:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.first_of_pool, self.pool_size = len(shapes), len(pool)
         self.groups, self.pool = _by_shape(shapes), _by_shape(pool)
         self.quota = pool_quota(pool, pool_count)
         self.routes, self.route = routes, route
+        self.stop = _limited(len(self), limit)
         self.epoch = 0
         self.position = 0
 
@@ -87,7 +94,7 @@ class BatchOrder:
     def __iter__(self) -> Iterator[list[Visit]]:
         """The batches that are left of the current epoch."""
         epoch = self.epoch
-        return ([Visit(number, epoch) for number in batch] for batch in self.epoch_batches()[self.position :])
+        return ([Visit(number, epoch) for number in batch] for batch in self.epoch_batches()[self.position : self.stop])
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""
@@ -172,11 +179,13 @@ class TrainLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches that are left of the current epoch: none at its end, until the next epoch is set."""
-        for group in chunks(self._loader, self.window):
+        """The batches that are left of the current epoch, those alone that run: none at its end, until the next is set."""
+        order, batches = self.sampler, iter(self._loader)
+        # A run that stopped in the middle of a window goes on with what is left of it.
+        while group := list(islice(batches, self.window - order.position % self.window)):
             masks = tuple(batch.mask for batch in group) if self.window > 1 else None
             for batch in group:
-                self.sampler.position += 1
+                order.position += 1
                 yield replace(batch, window=masks)
 
     def state_dict(self) -> dict[str, int]:
@@ -242,6 +251,17 @@ def pool_quota(shapes: Sequence[Shape], count: int) -> dict[Shape, int]:
 
 def _read_batch(dataset: Dataset[Sample], collate: Callable[[list[Sample]], Batch], members: Sequence[Any]) -> Batch:
     return collate([dataset[member] for member in members])
+
+
+def _limited(length: int, limit: int | float | None) -> int:
+    """How many of `length` batches run, counted as Lightning counts."""
+    count = length if limit is None else min(length, limit) if isinstance(limit, int) else int(length * limit)
+    if length and not count:
+        raise ValueError(
+            f"trainer.limit_train_batches={limit} leaves none of the {length} batches of an epoch; set a number of "
+            "batches, or a larger share"
+        )
+    return count
 
 
 def _by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
