@@ -44,7 +44,7 @@ def test_short_words_stand_for_longer_keys(command, typed, meant):
         ("train", "data.preservation.replace=null  Words and what stands for them"),  # said by the class above its own
         ("train", "data.cache_dir=???  The cache."),
         ("train", "trainer.max_steps=1000"),
-        ("train", "schedule.num_training_steps=$${trainer.max_steps}"),
+        ("train", "data.seed=$${seed}"),
         ("prepare", "data.flip=false  Also prepare each training image mirrored."),
         ("prepare", "data.repeats=1  How often an epoch visits each training media, >= 1."),
     ],

@@ -19,6 +19,7 @@ from mpp.training.checkpoint import AtomicCheckpointIO, check_checkpoint, read_c
 from mpp.training.endings import Endings
 from mpp.training.flags import check_flags, check_trainer
 from mpp.training.module import MaskedPriorModule
+from mpp.training.schedule import planned_steps
 
 log = logging.getLogger("mpp")
 
@@ -58,7 +59,8 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     if checkpoint is not None:
         check_checkpoint(read_checkpoint(checkpoint), base=architecture.identity().transformer, seed=cfg.seed)
     trainer, endings = build_trainer(cfg, data, folder)
-    data.order(0, trainer.num_devices * trainer.num_nodes, limit=trainer.limit_train_batches)  # refuses a limit of none
+    order = data.order(0, trainer.num_devices * trainer.num_nodes, limit=trainer.limit_train_batches)
+    module.plan(planned_steps(trainer, order.stop))
     check_writable(folder, "output_dir")
     if trainer.is_global_zero:
         remove_leftovers(folder, older_than=0)

@@ -179,7 +179,7 @@ class TrainLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches that are left of the current epoch, those alone that run: none at its end, until the next is set."""
+        """The batches that are left of the current epoch and run: none at its end, until the next epoch is set."""
         order, batches = self.sampler, iter(self._loader)
         # A run that stopped in the middle of a window goes on with what is left of it.
         while group := list(islice(batches, self.window - order.position % self.window)):

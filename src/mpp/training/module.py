@@ -20,6 +20,7 @@ from mpp.models.contract import Architecture
 from mpp.training import metrics
 from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, settled
 from mpp.training.metrics import LossMetrics
+from mpp.training.schedule import schedule_for
 from mpp.training.step import MaskedPriorStep, Position, StepOutput, WholePasses
 from mpp.training.teacher import Teacher
 
@@ -70,7 +71,8 @@ class MaskedPriorModule(LightningModule):
         if val_sigmas is not None and not all(0 <= sigma <= 1 for sigma in val_sigmas):
             raise ValueError(f"val_sigmas must lie in [0, 1], got {list(val_sigmas)}")
         self.architecture, self.adapter, self.loss, self.teacher = architecture, adapter, loss, teacher
-        self.make_optimizer, self.make_schedule = optimizer, schedule
+        self.make_optimizer, self.schedule, self.make_schedule = optimizer, schedule, schedule
+        self.planned_steps: int | None = None  # that the schedule is made for
         self.seed, self.val_sigmas = seed, val_sigmas
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
         self.provenance = dict(provenance or {})
@@ -128,15 +130,17 @@ class MaskedPriorModule(LightningModule):
         passes = WholePasses(self.architecture, self.transformer, self.teacher)
         self.step = MaskedPriorStep(self.architecture, self.loss, passes)
 
+    def plan(self, steps: int | None) -> None:
+        """Make the schedule for a run of that many optimizer steps (None: not known); errors as `schedule_for`."""
+        self.planned_steps = steps
+        self.make_schedule = None if self.schedule is None else schedule_for(self.schedule, steps)
+
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own type)
         """Optimizer over the adapter, and its schedule stepped per optimizer step."""
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
         if self.make_schedule is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_schedule(optimizer), "interval": "step"},
-        }
+        return [optimizer], [{"scheduler": self.make_schedule(optimizer), "interval": "step"}]
 
     # ---------------------------------------------------------------- steps
 

@@ -17,6 +17,7 @@ from mpp.files import write_atomically
 from mpp.models.frame_axis import FrameAxis
 from mpp.training.callbacks import log_image
 from mpp.training.module import MaskedPriorModule
+from mpp.training.schedule import schedule_advice
 
 log = logging.getLogger("mpp")
 
@@ -41,7 +42,8 @@ class RunReport(Callback):
         coverage = measure_coverage(data.cache, data.train_entries, loss, pl_module.architecture.given_frames)
         for line in banner(pl_module, data, coverage):
             log.info(line)
-        for line in loss.advice() + data.cache.advice(loss) + _data_advice(loss, data, coverage):
+        advice = loss.advice() + data.cache.advice(loss) + _data_advice(loss, data, coverage)
+        for line in advice + schedule_advice(pl_module.make_schedule, pl_module.planned_steps):
             log.warning(line)
         self._show_regions(trainer, data, loss)
 
