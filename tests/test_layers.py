@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "mpp"
 MODELS = sorted((Path(__file__).parents[1] / "configs" / "model").glob("*.yaml"))
 COMMANDS = {"prepare", "train", "sample", "export", "report", "masks"}
 LAYERS = [  # rooms, or modules of the top; each may import from those before it
+    "wording",
     "files",
     "workers",
     "core",

@@ -240,7 +240,7 @@ def test_of_many_duplicates_a_few_are_named_and_the_rest_counted(drawn):
         drawn.add(key, image=smooth(52))
     drawn.add("other@flip", image=smooth(53), flip=True)
     notes = only(findings(drawn), "duplicate", "warning", keys)
-    assert notes["copy0"] == "like copy1, copy2, copy3, copy4, copy5 and 2 more"
+    assert notes["copy0"] == "like copy1, copy2, copy3, copy4, copy5, and 2 more"
 
 
 def test_a_chain_of_small_changes_is_one_group(drawn):

@@ -13,6 +13,7 @@ from mpp.models.frame_axis import FrameAxis
 from mpp.preparing.frames import mask_kind, mask_sources
 from mpp.sources.items import Item
 from mpp.sources.source import FolderSource
+from mpp.wording import few
 
 _LISTED = 50_000  # sources of larger sets are not listed at the start of a run
 _SHOWN = 3
@@ -131,4 +132,4 @@ def _one_each(entries: Iterable[Entry]) -> Iterable[Entry]:
 
 
 def _some(keys: tuple[str, ...]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
+    return ", ".join(few(keys, _SHOWN))

@@ -19,6 +19,7 @@ from mpp.masking.video_frames import read_times
 from mpp.masking.writing import is_own_folder, made_with, write_frames, write_png, write_video
 from mpp.media.images import SUFFIXES, VIDEO_SUFFIXES
 from mpp.media.mask import Mask
+from mpp.wording import few
 
 _FORMAT = 1
 _SHOWN = 20
@@ -49,7 +50,7 @@ class JobSummary:
         moving = f" ({self.frames} frames of clips)" if self.frames else ""
         found = [f"{len(self.written)} written to {self.output}{moving}, {len(self.kept)} there already"]
         if self.unused:
-            names = ", ".join(str(path) for path in self.unused[:_SHOWN])
+            names = ", ".join(few(self.unused, _SHOWN))
             found.append(f"{len(self.unused)} of tool.masks belong to no input: {names}")
         return found
 
@@ -60,10 +61,8 @@ class JobSummary:
             ValueError: Something did; names each file.
         """
         if self.failures:
-            more = len(self.failures) - _SHOWN
-            shown = [*self.failures[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
             head = f"{len(self.failures)} failed, the others are done; mend what is named and run again:"
-            raise ValueError("\n  ".join([head, *shown]))
+            raise ValueError("\n  ".join([head, *few(self.failures, _SHOWN)]))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from mpp.masking.pixels import Pixels, fit_mask, read_indices
 from mpp.masking.sequences import FrameSequence
 from mpp.media.mask import Mask
+from mpp.wording import few
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -243,9 +244,9 @@ class Tiers(Tool):
             new[max(0, level - self.tolerance) : level + self.tolerance + 1] = value
         unknown = np.flatnonzero((count > 0) & np.isnan(new))
         if len(unknown):
-            shown = ", ".join(f"{level} ({count[level]} pixels)" for level in unknown[:5])
+            shown = ", ".join(few([f"{level} ({count[level]} pixels)" for level in unknown]))
             raise ValueError(
-                f"{where}: {len(unknown)} levels are not in the table: {shown}{', ...' if len(unknown) > 5 else ''}; "
+                f"{where}: {len(unknown)} levels are not in the table: {shown}; "
                 "add them, raise tool.tolerance, or say with tool.other what they become"
             )
         return new[levels]

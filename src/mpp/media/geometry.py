@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 ASPECT_TOLERANCE = 0.01
+MUCH_CROPPED = 0.2  # share of an image that its bucket leaves out, above which it is named
 
 
 @dataclass(frozen=True)

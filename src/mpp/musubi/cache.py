@@ -13,8 +13,9 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.models.conditioning import Conditioning, flat_tensors
 from mpp.models.contract import Architecture, Identity
 from mpp.musubi.formats import format_of
-from mpp.musubi.headers import check_cells, describe_latents, describe_text, first_few, have
+from mpp.musubi.headers import check_cells, describe_latents, describe_text, have
 from mpp.musubi.names import MASK, LatentsName, blaming, read_contents, text_short
+from mpp.wording import few
 
 _SLACK = 1e-3  # by which masks in half precision may leave [0, 1]
 
@@ -275,10 +276,10 @@ class MusubiCache:
         others = Counter(name.short for name in names.values() if name.short != short)
         lines = [f"{count} latents files of the architecture {other}" for other, count in sorted(others.items())]
         if texts:
-            lines.append(f"{first_few(texts)}: text without latents")
+            lines.append(f"{', '.join(few(sorted(texts)))}: text without latents")
         strange = [stem for stem in stems if stem not in names and text_short(stem) is None]
         if strange:
-            lines.append(f"{first_few(strange)}: not named as files of a cache")
+            lines.append(f"{', '.join(few(sorted(strange)))}: not named as files of a cache")
         return tuple(f"{self.folder}: left out {line}" for line in lines)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,9 +13,9 @@ from mpp.models.conditioning import flat_tensors
 from mpp.models.contract import LatentSpec
 from mpp.musubi.contents import MusubiFormat
 from mpp.musubi.names import MASK, Header, LatentsName, Stored, blaming, read_header
+from mpp.wording import few
 
 T = TypeVar("T")
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,6 @@ def have(contents: Mapping[str, T], name: str) -> T:
     return contents[name]
 
 
-def first_few(names: Iterable[str]) -> str:
-    """Names in words, the first few of many."""
-    ordered = sorted(names)
-    more = len(ordered) - _SHOWN
-    return ", ".join(ordered[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
 def _check_metadata(header: Header, names: Sequence[str], short: str) -> None:
     """Refuse a file of another architecture than its name says, or of another version."""
     stated = header.metadata.get("architecture")
@@ -149,7 +142,7 @@ def _check_name(header: Header, name: LatentsName) -> None:
 def _check_known(header: Header, names: str) -> None:
     strange = [name for name in header.contents if not re.fullmatch(names, name)]
     if strange:
-        raise ValueError(f"holds {first_few(strange)}, which this model knows nothing of")
+        raise ValueError(f"holds {', '.join(few(sorted(strange)))}, which this model knows nothing of")
 
 
 def _check_floats(metas: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from mpp.preparing.texts import TextWriter
 from mpp.sampling.prompts import Prompts
 from mpp.sources.items import Item
 from mpp.sources.source import FolderSource
+from mpp.wording import few
 
 _MASKS_AT_ONCE = 8
 _SHOWN = 20
@@ -105,8 +106,7 @@ class Preparation:
                 jobs += planner.jobs(item)
         problems = checked.reasons
         if problems and self.source.on_error == "stop":
-            more = f"\n(and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
-            raise ValueError("\n".join(problems[:_SHOWN]) + more + "\n(data.on_error=skip leaves such media out)")
+            raise ValueError("\n".join([*few(problems, _SHOWN), "(data.on_error=skip leaves such media out)"]))
         self.failures.reasons += problems
         self._check_keys(jobs)
         if not jobs and problems and self.shard.count == 1:

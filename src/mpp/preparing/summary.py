@@ -5,11 +5,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mpp.media.geometry import MUCH_CROPPED
 from mpp.preparing.planning import Job
 from mpp.preparing.shards import Shard
 from mpp.sources.items import Item
+from mpp.wording import few
 
 _SHOWN = 20
+_HARDLY = 0.005
 
 
 @dataclass
@@ -27,7 +30,8 @@ class Summary:
     texts_encoded: int = 0
     texts_current: int = 0
     no_caption: int = 0
-    enlarged: int = 0
+    enlarged: dict[str, float] = field(default_factory=dict)
+    cropped: dict[str, float] = field(default_factory=dict)
     validation: int = 0
     prompts: int = 0
     skipped: list[str] = field(default_factory=list)
@@ -51,7 +55,9 @@ class Summary:
             geometry, clip = job.cut.geometry, job.cut.clip
             self.masks[job.mask_kind or "none"] += 1
             self.buckets[*geometry.size, 1 if clip is None else len(clip.frames)] += 1
-            self.enlarged += geometry.scale > 1
+            self.cropped[job.item.key] = geometry.cropped
+            if geometry.scale > 1:
+                self.enlarged[job.item.key] = geometry.scale
             self.clips += clip is not None
             self.validation += job.item.split == "val"
 
@@ -78,18 +84,43 @@ class Summary:
         ]
         if self.prompts:
             found.insert(3, f"prompts for samples: {self.prompts}")
-        if self.enlarged:
-            found.insert(1, f"enlarged: {self.enlarged} samples are smaller than their bucket")
+        found[1:1] = [*_cropped(self.cropped), *_enlarged(self.enlarged)]
         if self.shard.count > 1:
             found.insert(0, f"shard {self.shard} (from {self.shard.said_by})")
-        found += [f"skipped: {reason}" for reason in self.skipped]
+        found += [f"skipped: {reason}" for reason in few(self.skipped, _SHOWN)]
         if self.unused:
-            found.append(
-                f"without media, by their names (masks, control images, captions): {', '.join(self.unused[:_SHOWN])}"
-            )
+            names = ", ".join(few(self.unused, _SHOWN))
+            found.append(f"without media, by their names (masks, control images, captions): {names}")
         if self.waiting:
             found.append(f"the index is written when these shards have finished too: {_shards(self)}")
         return found
+
+
+def _cropped(left_out: dict[str, float]) -> list[str]:
+    """What buckets leave out, [] where it is next to nothing."""
+    most = max(left_out.values(), default=0.0)
+    if most < _HARDLY:
+        return []
+    much = {key: part for key, part in left_out.items() if part > MUCH_CROPPED}
+    mean = sum(left_out.values()) / len(left_out)
+    named = (
+        f"; above {MUCH_CROPPED:.0%}: {_ranked(much, '{:.0%}')}; a higher data.max_aspect keeps more" if much else ""
+    )
+    return [f"cropped: buckets leave out {mean:.1%} of the images' area on average, {most:.0%} at most{named}"]
+
+
+def _enlarged(factors: dict[str, float]) -> list[str]:
+    if not factors:
+        return []
+    return [
+        f"enlarged: {len(factors)} images and videos are smaller than their bucket: {_ranked(factors, '{:.2f} times')}"
+    ]
+
+
+def _ranked(values: dict[str, float], form: str) -> str:
+    """Names with their values, the greatest first."""
+    ranked = sorted(values.items(), key=lambda row: (-row[1], row[0]))
+    return ", ".join(few([f"{name} ({form.format(value)})" for name, value in ranked], _SHOWN))
 
 
 def _size(bucket: tuple[int, int, int]) -> str:

@@ -8,8 +8,10 @@ from typing import Literal
 
 from mpp.cache.format import Notes
 from mpp.core.loss import MaskedPriorLoss
+from mpp.media.geometry import MUCH_CROPPED
 from mpp.reporting.near_duplicates import near_duplicates
 from mpp.reporting.rows import WHITE, MaskFacts, ReportRow
+from mpp.wording import few
 
 Severity = Literal["error", "warning", "info"]
 
@@ -117,8 +119,8 @@ def _likes(samples: Sequence[ReportRow], group: Sequence[int]) -> Iterator[tuple
         own = samples[number]
         others = (samples[n] for n in group if samples[n].entry.origin != own.entry.origin)
         names = [f"{other.entry.key}{_across(own, other)}" for other in islice(others, _NAMED)]
-        left = len(group) - origins[own.entry.origin] - len(names)
-        yield number, f"like {', '.join(names)}{f' and {left} more' if left else ''}"
+        total = len(group) - origins[own.entry.origin]
+        yield number, f"like {', '.join(few(names, _NAMED, total))}"
 
 
 def _across(sample: ReportRow, other: ReportRow) -> str:
@@ -185,6 +187,11 @@ def _still_mask(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     return "" if mask.lowest <= WHITE and mask.highest >= 1 - WHITE else None
 
 
+def _cropped(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
+    share = sample.cropped
+    return f"{share:.0%} of the image" if share is not None and share > MUCH_CROPPED else None
+
+
 def _no_caption(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     return None if any(text.strip() for text in (sample.entry.caption, *sample.entry.variants)) else ""
 
@@ -246,6 +253,14 @@ _RULES = (
         "The border learns and the centre is preserved, while white is what is learned. Invert the mask "
         "(data.invert_mask=true for all of them), unless it is meant.",
         _inverted,
+    ),
+    _Rule(
+        "cropped",
+        "warning",
+        "Much is cropped away",
+        f"The bucket leaves out more than {MUCH_CROPPED:.0%} of the image, evenly on both sides. Raise "
+        "data.max_aspect, or crop the image and its mask around the subject.",
+        _cropped,
     ),
     _Rule(
         "still_mask",

@@ -23,6 +23,7 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.reporting.charts import bins_of, charts_of
 from mpp.reporting.findings import Finding
 from mpp.reporting.rows import ReportRow, used_for_training, weights_of
+from mpp.wording import few
 
 MARK = '<meta name="generator" content="mpp report">'
 _PARTS = Path(__file__).parent / "page"
@@ -141,9 +142,7 @@ def _said(findings: Sequence[Finding]) -> dict[int, list[tuple[int, str, int]]]:
 
 
 def _finding(finding: Finding, shown: set[int]) -> dict[str, Any]:
-    lines = finding.lines[:_LINES]
-    if len(finding.lines) > _LINES:
-        lines += (f"and {len(finding.lines) - _LINES} more",)
+    lines = few(finding.lines, _LINES)
     return {
         "kind": finding.kind,
         "severity": finding.severity,

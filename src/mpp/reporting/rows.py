@@ -9,9 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from mpp.cache.coverage import SampleCoverage, cover
-from mpp.cache.format import Cache, CacheIdentity
+from mpp.cache.format import Cache, CacheIdentity, made_from
 from mpp.cache.index import Entry
+from mpp.cache.provenance import LatentsProvenance
 from mpp.core.loss import MaskedPriorLoss
+from mpp.media.geometry import Geometry
 from mpp.models.contract import LatentSpec
 from mpp.models.frame_axis import FrameAxis
 from mpp.reporting.near_duplicates import Print, motion, open_small, print_of
@@ -80,6 +82,7 @@ class ReportRow:
         problem: Why there is no coverage.
         print: Of its image; None where there is none, or nothing to compare.
         motion: How far a clip's frames are from its first; None where that is not known.
+        cropped: Share of the image's area that its bucket leaves out; None where that is not known.
     """
 
     entry: Entry
@@ -90,6 +93,7 @@ class ReportRow:
     problem: str | None = None
     print: Print | None = None
     motion: float | None = None
+    cropped: float | None = None
 
 
 def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, identity: CacheIdentity) -> ReportRow:
@@ -103,7 +107,7 @@ def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, identity: CacheId
     """
     given = identity.given_frames
     views = views_of(cache, entry, identity)
-    sample = ReportRow(entry, bucket_of(entry, identity.latents), views)
+    sample = ReportRow(entry, bucket_of(entry, identity.latents), views, cropped=_cropped(cache, entry))
     sample = _with_images(sample, identity.latents.frames)
     if entry.shape[1] <= given:
         return replace(sample, problem=f"all {entry.shape[1]} latent frames are given to the model: nothing to learn")
@@ -139,6 +143,11 @@ def bucket_of(entry: Entry, spec: LatentSpec) -> str:
     _, frames, height, width = entry.shape
     size = f"{width * spec.spatial_stride}x{height * spec.spatial_stride}"
     return size if frames == 1 else f"{size}, {spec.frames.count(frames, spec.temporal_stride)}"
+
+
+def _cropped(cache: Cache, entry: Entry) -> float | None:
+    made = made_from(cache.latents_path(entry.key), LatentsProvenance)
+    return None if made is None else Geometry(made.geometry[:2], made.geometry[2:4]).cropped
 
 
 def _with_images(sample: ReportRow, axis: FrameAxis) -> ReportRow:
