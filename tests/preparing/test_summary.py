@@ -2,6 +2,7 @@
 
 import random
 import re
+import textwrap
 
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from mpp.cache.format import Cache
 from mpp.core.loss import MaskedPriorLoss
 from mpp.reporting.findings import find
 from mpp.reporting.rows import look_at
+from tests import helpers
 from tests.helpers import config
 
 
@@ -101,3 +103,30 @@ def test_long_lists_of_what_was_left_out_end_in_a_number(tmp_path):
     assert len(said) == 21
     assert said[-1] == "skipped: and 3 more"
     assert len(Cache(tmp_path / "cache").notes().skipped) == 23
+
+
+def test_words_that_the_text_encoder_does_not_read_are_said_with_their_files(tmp_path, pipeline):
+    draw = random.Random(6)
+    helpers.draw_photos(tmp_path / "photos", tmp_path / "masks", 8)
+    unread = {}
+    for number in range(8):
+        words = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 12))) for _ in range(draw.randint(3, 16))]
+        caption = " ".join(words)
+        (tmp_path / "photos" / f"p{number}.txt").write_text(caption)
+        # 64 tokens: the end, one for the beginning, and 62 letters; a word that they do not hold whole is not read
+        while len(" ".join(words)) > 62:
+            words.pop()
+        if rest := caption[len(" ".join(words)) :].strip():
+            unread[f"p{number}"] = rest
+    assert 1 < len(unread) < 8
+    for _ in range(2):  # the second run encodes nothing
+        said = line(helpers.prepare(pipeline, tmp_path), "cut captions")
+        assert said.startswith(f"cut captions: {len(unread)} are longer than what the text encoder reads; not read: p")
+        assert re.findall(r"(p\d+) \('([^']*)'\)", said) == [
+            (key, textwrap.shorten(unread[key], 60, placeholder=" ...")) for key in sorted(unread)
+        ]
+    cache, loss = Cache(tmp_path / "cache"), MaskedPriorLoss()
+    rows = [look_at(cache, entry, loss, cache.identity()) for entry in cache.entries()]
+    (finding,) = [one for one in find(rows, loss, cache.notes()) if one.kind == "cut_caption"]
+    notes = {rows[number].entry.key: note for number, note in zip(finding.samples, finding.notes, strict=True)}
+    assert notes == {key: f"not read: {text}" for key, text in unread.items()}

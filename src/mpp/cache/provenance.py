@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,20 @@ class Source:
         return self.fingerprint["source"]
 
 
+def _later(default: T, *, compare: bool) -> T:
+    """A field that caches of earlier versions lack, which means its default."""
+    return field(default=default, compare=compare, metadata={"later": True})
+
+
 @dataclass(frozen=True)
 class Provenance:
-    """What the header of a cache file says."""
+    """What the header of a cache file says. Fields made by `_later` stand there only where they say something."""
 
     def header(self) -> dict[str, Any]:
         """As JSON-able values."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        silent = {f.name for f in fields(self) if f.metadata.get("later") and found[f.name] == f.default}
+        return {name: value for name, value in found.items() if name not in silent}
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> Self:
@@ -39,16 +48,23 @@ class Provenance:
         Raises:
             KeyError, TypeError, ValueError: It is another kind of record's, or damaged.
         """
-        found = {f.name: header[f.name] for f in fields(cls)}
+        found = {f.name: header[f.name] for f in fields(cls) if f.name in header or not f.metadata.get("later")}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
 
 
 @dataclass(frozen=True)
 class TextProvenance(Provenance):
-    """Of a caption's embeddings: the caption, and identities of the images that the text encoder saw."""
+    """Of a caption's embeddings.
+
+    Attributes:
+        caption: The caption.
+        seen: Identities of the images that the text encoder saw.
+        unread: Words of the caption beyond the text encoder's length. Seen on the way, so no part of a comparison.
+    """
 
     caption: str
     seen: tuple[str, ...]
+    unread: str = _later("", compare=False)
 
 
 @dataclass(frozen=True)

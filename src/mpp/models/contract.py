@@ -105,6 +105,10 @@ class Encoders(Protocol):
         """
         ...
 
+    def unread(self, captions: Sequence[str]) -> list[str]:
+        """Of each caption the words beyond the length that the text encoder reads; "" where it reads all of them."""
+        ...
+
     def encode_pixels(self, pixels: Float[Tensor, "b channels frames height width"]) -> Float[Tensor, "b c f h w"]:
         """Normalised float32 latents on the CPU of pixels in [-1, 1]: RGB, or RGBA for layered families."""
         ...

@@ -25,6 +25,7 @@ from mpp.files import weights_fingerprint
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, Prompt
 from mpp.models.single_file import SingleFile
+from mpp.models.text_limit import TextLimit
 from mpp.models.weights import component_fingerprint, fingerprint_if_present, loading, resolve_folder
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -255,6 +256,15 @@ class FamilyEncoders:
                 folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
                 self._loaded[subfolder] = kind.from_pretrained(folder)
         return self._loaded[subfolder]
+
+    def text_limit(self) -> TextLimit | None:
+        """How much of a caption the main text encoder reads; None: any length."""
+        return TextLimit(self.tokenizer(), self.model.text_length)
+
+    def unread(self, captions: Sequence[str]) -> list[str]:
+        """Of each caption the words beyond the length that the main text encoder reads."""
+        limit = self.text_limit()
+        return ["" if limit is None else limit.unread(caption) for caption in captions]
 
     def encode_images(
         self, pixels: Float[Tensor, "1 channels frames height width"], controls: Sequence[Image.Image]

@@ -27,6 +27,7 @@ from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.contract import LatentSpec
 from mpp.models.family import DTYPES, DType, Family, FamilyEncoders
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
+from mpp.models.text_limit import TextLimit, before_caption
 
 LONGEST = 1024  # tokens of a text; the pipelines refuse more
 _AXES = {128: (16, 56, 56)}  # rotary axes by head size, of every published Qwen-Image; files do not state them
@@ -247,6 +248,11 @@ class QwenEncoders(FamilyEncoders):
             tokenizer=self.tokenizer(),
             **more,
         )
+
+    def template_limit(self, pipe: DiffusionPipeline) -> TextLimit:
+        """`text_length` tokens behind the pipeline's template."""
+        tokens = pipe.prompt_template_encode_start_idx + self.model.text_length
+        return TextLimit(self.tokenizer(), tokens, before_caption(pipe.prompt_template_encode))
 
     @torch.no_grad()
     def texts(self, encode: Callable[..., tuple[Tensor, Tensor | None]], **arguments: Any) -> list[Tensor]:  # noqa: ANN401

@@ -136,6 +136,7 @@ class Preparation:
         writer = TextWriter(self.cache, self.architecture, encoders, self.failures)
         jobs = writer.write(captions, jobs)
         self.summary.texts_encoded, self.summary.texts_current = writer.encoded, writer.current
+        self.summary.unread = writer.unread
         encoders.release()
         self.summary.spent("captions", start)
         return jobs

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 
 from mpp.media.geometry import MUCH_CROPPED
 from mpp.preparing.planning import Job
@@ -13,6 +14,7 @@ from mpp.wording import few
 
 _SHOWN = 20
 _HARDLY = 0.005
+_WORDS = 60
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Summary:
     texts_encoded: int = 0
     texts_current: int = 0
     no_caption: int = 0
+    unread: dict[str, str] = field(default_factory=dict)
     enlarged: dict[str, float] = field(default_factory=dict)
     cropped: dict[str, float] = field(default_factory=dict)
     validation: int = 0
@@ -79,6 +82,7 @@ class Summary:
             f"{self.masks_current} already current; {total - with_mask} samples train everywhere",
             f"captions: {self.texts_encoded + self.texts_current} distinct ({self.texts_encoded} encoded, "
             f"{self.texts_current} already current), {self.no_caption} images and videos without one (empty caption)",
+            *_unread(self.unread),
             "buckets: " + ", ".join(f"{_size(bucket)}: {n}" for bucket, n in sorted(self.buckets.items())),
             f"time: {self.seconds:.1f} s ({stages})",
         ]
@@ -115,6 +119,14 @@ def _enlarged(factors: dict[str, float]) -> list[str]:
     return [
         f"enlarged: {len(factors)} images and videos are smaller than their bucket: {_ranked(factors, '{:.2f} times')}"
     ]
+
+
+def _unread(words: dict[str, str]) -> list[str]:
+    if not words:
+        return []
+    ends = [f"{name} ({shorten(text, _WORDS, placeholder=' ...')!r})" for name, text in sorted(words.items())]
+    named = ", ".join(few(ends, _SHOWN))
+    return [f"cut captions: {len(words)} are longer than what the text encoder reads; not read: {named}"]
 
 
 def _ranked(values: dict[str, float], form: str) -> str:

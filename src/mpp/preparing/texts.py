@@ -39,11 +39,13 @@ class TextWriter:
     Attributes:
         encoded: Number of captions encoded.
         current: Number of those that were there.
+        unread: By key of an item the words of its caption that the text encoder does not read, where there are any.
     """
 
     def __init__(self, cache: Cache, architecture: Architecture, encoders: Encoders, failures: Failures) -> None:
         self.cache, self.architecture, self.encoders, self.failures = cache, architecture, encoders, failures
         self.encoded = self.current = 0
+        self.unread: dict[str, str] = {}
         self._said: set[str] = set()
 
     def write(self, captions: Mapping[str, Sequence[str]], jobs: Sequence[Job]) -> list[Job]:
@@ -65,7 +67,7 @@ class TextWriter:
             for caption in captions[job.item.key]:
                 name = text_name(caption, job.seen)
                 wanted.setdefault(name, _Text(name, caption, job))
-        missing = [text for text in wanted.values() if not self._there(text)]
+        missing = [text for text in wanted.values() if self._made(text.name) is None]
         missing.sort(key=lambda text: text.caption)
         self.current = len(wanted) - len(missing)
         failed: dict[str, Item] = {}
@@ -74,10 +76,22 @@ class TextWriter:
                 failed |= {text.name: text.job.item for text in self._encode(batch)}
                 bar.update(len(batch))
         self.encoded = len(missing) - len(failed)
-        return [job for job in jobs if not self._lacks(job, captions[job.item.key], failed)] if failed else list(jobs)
+        jobs = [job for job in jobs if not self._lacks(job, captions[job.item.key], failed)] if failed else list(jobs)
+        self._note_unread(jobs)
+        return jobs
 
-    def _there(self, text: _Text) -> bool:
-        return made_from(self.cache.text_path(text.name), TextProvenance) is not None
+    def _made(self, name: str) -> TextProvenance | None:
+        return made_from(self.cache.text_path(name), TextProvenance)
+
+    def _note_unread(self, jobs: Sequence[Job]) -> None:
+        known: dict[str, str] = {}
+        for job in jobs:
+            name = text_name(job.item.caption, job.seen)
+            if name not in known:
+                made = self._made(name)
+                known[name] = made.unread if made is not None else ""
+            if known[name]:
+                self.unread[job.item.key] = known[name]
 
     def _encode(self, batch: Sequence[_Text]) -> list[_Text]:
         """Encode a batch, one by one if it fails as a whole; returns what failed alone too."""
@@ -94,8 +108,9 @@ class TextWriter:
 
     def _store(self, batch: Sequence[_Text]) -> None:
         prompts = [Prompt(text.caption, self._images(text.job)) for text in batch]
-        for text, record in zip(batch, self.encoders.encode_text(prompts), strict=True):
-            made = TextProvenance(text.caption, text.job.seen)
+        unread = self.encoders.unread([text.caption for text in batch])
+        for text, record, words in zip(batch, self.encoders.encode_text(prompts), unread, strict=True):
+            made = TextProvenance(text.caption, text.job.seen, words)
             write_tensors(self.cache.text_path(text.name), record.tensors(), made.header())
 
     def _images(self, job: Job) -> tuple[Image.Image, ...]:

@@ -192,6 +192,10 @@ def _cropped(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     return f"{share:.0%} of the image" if share is not None and share > MUCH_CROPPED else None
 
 
+def _cut_caption(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
+    return f"not read: {sample.unread}" if sample.unread else None
+
+
 def _no_caption(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     return None if any(text.strip() for text in (sample.entry.caption, *sample.entry.variants)) else ""
 
@@ -261,6 +265,14 @@ _RULES = (
         f"The bucket leaves out more than {MUCH_CROPPED:.0%} of the image, evenly on both sides. Raise "
         "data.max_aspect, or crop the image and its mask around the subject.",
         _cropped,
+    ),
+    _Rule(
+        "cut_caption",
+        "warning",
+        "Caption is cut",
+        "It is longer than what the text encoder reads, so its last words do nothing. Shorten it, or put first what "
+        "matters.",
+        _cut_caption,
     ),
     _Rule(
         "still_mask",

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpp.cache.coverage import SampleCoverage, cover
 from mpp.cache.format import Cache, CacheIdentity, made_from
 from mpp.cache.index import Entry
-from mpp.cache.provenance import LatentsProvenance
+from mpp.cache.provenance import LatentsProvenance, TextProvenance
 from mpp.core.loss import MaskedPriorLoss
 from mpp.media.geometry import Geometry
 from mpp.models.contract import LatentSpec
@@ -83,6 +83,7 @@ class ReportRow:
         print: Of its image; None where there is none, or nothing to compare.
         motion: How far a clip's frames are from its first; None where that is not known.
         cropped: Share of the image's area that its bucket leaves out; None where that is not known.
+        unread: Words of the caption that the text encoder does not read; "" also where that is not known.
     """
 
     entry: Entry
@@ -94,6 +95,7 @@ class ReportRow:
     print: Print | None = None
     motion: float | None = None
     cropped: float | None = None
+    unread: str = ""
 
 
 def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, identity: CacheIdentity) -> ReportRow:
@@ -107,7 +109,14 @@ def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, identity: CacheId
     """
     given = identity.given_frames
     views = views_of(cache, entry, identity)
-    sample = ReportRow(entry, bucket_of(entry, identity.latents), views, cropped=_cropped(cache, entry))
+    made = made_from(cache.text_path(entry.text), TextProvenance)
+    sample = ReportRow(
+        entry,
+        bucket_of(entry, identity.latents),
+        views,
+        cropped=_cropped(cache, entry),
+        unread="" if made is None else made.unread,
+    )
     sample = _with_images(sample, identity.latents.frames)
     if entry.shape[1] <= given:
         return replace(sample, problem=f"all {entry.shape[1]} latent frames are given to the model: nothing to learn")

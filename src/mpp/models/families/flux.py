@@ -27,6 +27,7 @@ from mpp.models.contract import Generation, ImageInputs, LatentSpec, NativeRule,
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_text
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
+from mpp.models.text_limit import TextLimit
 
 _WIDTH = 3072  # of every published FLUX.1, built into diffusers' converter
 _HEAD_DIM, _ROPE_AXES = 128, (16, 56, 56)  # the same; the axes are in no tensor
@@ -292,6 +293,10 @@ class FluxEncoders(FamilyEncoders):
 
     vae_class = AutoencoderKL
     model: Flux
+
+    def text_limit(self) -> TextLimit:
+        """T5's; CLIP's 77 tokens make but one pooled vector."""
+        return TextLimit(self.tokenizer("tokenizer_2"), self.model.text_length)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[Prompt]) -> list[FluxConditioning]:

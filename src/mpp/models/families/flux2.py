@@ -14,6 +14,7 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, NativeRule, Prompt
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
+from mpp.models.text_limit import CAPTION, TextLimit, before_message
 
 _HEAD_DIM = 128  # of every published FLUX.2: its four rotary axes of 32 are no tensors in a single file
 _TEXT = {
@@ -237,6 +239,15 @@ class Flux2Encoders(FamilyEncoders):
 
     vae_class = AutoencoderKLFlux2
     model: Flux2
+
+    def text_limit(self) -> TextLimit:
+        """That of the whole conversation."""
+        conversation = [{"role": "user", "content": CAPTION}]
+        settings = {"add_generation_prompt": True, "enable_thinking": False}
+        if self.model.text == "mistral":
+            conversation, settings = format_input([CAPTION])[0], {"add_generation_prompt": False}
+        before = before_message(self.tokenizer(), conversation, **settings)
+        return TextLimit(self.tokenizer(), self.model.text_length, before)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Flux2Conditioning]:

@@ -1,5 +1,6 @@
 """HunyuanVideo, text to video and image to video, on diffusers' `HunyuanVideoTransformer3DModel`."""
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from mpp.models.contract import Generation, ImageInputs, LatentSpec, NativeRule,
 from mpp.models.family import DType, Family, FamilyEncoders, output_pixels
 from mpp.models.padding import pad_with_mask
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
+from mpp.models.text_limit import TextLimit, before_caption
 
 _HEAD_DIM = 128  # of the published models; single files do not state it
 _MARKER = "img_in.proj.weight"
@@ -325,6 +327,17 @@ class HunyuanVideoEncoders(FamilyEncoders):
 
     vae_class = AutoencoderKLHunyuanVideo
     model: HunyuanVideo
+
+    def text_limit(self) -> TextLimit:
+        """Llama's, behind the pipeline's template; CLIP's 77 tokens make but one pooled vector.
+
+        Of a caption that is as long, the pipeline for image to video drops up to five tokens more.
+        """
+        kind = HunyuanVideoPipeline if self.model.image_condition is None else HunyuanVideoImageToVideoPipeline
+        settings = {name: p.default for name, p in inspect.signature(kind.encode_prompt).parameters.items()}
+        template = settings["prompt_template"]
+        tokens = settings["max_sequence_length"] + template["crop_start"]
+        return TextLimit(self.tokenizer(), tokens, before_caption(template["template"]))
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[Prompt]) -> list[HunyuanVideoConditioning]:

@@ -1,5 +1,6 @@
 """HunyuanVideo 1.5, text or image to video, on diffusers' `HunyuanVideo15Transformer3DModel`; one frame is an image."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import format_text_input
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, NativeRule, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
+from mpp.models.text_limit import CAPTION, TextLimit, before_message
 
 # Private to diffusers: tests/models/test_private.py says when it changes.
 # (`encode_prompt` and `encode_image` need a pipeline, and that a VAE.)
@@ -267,6 +270,13 @@ class HunyuanVideo15Encoders(FamilyEncoders):
 
     vae_class = AutoencoderKLHunyuanVideo15
     model: HunyuanVideo15
+
+    def text_limit(self) -> TextLimit:
+        """Qwen's, as the pipeline has it."""
+        settings = {name: p.default for name, p in inspect.signature(_text_states).parameters.items()}
+        conversation = format_text_input([CAPTION], settings["system_message"])[0]
+        before = before_message(self.tokenizer(), conversation, add_generation_prompt=True)
+        return TextLimit(self.tokenizer(), settings["tokenizer_max_length"] + settings["crop_start"], before)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[Prompt]) -> list[HunyuanVideo15Conditioning]:

@@ -20,6 +20,7 @@ from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Generation, LatentSpec, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
+from mpp.models.text_limit import TextLimit, before_caption
 
 _LONGEST_TEXT = 1024  # positions of the transformer's Kandinsky5RoPE1D
 
@@ -184,13 +185,8 @@ class Kandinsky5Encoders(FamilyEncoders):
     vae_class = AutoencoderKLHunyuanVideo
     model: Kandinsky5
 
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[Prompt]) -> list[Kandinsky5Conditioning]:
-        """Qwen's states after the pipeline's template, and CLIP's pooled state, by diffusers' pipeline.
-
-        One caption at a time: the pipeline gives Qwen no mask.
-        """
-        pipe = Kandinsky5T2VPipeline(
+    def _text_pipeline(self) -> Kandinsky5T2VPipeline:
+        return Kandinsky5T2VPipeline(
             transformer=None,
             vae=None,
             scheduler=None,
@@ -199,6 +195,20 @@ class Kandinsky5Encoders(FamilyEncoders):
             text_encoder_2=self.encoder(CLIPTextModel, "text_encoder_2"),
             tokenizer_2=self.tokenizer("tokenizer_2"),
         )
+
+    def text_limit(self) -> TextLimit:
+        """Qwen's, behind the pipeline's template; CLIP's 77 tokens make but one pooled vector."""
+        pipe = self._text_pipeline()
+        tokens = pipe.prompt_template_encode_start_idx + self.model.text_length
+        return TextLimit(self.tokenizer(), tokens, before_caption(pipe.prompt_template))
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[Prompt]) -> list[Kandinsky5Conditioning]:
+        """Qwen's states after the pipeline's template, and CLIP's pooled state, by diffusers' pipeline.
+
+        One caption at a time: the pipeline gives Qwen no mask.
+        """
+        pipe = self._text_pipeline()
         records = []
         for caption in captions_of(prompts):
             text, pooled, _ = pipe.encode_prompt(

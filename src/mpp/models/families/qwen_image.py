@@ -22,6 +22,7 @@ from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, Prompt
 from mpp.models.family import captions_of
 from mpp.models.padding import pad_with_mask
+from mpp.models.text_limit import TextLimit
 
 _FAMILIES = {"text": "qwen_image", "edit": "qwen_image_edit", "edit_plus": "qwen_image_edit_plus"}
 _CONTROLS = {"text": (0, 0), "edit": (1, 1), "edit_plus": (1, 3)}
@@ -176,6 +177,10 @@ class QwenImageEncoders(qwen.QwenEncoders):
     """AutoencoderKLQwenImage and Qwen2.5-VL, each loaded on first use and freed by `release`."""
 
     model: QwenImage
+
+    def text_limit(self) -> TextLimit | None:
+        """None for editing."""
+        return self.template_limit(self.text_pipeline(QwenImagePipeline)) if self.model.task == "text" else None
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[QwenImageConditioning]:
         """Qwen2.5-VL's last hidden states without the template, as the pipeline takes them, each at its own length.

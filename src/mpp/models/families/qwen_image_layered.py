@@ -16,6 +16,7 @@ from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, Prompt
 from mpp.models.family import captions_of
 from mpp.models.padding import pad_with_mask
+from mpp.models.text_limit import TextLimit
 
 
 class SizedLayeredPipeline(qwen.ImagePipeline, QwenImageLayeredPipeline):
@@ -161,6 +162,10 @@ class QwenImageLayeredEncoders(qwen.QwenEncoders):
 
     colours = 4
     model: QwenImageLayered
+
+    def text_limit(self) -> TextLimit:
+        """`text_length` tokens behind the pipeline's template."""
+        return self.template_limit(self.text_pipeline(QwenImageLayeredPipeline, processor=None))
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[LayeredConditioning]:
         """Qwen2.5-VL's last hidden states without the template, as the pipeline takes them, each at its own length."""

@@ -174,6 +174,10 @@ class ToyEncoders:
             for caption in captions
         ]
 
+    def unread(self, captions: Sequence[str]) -> list[str]:
+        """Nothing is cut: longer captions are refused."""
+        return [""] * len(captions)
+
     def encode_pixels(self, pixels: Float[Tensor, "b 3 frames height width"]) -> Float[Tensor, "b c f h w"]:
         """Blocks of pixels as channels, exactly invertible by `decode_pixels`."""
         frames = pixels.shape[2]

@@ -17,6 +17,7 @@ from mpp.models.contract import Generation, LatentSpec, NativeRule, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
+from mpp.models.text_limit import CAPTION, TextLimit, before_message
 
 # Of the published transformer/config.json; single files do not state them. The axes add up to the head size.
 _AXES_DIMS, _AXES_LENS = [32, 48, 48], [1536, 512, 512]
@@ -152,6 +153,12 @@ class ZImageEncoders(FamilyEncoders):
 
     vae_class = AutoencoderKL
     model: ZImage
+
+    def text_limit(self) -> TextLimit:
+        """That of the whole conversation."""
+        conversation = [{"role": "user", "content": CAPTION}]
+        before = before_message(self.tokenizer(), conversation, add_generation_prompt=True, enable_thinking=True)
+        return TextLimit(self.tokenizer(), self.model.text_length, before)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[Prompt]) -> list[ZImageConditioning]:
