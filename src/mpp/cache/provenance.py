@@ -119,11 +119,13 @@ class LatentsProvenance(MediaProvenance):
         vae: Fingerprint of the VAE.
         alpha: Whether the media has an alpha that is not opaque. Seen on the way, so no part of a comparison.
         images: Shapes of the image conditioning by field name. No part of a comparison either.
+        srgb: Whether colours of a source were converted to sRGB, which earlier versions never did.
     """
 
     vae: str | None
     alpha: bool = field(default=False, compare=False)
     images: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    srgb: bool = _later(default=False, compare=True)
 
     def header(self) -> dict[str, Any]:
         """As of any media; `images` are called `pictures` in the file."""

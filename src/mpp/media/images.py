@@ -10,6 +10,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
+from mpp.media.colours import Profile, in_srgb, profile_kind
 from mpp.media.mask import RawMask, grey, judged
 from mpp.media.paths import MediaPath, reaching, short
 
@@ -209,8 +210,21 @@ def is_video(path: MediaPath) -> bool:
     return suffix in VIDEO_SUFFIXES or (suffix not in SUFFIXES and path.is_dir())
 
 
-def image_size(path: MediaPath) -> tuple[int, int]:
-    """Width and height of the upright image, without decoding it.
+@dataclass(frozen=True)
+class ImageHead:
+    """What an image says before it is decoded.
+
+    Attributes:
+        size: Width and height of the upright image.
+        profile: What becomes of its colour profile where it is read with `srgb`.
+    """
+
+    size: tuple[int, int]
+    profile: Profile
+
+
+def image_head(path: MediaPath) -> ImageHead:
+    """Look at an image without decoding it.
 
     Raises:
         ValueError: The file is no readable image, or holds several.
@@ -218,27 +232,38 @@ def image_size(path: MediaPath) -> tuple[int, int]:
     with reading(path, "not a readable image") as handle:
         image = open_image(handle, path)
         turned = orientation(image) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else (image.width, image.height)
+        size = (image.height, image.width) if turned else (image.width, image.height)
+        return ImageHead(size, profile_kind(image))
 
 
-def read_image(path: MediaPath) -> DecodedImage:
+def image_size(path: MediaPath) -> tuple[int, int]:
+    """Width and height of the upright image; as `image_head`."""
+    return image_head(path).size
+
+
+def read_image(path: MediaPath, *, srgb: bool = False) -> DecodedImage:
     """Decode an image whole.
+
+    Args:
+        path: The file.
+        srgb: Colours as a viewer shows them, see `mpp.media.colours`; else those of the file. Alpha is the file's.
 
     Raises:
         ValueError: The file is no readable image, is truncated or damaged, holds several images, or numbers out of
             range.
     """
     with reading(path, "not a readable image, or truncated") as handle:
-        image, alpha = with_alpha(decode_image(handle, path))
+        decoded = decode_image(handle, path)
+        image, alpha = with_alpha(decoded)
         deep = read_deep(handle, path)
     if is_deep(image):
         values = grey(np.asarray(image), white_of(image), path)
-        return DecodedImage(Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB"), alpha)
-    if alpha is None:
-        return DecodedImage(image.convert("RGB"), None)
-    if deep is not None and deep.shape[2] in (2, 4):
-        alpha = (deep[..., -1] / 65535).astype(np.float32)
-    return DecodedImage(Image.merge("RGB", image.split()[:3]), alpha)
+        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    elif alpha is not None:
+        if deep is not None and deep.shape[2] in (2, 4):
+            alpha = (deep[..., -1] / 65535).astype(np.float32)
+        image = Image.merge("RGB", image.split()[:3])
+    return DecodedImage(in_srgb(image, decoded) if srgb else image.convert("RGB"), alpha)
 
 
 def read_mask(path: MediaPath) -> np.ndarray:

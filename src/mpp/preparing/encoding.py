@@ -160,7 +160,9 @@ class LatentWriter:
         self._write_previews(job, decoded.frames)
         shapes = {name: tuple(tensor.shape) for name, tensor in fields.items()}
         cut, vae = job.cut, self.identity.vae
-        made = LatentsProvenance(decoded.sources, cut.numbers, cut.frames, vae, job.has_alpha, shapes).header()
+        made = LatentsProvenance(
+            decoded.sources, cut.numbers, cut.frames, vae, job.has_alpha, shapes, job.in_srgb
+        ).header()
         if fields:
             write_tensors(self.cache.images_path(job.key), fields, made)
         write_tensors(self.cache.latents_path(job.key), {"latents": latents.clone()}, made)

@@ -132,7 +132,7 @@ def read_controls(item: Item, geometry: Geometry) -> list[Image.Image]:
     """
     found = []
     for path in item.controls:
-        image = read_image(path).rgb
+        image = read_image(path, srgb=True).rgb
         ratio = image.width * geometry.source[1] / (image.height * geometry.source[0])
         if max(ratio, 1 / ratio) <= 1 + ASPECT_TOLERANCE:
             box = geometry.box(*image.size)
@@ -154,7 +154,7 @@ def read_item_frames(item: Item, cut: Cut) -> Tensor:
     if cut.clip is not None:
         shown = videos.read_frames(item.media, cut.media, cut.clip.frames)
         return torch.stack([_bytes(crop_image(frame, cut.geometry)) for frame in shown], dim=1)
-    images = [read_image(path) for path in frame_files(item)]
+    images = [read_image(path, srgb=True) for path in frame_files(item)]
     frames = torch.stack([_bytes(crop_image(image.rgb, cut.geometry)) for image in images], dim=1)
     if not item.layers:
         return frames
@@ -165,7 +165,7 @@ def read_item_frames(item: Item, cut: Cut) -> Tensor:
 def first_image(item: Item, cut: Cut) -> Image.Image:
     """A sample's first frame in its bucket."""
     if cut.clip is None:
-        return crop_image(read_image(item.media).rgb, cut.geometry)
+        return crop_image(read_image(item.media, srgb=True).rgb, cut.geometry)
     return crop_image(next(iter(videos.read_frames(item.media, cut.media, cut.clip.frames[:1]))), cut.geometry)
 
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from mpp.cache.fingerprints import Fingerprints, Timelines
 from mpp.cache.format import Cache, made_from, text_name
 from mpp.cache.index import Entry
 from mpp.cache.provenance import LatentsProvenance, MaskProvenance, Source
+from mpp.media.colours import Profile
 from mpp.media.geometry import Buckets, Geometry
-from mpp.media.images import image_size, read_image
+from mpp.media.images import image_head, read_image
 from mpp.models.contract import Architecture, Identity
 from mpp.preparing.frames import (
     Cut,
@@ -41,6 +43,7 @@ class Job:
         has_alpha: Whether the image has an alpha that is not opaque.
         images: Shapes of its image conditioning.
         seen: Identities of the images that the text encoder sees.
+        profiles: What becomes of the colour profiles of its image files.
     """
 
     key: str
@@ -53,6 +56,12 @@ class Job:
     has_alpha: bool
     images: dict[str, tuple[int, ...]]
     seen: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+
+    @property
+    def in_srgb(self) -> bool:
+        """Whether colours of one of its files are converted to sRGB."""
+        return "converted" in self.profiles
 
     def entry(self) -> Entry:
         """Its row in the index."""
@@ -95,6 +104,7 @@ class Planner:
         self.identity, self.fingerprints = identity, fingerprints
         self.buckets = Buckets(source.resolution, architecture.latents.pixel_step, source.max_aspect)
         self.timelines = Timelines(cache.folder / "timelines", fingerprints)
+        self._head = lru_cache(maxsize=64)(image_head)  # for what is asked of one image several times
 
     def jobs(self, item: Item) -> list[Job]:
         """The samples of one item.
@@ -123,7 +133,7 @@ class Planner:
                 "latent frames; images hold nothing for it to learn: give it videos, or choose a model that starts "
                 "from text"
             )
-        return [Cut(geometry) for geometry in self._geometries(item, image_size(item.media))]
+        return [Cut(geometry) for geometry in self._geometries(item, self._head(item.media).size)]
 
     def _clips(self, item: Item) -> list[Cut]:
         """The clips of a video, each with its mirror."""
@@ -181,6 +191,7 @@ class Planner:
             has_alpha=has_alpha,
             images=dict(made.images) if made else {},
             seen=self._seen(item, cut),
+            profiles=self._profiles(item),
         )
 
     def _seen(self, item: Item, cut: Cut) -> tuple[str, ...]:
@@ -192,7 +203,12 @@ class Planner:
         if inputs.first_frame:
             files = (item.media,)
         first = "" if cut.clip is None else f" frame {cut.clip.frames[0]}"
-        return tuple(f"{self.fingerprints.content(path)} {geometry}{first}" for path in files)
+        # what tells an image whose colours are converted from the same one as earlier versions read it
+        srgb = {path: " sRGB" for path in image_files(item) if self._head(path).profile == "converted"}
+        return tuple(f"{self.fingerprints.content(path)} {geometry}{first}{srgb.get(path, '')}" for path in files)
+
+    def _profiles(self, item: Item) -> tuple[Profile, ...]:
+        return tuple(self._head(path).profile for path in image_files(item))
 
     def _current_latents(self, item: Item, cut: Cut) -> LatentsProvenance | None:
         """What a sample's latents were made from; None where they are not what would be made now."""
@@ -202,7 +218,9 @@ class Planner:
             return None
         if made.images and made_from(self.cache.images_path(key), LatentsProvenance) != made:
             return None
-        wanted = LatentsProvenance((), cut.numbers, cut.frames, self.identity.vae)
+        wanted = LatentsProvenance(
+            (), cut.numbers, cut.frames, self.identity.vae, srgb="converted" in self._profiles(item)
+        )
         return made if self.fingerprints.current(made, wanted, source_files(item)) else None
 
     def _mask_current(self, key: str, item: Item, cut: Cut, kind: str, shape: Sequence[int]) -> bool:
@@ -219,6 +237,11 @@ def key_of(item: Item, cut: Cut) -> str:
 def source_files(item: Item) -> tuple[Path, ...]:
     """The files that a sample's latents and image conditioning are made from."""
     return (*frame_files(item), *item.controls)
+
+
+def image_files(item: Item) -> tuple[Path, ...]:
+    """Those of them that are images: videos and folders of frames keep their colours as they are."""
+    return source_files(item)[item.video :]
 
 
 def mask_provenance(

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from textwrap import shorten
 
@@ -33,6 +33,8 @@ class Summary:
     texts_current: int = 0
     no_caption: int = 0
     unread: dict[str, str] = field(default_factory=dict)
+    in_srgb: set[str] = field(default_factory=set)
+    misfits: set[str] = field(default_factory=set)
     enlarged: dict[str, float] = field(default_factory=dict)
     cropped: dict[str, float] = field(default_factory=dict)
     validation: int = 0
@@ -59,6 +61,8 @@ class Summary:
             self.masks[job.mask_kind or "none"] += 1
             self.buckets[*geometry.size, 1 if clip is None else len(clip.frames)] += 1
             self.cropped[job.item.key] = geometry.cropped
+            self.in_srgb |= {job.item.key} if job.in_srgb else set()
+            self.misfits |= {job.item.key} if "misfit" in job.profiles else set()
             if geometry.scale > 1:
                 self.enlarged[job.item.key] = geometry.scale
             self.clips += clip is not None
@@ -83,6 +87,7 @@ class Summary:
             f"captions: {self.texts_encoded + self.texts_current} distinct ({self.texts_encoded} encoded, "
             f"{self.texts_current} already current), {self.no_caption} images and videos without one (empty caption)",
             *_unread(self.unread),
+            *_colours(self.in_srgb, self.misfits),
             "buckets: " + ", ".join(f"{_size(bucket)}: {n}" for bucket, n in sorted(self.buckets.items())),
             f"time: {self.seconds:.1f} s ({stages})",
         ]
@@ -127,6 +132,14 @@ def _unread(words: dict[str, str]) -> list[str]:
     ends = [f"{name} ({shorten(text, _WORDS, placeholder=' ...')!r})" for name, text in sorted(words.items())]
     named = ", ".join(few(ends, _SHOWN))
     return [f"cut captions: {len(words)} are longer than what the text encoder reads; not read: {named}"]
+
+
+def _colours(in_srgb: Collection[str], misfits: Collection[str]) -> list[str]:
+    found = [f"colours: {len(in_srgb)} images have a profile and are converted to sRGB"] if in_srgb else []
+    if misfits:
+        names = ", ".join(few(sorted(misfits), _SHOWN))
+        found.append(f"colours: {len(misfits)} images have a profile that does not fit them, ignored: {names}")
+    return found
 
 
 def _ranked(values: dict[str, float], form: str) -> str:

@@ -12,7 +12,7 @@ from mpp.cache.provenance import PromptProvenance
 from mpp.cache.reader import Reader
 from mpp.files import content_hash
 from mpp.media.geometry import Geometry, crop_image, image_tensor
-from mpp.media.images import read_image
+from mpp.media.images import image_head, read_image
 from mpp.models.conditioning import flat_tensors
 from mpp.models.contract import Architecture, Conditioning, Encoders, Generation, Identity, Prompt
 
@@ -162,7 +162,7 @@ class Prompts:
         return [Path(file).expanduser() for file in self.controls[number]] if self.controls is not None else []
 
     def _name(self, architecture: Architecture, text: str, number: int, *, negative: bool) -> str:
-        parts = [content_hash(file) for file in self._files(number)]
+        parts = [f"{content_hash(file)}{_colours(file)}" for file in self._files(number)]
         inputs = architecture.images
         if parts or inputs.first_frame:
             parts += [architecture.family, f"{self.width}x{self.height}x{self.frames}"]
@@ -171,7 +171,7 @@ class Prompts:
         return text_name(text, parts)
 
     def _generation(self, architecture: Architecture, number: int) -> Generation:
-        controls = [read_image(file).rgb for file in self._files(number)]
+        controls = [read_image(file, srgb=True).rgb for file in self._files(number)]
         if architecture.images.first_frame:
             controls = [crop_image(c, Geometry(c.size, (self.width, self.height))) for c in controls]
         scale = architecture.guidance_scale if self.guidance_scale is None else self.guidance_scale
@@ -195,6 +195,11 @@ def encode_inputs(architecture: Architecture, encoders: Encoders, generation: Ge
     opaque = first.new_ones(spec.frames.channels - len(first), *first.shape[1:])
     frames = spec.frames.length(generation.frames)
     return encoders.encode_images(torch.cat([first, opaque])[None].repeat(1, 1, frames, 1, 1), ())
+
+
+def _colours(file: Path) -> str:
+    """What tells an image whose colours are converted from the same one as earlier versions read it."""
+    return " sRGB" if image_head(file).profile == "converted" else ""
 
 
 def _one(images: Sequence[Image.Image]) -> Image.Image:
