@@ -11,9 +11,12 @@ from PIL import Image
 import mpp.prepare
 from mpp.batching.datamodule import LatentDataModule
 from mpp.cache.format import Cache
+from mpp.media.images import read_image
+from mpp.models.families.qwen_image import QwenImageConditioning
 from tests.families import variants
 from tests.families.base import architecture, draw_set
 from tests.helpers import config, prepare
+from tests.media import profiles
 
 
 class Prepared:
@@ -96,6 +99,28 @@ def test_a_changed_control_image_is_encoded_again_with_its_text(edit):
     _, entry = edit.entry("p0")
     assert len(entry.seen) == 1
     assert entry.images
+
+
+@pytest.mark.slow
+def test_control_images_are_seen_in_the_colours_of_a_viewer_and_encoded_anew_for_that(edit):
+    edit.run()
+    control, profile = edit.root / "controls" / "p0_0.png", profiles.rgb_profile(profiles.P3, "srgb")
+    with Image.open(control) as image:
+        image.convert("RGB").save(control, icc_profile=profile)
+    again = edit.run()
+    assert (again.encoded, again.texts_encoded) == (1, 1)
+    cache, entry = edit.entry("p0")
+    found = cache.conditioning(entry, QwenImageConditioning).tensors()
+    assert entry.seen[0].endswith(" sRGB")
+    assert edit.run().encoded == 0
+    shown = read_image(control, srgb=True).rgb
+    assert shown.tobytes() != read_image(control).rgb.tobytes()
+    shown.save(control)
+    edit.run()
+    cache, entry = edit.entry("p0")
+    wanted = cache.conditioning(entry, QwenImageConditioning).tensors()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
 def test_files_of_one_size_and_time_that_trade_names_are_noticed(pipeline, tmp_path):
