@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors import safe_open
 
 import mpp.prepare
 import mpp.train
@@ -98,6 +99,19 @@ def prepare(pipeline, root: Path, *overrides):
         ],
     )
     return mpp.prepare.run(cfg)
+
+
+def held_by(folder: Path):
+    """What the files of a folder hold, by name: safetensors as tensors and metadata, whose order is left to chance."""
+    found = {}
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        held = path.read_bytes()
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as handle:
+                tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
+                held = repr(sorted(handle.metadata().items())), {n: (t.dtype, t.tolist()) for n, t in tensors.items()}
+        found[path.relative_to(folder).as_posix()] = held
+    return found
 
 
 def train_config(pipeline, cache, out, *overrides):

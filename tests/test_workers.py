@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mpp.workers import ReadAhead
-from tests.helpers import draw_photos, prepare, train
+from tests.helpers import draw_photos, held_by, prepare, train
 
 REPOSITORY = Path(__file__).parents[1]
 ERRORS = [ValueError, OSError, FileNotFoundError, UnicodeError]
@@ -209,10 +209,7 @@ def test_preparing_gives_the_same_files_where_processes_are_not_forked(pipeline,
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    spawned, own = (
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*") if path.name != "notes.json"}
-        for root in (tmp_path / "c", tmp_path / "cache")
-    )
+    spawned, own = held_by(tmp_path / "c"), held_by(tmp_path / "cache")
     assert spawned == own
 
 

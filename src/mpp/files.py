@@ -20,11 +20,12 @@ WINDOWS = os.name == "nt"
 _TRIES, _WAIT = 20, 0.1  # at replacing a file that another program has open, seconds
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, synced: bool = True) -> None:
     """Write a file so that `path` is either its old self or the complete new one.
 
     `write` fills a temporary file in the same folder, which is then synced to disk and renamed. Two writers of one
-    path do not disturb each other: the last rename wins.
+    path do not disturb each other: the last rename wins. Unless it is `synced`, the caller syncs it and its folder
+    later, before anything relies on them: until then a power failure may leave a damaged file.
 
     Raises:
         OSError: The disk is full or not writable; the temporary file is removed and `path` is untouched.
@@ -34,9 +35,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name[:_SHORT]}.{secrets.token_hex(8)}{_LEFTOVER}")
     try:
         write(temporary)
-        sync(temporary)
+        if synced:
+            sync(temporary)
         _replace(temporary, path)
-        sync_folder(path.parent)
+        if synced:
+            sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if is_out_of_space(error):
@@ -151,9 +154,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, lambda temporary: temporary.write_bytes(json.dumps(content, indent=1).encode() + b"\n"))
+def write_json(path: Path, content: object, *, synced: bool = True) -> None:
+    """Write JSON as `write_atomically` does."""
+    data = json.dumps(content, indent=1).encode() + b"\n"
+    write_atomically(path, lambda temporary: temporary.write_bytes(data), synced=synced)
 
 
 def content_hash(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from zlib import crc32
 
 import pytest
 import torch
@@ -51,7 +52,11 @@ def test_headers_are_those_of_earlier_caches_and_come_back_as_records(record, st
     write_tensors(path, {"x": torch.ones(1)}, record.header())
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])
-    assert header["__metadata__"] == {"format": "3", "made_from": stored}
+    assert header["__metadata__"] == {
+        "format": "3",
+        "made_from": stored,
+        "crc32": f"{crc32(torch.ones(1).numpy()):08x}",
+    }
     found = made_from(path, type(record))
     assert vars(found) == vars(record)
 

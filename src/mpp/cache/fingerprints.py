@@ -95,7 +95,7 @@ class Timelines:
             with contextlib.suppress(KeyError, ValueError):  # of an older format
                 return Timeline.from_json(known["timeline"])
         timeline = read_timeline(path, mask=mask)
-        write_json(file, {"source": now, "timeline": timeline.to_json()})
+        write_json(file, {"source": now, "timeline": timeline.to_json()}, synced=False)  # made anew where damaged
         return timeline
 
 

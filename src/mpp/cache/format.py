@@ -11,13 +11,15 @@ samples/HASH.safetensors        the whole conditioning of a prompt to generate f
 previews/KEY.jpg                the image in its bucket, for logs and reports; layers as KEY.layer0.jpg, ...; of a
                                 clip its first frame, and other latent frames as KEY.frame7.jpg, ...
 notes.json                      where the samples came from, and what was left out
+unsynced/                       while files are written, or after that was interrupted: see preparing/unsynced.py
 ```
 
-Every tensor file carries its format version and what it was made from in its header. All writing is atomic.
+Every tensor file carries its format version, what it was made from and a checksum in its header. All writing is atomic.
 """
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -321,11 +323,42 @@ def as_conditioning(tensors: Mapping[str, Tensor], record: type[Conditioning], p
         raise ValueError(f"{path} is not this model's conditioning ({error}); {_AGAIN}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> None:
-    """Write a cache file atomically; its header says what it was made from, as `Provenance.header` gives it."""
-    metadata = {"format": str(FORMAT), "made_from": json.dumps(dict(header), sort_keys=True)}
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], *, synced: bool = True
+) -> None:
+    """Write a cache file atomically; its header says what it was made from, as `Provenance.header` gives it.
+
+    Args:
+        path: The file.
+        tensors: What it holds.
+        header: What it was made from.
+        synced: As `write_atomically` takes it.
+    """
     contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=metadata))
+    made = json.dumps(dict(header), sort_keys=True)
+    metadata = {"format": str(FORMAT), "made_from": made, "crc32": _checksum(contents)}
+    write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=metadata), synced=synced)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file, read whole, holds what was written: tensors by their checksum, a preview by its ends."""
+    try:
+        if path.suffix == ".jpg":
+            content = path.read_bytes()
+            return content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9")
+        with safe_open(path, "pt") as handle:
+            said = (handle.metadata() or {}).get("crc32")
+            return said is None or said == _checksum({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of the bytes of all tensors, in the order of their names; files of earlier versions have none."""
+    found = 0
+    for _, tensor in sorted(tensors.items()):
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
 
 
 def made_from(path: Path, kind: type[P]) -> P | None:

@@ -17,6 +17,7 @@ from mpp.cache.provenance import LatentsProvenance, Source
 from mpp.files import write_atomically
 from mpp.models.conditioning import flat_tensors
 from mpp.models.contract import Architecture, Encoders, Identity
+from mpp.models.frame_axis import FrameAxis
 from mpp.preparing.failures import Failures, naming
 from mpp.preparing.frames import as_image, as_pixels, read_controls, read_item_frames
 from mpp.preparing.planning import Job, source_files
@@ -164,18 +165,23 @@ class LatentWriter:
             decoded.sources, cut.numbers, cut.frames, vae, job.has_alpha, shapes, job.in_srgb
         ).header()
         if fields:
-            write_tensors(self.cache.images_path(job.key), fields, made)
-        write_tensors(self.cache.latents_path(job.key), {"latents": latents.clone()}, made)
+            write_tensors(self.cache.images_path(job.key), fields, made, synced=False)
+        write_tensors(self.cache.latents_path(job.key), {"latents": latents.clone()}, made, synced=False)
         return replace(job, images=shapes)
 
     def _write_previews(self, job: Job, frames: Tensor) -> None:
-        axis, stride = self.architecture.latents.frames, self.architecture.latents.temporal_stride
-        for number in axis.shown(job.shape[1]):
+        stride = self.architecture.latents.temporal_stride
+        for number, path in preview_paths(self.cache, job, self.architecture.latents.frames).items():
             # of the frames that make up a latent frame, the middle one
             middle = 1 + stride * (number - 1) + stride // 2 if number else 0
-            _write_preview(self.cache.preview_path(job.key, axis.suffix(number)), as_image(frames[:, middle]))
+            _write_preview(path, as_image(frames[:, middle]))
+
+
+def preview_paths(cache: Cache, job: Job, axis: FrameAxis) -> dict[int, Path]:
+    """Where the previews of a sample lie, by the latent frame that each shows."""
+    return {number: cache.preview_path(job.key, axis.suffix(number)) for number in axis.shown(job.shape[1])}
 
 
 def _write_preview(path: Path, image: Image.Image) -> None:
     image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
-    write_atomically(path, lambda temporary: image.save(temporary, "JPEG", quality=90))
+    write_atomically(path, lambda temporary: image.save(temporary, "JPEG", quality=90), synced=False)

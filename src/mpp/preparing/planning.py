@@ -24,6 +24,7 @@ from mpp.preparing.frames import (
     moves,
     transparent,
 )
+from mpp.preparing.unsynced import Unsynced
 from mpp.sources.items import Item
 from mpp.sources.source import FolderSource
 
@@ -90,6 +91,7 @@ class Planner:
         cache: Where they are.
         identity: Of the model's weights.
         fingerprints: Of this run.
+        unsynced: What an interrupted preparation may have left.
     """
 
     def __init__(
@@ -99,9 +101,11 @@ class Planner:
         cache: Cache,
         identity: Identity,
         fingerprints: Fingerprints,
+        *,
+        unsynced: Unsynced,
     ) -> None:
         self.source, self.architecture, self.cache = source, architecture, cache
-        self.identity, self.fingerprints = identity, fingerprints
+        self.identity, self.fingerprints, self.unsynced = identity, fingerprints, unsynced
         self.buckets = Buckets(source.resolution, architecture.latents.pixel_step, source.max_aspect)
         self.timelines = Timelines(cache.folder / "timelines", fingerprints)
         self._head = lru_cache(maxsize=64)(image_head)  # for what is asked of one image several times
@@ -221,11 +225,15 @@ class Planner:
         wanted = LatentsProvenance(
             (), cut.numbers, cut.frames, self.identity.vae, srgb="converted" in self._profiles(item)
         )
-        return made if self.fingerprints.current(made, wanted, source_files(item)) else None
+        files = [self.cache.latents_path(key), self.cache.preview_path(key), self.cache.images_path(key)]
+        current = self.fingerprints.current(made, wanted, source_files(item)) and all(map(self.unsynced.trusts, files))
+        return made if current else None
 
     def _mask_current(self, key: str, item: Item, cut: Cut, kind: str, shape: Sequence[int]) -> bool:
         made = made_from(self.cache.mask_path(key), MaskProvenance)
-        return self.fingerprints.current(made, mask_provenance(item, cut, kind, shape), mask_sources(item))
+        wanted = mask_provenance(item, cut, kind, shape)
+        current = self.fingerprints.current(made, wanted, mask_sources(item))
+        return current and self.unsynced.trusts(self.cache.mask_path(key))
 
 
 def key_of(item: Item, cut: Cut) -> str:

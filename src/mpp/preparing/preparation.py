@@ -4,21 +4,24 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from mpp.cache.fingerprints import Fingerprints
-from mpp.cache.format import Cache, CacheIdentity, Notes, write_tensors
+from mpp.cache.format import Cache, CacheIdentity, Notes, text_name, write_tensors
+from mpp.cache.index import Entry
 from mpp.files import check_writable, names_told_apart, remove_leftovers
 from mpp.models.contract import Architecture, Encoders, Identity
-from mpp.preparing.encoding import LatentWriter
+from mpp.preparing.encoding import LatentWriter, preview_paths
 from mpp.preparing.failures import Failures
 from mpp.preparing.frames import mask_sources, read_item_masks
 from mpp.preparing.planning import Job, Planner, mask_provenance
 from mpp.preparing.shards import Sharding, ShardResult, ShardResults
 from mpp.preparing.summary import Summary
 from mpp.preparing.texts import TextWriter
+from mpp.preparing.unsynced import Unsynced
 from mpp.sampling.prompts import Prompts
 from mpp.sources.items import Item
 from mpp.sources.source import FolderSource
@@ -56,6 +59,8 @@ class Preparation:
         self.cache = Cache(source.cache_dir)
         self.fingerprints = Fingerprints()
         self.failures = Failures(source.on_error)
+        self.unsynced = Unsynced(self.cache.folder, self.shard)
+        self.texts: set[str] = set()  # names of the embeddings that this process's samples may ask for
         self.summary = Summary(shard=self.shard, skipped=self.failures.reasons)
 
     def run(self) -> Summary:
@@ -99,7 +104,9 @@ class Preparation:
 
     def _plan(self, items: Sequence[Item], identity: Identity) -> list[Job]:
         """Jobs for all usable images and videos."""
-        planner = Planner(self.source, self.architecture, self.cache, identity, self.fingerprints)
+        planner = Planner(
+            self.source, self.architecture, self.cache, identity, self.fingerprints, unsynced=self.unsynced
+        )
         jobs, checked = [], Failures("skip")  # all are named at once
         for item in tqdm(items, desc="checking", unit="file", disable=None):
             with checked.of(item, "it cannot be prepared"):
@@ -133,16 +140,17 @@ class Preparation:
         """Encode captions; returns the jobs that have all of theirs now."""
         start = time.monotonic()
         captions = {job.item.key: self._captions(job.item) for job in jobs}
-        writer = TextWriter(self.cache, self.architecture, encoders, self.failures)
+        writer = TextWriter(self.cache, self.architecture, encoders, self.failures, self.unsynced)
         jobs = writer.write(captions, jobs)
+        self.texts = writer.names
         self.summary.texts_encoded, self.summary.texts_current = writer.encoded, writer.current
         self.summary.unread = writer.unread
         encoders.release()
         self.summary.spent("captions", start)
         return jobs
 
-    def _captions(self, item: Item) -> list[str]:
-        """All captions of an item that training may ask for."""
+    def _captions(self, item: Item | Entry) -> list[str]:
+        """All captions of a sample that training may ask for."""
         found = [item.caption, *item.variants]
         if item.split == "train":
             found += self.source.preservation.of(item.caption)
@@ -155,7 +163,10 @@ class Preparation:
         writer = LatentWriter(
             self.cache, self.architecture, encoders, identity, sharding=self.sharding, failures=self.failures
         )
-        done = writer.write([job for job in jobs if not job.latents_current])
+        stale = [job for job in jobs if not job.latents_current]
+        if stale:
+            self.unsynced.begin()
+        done = writer.write(stale)
         kept = [found for job in jobs if (found := done.get(job.key, job)) is not None]
         self.summary.spent("latents", start)
         return kept
@@ -164,6 +175,8 @@ class Preparation:
         """Write stale masks; returns the jobs whose masks are there now."""
         start = time.monotonic()
         stale = [job for job in jobs if job.mask_kind is not None and not job.mask_current]
+        if stale:
+            self.unsynced.begin()
         failed = {job.key for job, failures in zip(stale, self._average_masks(stale), strict=True) if failures.reasons}
         self.summary.spent("masks", start)
         return [job for job in jobs if job.key not in failed]
@@ -188,7 +201,7 @@ class Preparation:
         sources = self.fingerprints.sources(mask_sources(job.item))
         made = mask_provenance(job.item, job.cut, str(job.mask_kind), job.shape, sources)
         mask = read_item_masks(job.item, job.cut, job.shape, self.architecture.latents)
-        write_tensors(self.cache.mask_path(job.key), {"mask": mask}, made.header())
+        write_tensors(self.cache.mask_path(job.key), {"mask": mask}, made.header(), synced=False)
 
     def _encode_prompts(self, encoders: Encoders, identity: Identity) -> None:
         start = time.monotonic()
@@ -197,20 +210,45 @@ class Preparation:
 
     def _finish(self, jobs: Sequence[Job], items: Sequence[Item]) -> None:
         """Write the index, or this process's part of it."""
+        self.unsynced.sync(self._files(jobs))
         entries, skipped = [job.entry() for job in jobs], tuple(self.summary.skipped)
         if self.shard.count > 1:
             results = self._results(items)
             results.write(self.shard.index, ShardResult(entries, skipped))
             self.summary.waiting = tuple(results.missing())
             if self.summary.waiting:
+                self.unsynced.end(everything=False)
                 return
             skipped = results.merge()
         elif not entries:
             raise ValueError(f"nothing is left to train on; first problem: {skipped[0]}")
         else:
             self.cache.write_index(entries)
+        self.unsynced.end(everything=True)
+        self.summary.texts_removed = self._remove_texts()
         unused = tuple(self.summary.unused)
         self.cache.write_notes(Notes(self.source.sources_record(), unused, skipped))
+
+    def _files(self, jobs: Sequence[Job]) -> Iterator[Path]:
+        """The files of this process's samples."""
+        yield from map(self.cache.text_path, self.texts)
+        for job in jobs:
+            yield from (
+                self.cache.latents_path(job.key),
+                self.cache.mask_path(job.key),
+                self.cache.images_path(job.key),
+            )
+            yield from preview_paths(self.cache, job, self.architecture.latents.frames).values()
+
+    def _remove_texts(self) -> int:
+        """Remove embeddings of captions that no sample has any more; returns how many."""
+        wanted = self.texts | {
+            text_name(caption, entry.seen) for entry in self.cache.entries() for caption in self._captions(entry)
+        }
+        gone = [path for path in self.cache.text_path("").parent.glob("*.safetensors") if path.stem not in wanted]
+        for path in gone:
+            path.unlink(missing_ok=True)
+        return len(gone)
 
     def _plan_name(self, items: Sequence[Item]) -> str:
         """The same for all processes that prepare the same things in the same way."""

@@ -31,6 +31,7 @@ class Summary:
     masks: Counter[str] = field(default_factory=Counter)
     texts_encoded: int = 0
     texts_current: int = 0
+    texts_removed: int = 0
     no_caption: int = 0
     unread: dict[str, str] = field(default_factory=dict)
     in_srgb: set[str] = field(default_factory=set)
@@ -91,6 +92,8 @@ class Summary:
             "buckets: " + ", ".join(f"{_size(bucket)}: {n}" for bucket, n in sorted(self.buckets.items())),
             f"time: {self.seconds:.1f} s ({stages})",
         ]
+        if self.texts_removed:
+            found.insert(3, f"embeddings of {self.texts_removed} captions that are gone were removed")
         if self.prompts:
             found.insert(3, f"prompts for samples: {self.prompts}")
         found[1:1] = [*_cropped(self.cropped), *_enlarged(self.enlarged)]

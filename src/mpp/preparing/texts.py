@@ -13,6 +13,7 @@ from mpp.models.contract import Architecture, Encoders, Prompt
 from mpp.preparing.failures import Failures
 from mpp.preparing.frames import first_image, read_controls
 from mpp.preparing.planning import Job
+from mpp.preparing.unsynced import Unsynced
 from mpp.sources.items import Item
 
 _BATCH = 16
@@ -35,15 +36,21 @@ class TextWriter:
         architecture: Whose embeddings.
         encoders: Its encoders.
         failures: What becomes of a sample whose captions cannot be encoded.
+        unsynced: What an interrupted preparation may have left.
 
     Attributes:
+        names: Of the embeddings of all captions.
         encoded: Number of captions encoded.
         current: Number of those that were there.
         unread: By key of an item the words of its caption that the text encoder does not read, where there are any.
     """
 
-    def __init__(self, cache: Cache, architecture: Architecture, encoders: Encoders, failures: Failures) -> None:
-        self.cache, self.architecture, self.encoders, self.failures = cache, architecture, encoders, failures
+    def __init__(
+        self, cache: Cache, architecture: Architecture, encoders: Encoders, failures: Failures, unsynced: Unsynced
+    ) -> None:
+        self.cache, self.architecture, self.encoders = cache, architecture, encoders
+        self.failures, self.unsynced = failures, unsynced
+        self.names: set[str] = set()
         self.encoded = self.current = 0
         self.unread: dict[str, str] = {}
         self._said: set[str] = set()
@@ -67,7 +74,10 @@ class TextWriter:
             for caption in captions[job.item.key]:
                 name = text_name(caption, job.seen)
                 wanted.setdefault(name, _Text(name, caption, job))
-        missing = [text for text in wanted.values() if self._made(text.name) is None]
+        missing = [text for text in wanted.values() if not self._is_current(text.name)]
+        self.names = set(wanted)
+        if missing:
+            self.unsynced.begin()
         missing.sort(key=lambda text: text.caption)
         self.current = len(wanted) - len(missing)
         failed: dict[str, Item] = {}
@@ -82,6 +92,9 @@ class TextWriter:
 
     def _made(self, name: str) -> TextProvenance | None:
         return made_from(self.cache.text_path(name), TextProvenance)
+
+    def _is_current(self, name: str) -> bool:
+        return self._made(name) is not None and self.unsynced.trusts(self.cache.text_path(name))
 
     def _note_unread(self, jobs: Sequence[Job]) -> None:
         known: dict[str, str] = {}
@@ -111,7 +124,7 @@ class TextWriter:
         unread = self.encoders.unread([text.caption for text in batch])
         for text, record, words in zip(batch, self.encoders.encode_text(prompts), unread, strict=True):
             made = TextProvenance(text.caption, text.job.seen, words)
-            write_tensors(self.cache.text_path(text.name), record.tensors(), made.header())
+            write_tensors(self.cache.text_path(text.name), record.tensors(), made.header(), synced=False)
 
     def _images(self, job: Job) -> tuple[Image.Image, ...]:
         """What the text encoder sees besides the caption."""
