@@ -31,7 +31,8 @@ from benchmarks.phantom_limb.world import (
     render,
     subject_scenes,
 )
-from mpp.batching.datamodule import CachedSamples, LatentDataModule
+from mpp.batching.batch import Collate
+from mpp.batching.datamodule import CachedSamples
 from mpp.batching.loader import ValidationLoader
 from mpp.cache.format import Cache
 from mpp.config import compose
@@ -295,8 +296,9 @@ def held_out_terms(
     cache = Cache(folder)
     entries = cache.entries()
     architecture = module.architecture
-    data = LatentDataModule(architecture=architecture, cache_dir=str(folder))
-    loader = ValidationLoader(CachedSamples(cache, entries, architecture), [e.shape for e in entries], 32, data.collate)
+    loader = ValidationLoader(
+        CachedSamples(cache, entries, architecture), [e.shape for e in entries], 32, Collate(architecture)
+    )
     loss = MaskedPriorLoss(**rules.judge)
     step = MaskedPriorStep(architecture, loss, WholePasses(architecture, module.transformer, module.teacher))
     measured = LossMetrics(loss)

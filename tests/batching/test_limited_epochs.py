@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mpp.train
-from mpp.batching.batch import collate_samples
+from mpp.batching.batch import Collate
 from mpp.batching.loader import BatchOrder
 from mpp.batching.visits import Visit
 from mpp.config import build
@@ -62,7 +62,7 @@ def by_hand(pipeline, cache, out, epochs, size, accumulate, limit, loss):
         for first in range(0, len(batches), accumulate):
             numbers = [number for batch in batches[first : first + accumulate] for number in batch]
             ones = [samples[Visit(number, epoch)] for number in numbers]
-            big = collate_samples(ones, model.collate([one.conditioning for one in ones]))
+            big = Collate(model)(ones)
             total = built.loss.terms(built.step(big, Position(cfg.seed, epoch)).sums).total
             for parameter, gradient in zip(parameters, torch.autograd.grad(total, parameters), strict=True):
                 parameter.data -= RATE * gradient

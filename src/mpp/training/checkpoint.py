@@ -47,10 +47,10 @@ def settled(loops: Mapping[str, Any]) -> dict[str, Any]:
         loops: `checkpoint["loops"]`.
     """
     fit = dict(loops["fit_loop"])
-    place = (fit["state_dict"].get("combined_loader") or [None])[0]
-    if not isinstance(place, Mapping):  # batches by hand: no place to go on from
+    where = (fit["state_dict"].get("combined_loader") or [None])[0]
+    if not isinstance(where, Mapping):  # batches by hand: no place to go on from
         return dict(loops)
-    epoch, batch = place["epoch"], place["position"]
+    epoch, batch = where["epoch"], where["position"]
     seen = fit["epoch_loop.batch_progress"]["total"]["ready"]
     epochs = dict.fromkeys(_BEGUN, epoch + 1) | dict.fromkeys(_DONE, epoch)
     total, current = (dict.fromkeys((*_BEGUN, *_DONE), count) for count in (seen, batch))
