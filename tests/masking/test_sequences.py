@@ -1,4 +1,5 @@
 import os
+import random
 from fractions import Fraction
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 
 from mpp.masking.sequences import FrameSequence, find_sequences, pair
+from mpp.media.own import mark
 from mpp.media.videos import read_timeline
 from tests.masking.files import levels, random_mask, read_video, run, save, write_video
+from tests.sources.test_beside import mask_name, stem
+from tests.sources.test_source import touch
 
 UNEVEN = [0, 40, 80, 250, 251, 1000]
 
@@ -34,6 +38,25 @@ def test_masks_beside_their_media_are_masks_and_never_media(tmp_path):
         save(tmp_path / name, random_mask(0)) if name.endswith(("png", "jpg")) else (tmp_path / name).touch()
     assert sorted(find_sequences(str(tmp_path), "input", masks=True)) == ["a", "c", "d/0001", "sub/b"]
     assert sorted(find_sequences(str(tmp_path), "input", masks=False)) == ["a", "c", "sub/b"]
+
+
+def test_masks_are_told_from_media_by_the_names_that_prepare_knows(tmp_path):
+    draw = random.Random(0)
+    for number in range(30):
+        stems = {stem(draw).casefold() for _ in range(draw.randint(1, 6))}
+        named = {name: mask_name(draw, name) for name in sorted(stems) if draw.random() < 0.7}
+        touch(tmp_path / str(number), *(f"{name}.png" for name in stems), *named.values())
+        where = str(tmp_path / str(number))
+        assert set(find_sequences(where, "input", masks=True)) == set(named or stems)
+        assert set(find_sequences(where, "input", masks=False)) == stems
+
+
+def test_what_mpp_wrote_is_an_input_only_by_its_own_name(tmp_path):
+    save(tmp_path / "samples" / "step-000500" / "0_a_box.png", random_mask(0))
+    mark(tmp_path / "samples" / "step-000500")
+    with pytest.raises(ValueError, match=r"but in folders that mpp wrote, .*\(step-000500\); name one of them itself"):
+        find_sequences(str(tmp_path / "samples"), "input", masks=False)
+    assert list(find_sequences(str(tmp_path / "samples" / "step-000500"), "input", masks=False)) == ["0_a_box"]
 
 
 def test_masks_beside_their_images_are_softened_into_a_folder_of_their_own(tmp_path):

@@ -306,7 +306,12 @@ def test_a_source_is_the_same_on_object_storage(tmp_path, bucket, form):
         images = [item for item in chosen.items() if not item.video]
         pixels = [(read_image(item.media).rgb.getpixel((0, 0)), image_size(item.media)) for item in images]
         found.append(
-            (names, pixels, [float(read_mask(item.mask).max()) for item in images], chosen.unused(chosen.items()))
+            (
+                names,
+                pixels,
+                [float(read_mask(item.mask).max()) for item in images],
+                chosen.left_over(chosen.items(), with_layers=False).unused,
+            )
         )
     assert found[0] == found[1]
     assert found[0][1] == [((10, 20, 30), (16, 12)), ((40, 50, 60), (16, 12))]

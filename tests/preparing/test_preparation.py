@@ -151,9 +151,14 @@ def test_masks_match_by_stem_whatever_their_format(root, pipeline):
     (root / "masks" / "p0.png").unlink()
     image.save(root / "masks" / "p0.webp", lossless=True)
     Image.new("L", (9, 9)).save(root / "masks" / "stranger.png")
+    (root / "photos" / "p0.psd").touch()
     summary = prepare(pipeline, root)
+    assert (
+        "passed over: 1 .psd (p0.psd): no format that mpp reads; save images as PNG and videos as MP4"
+        in summary.lines()
+    )
     assert entries(root)["p0"].mask == "folder"
-    assert summary.unused == ["stranger.png"]
+    assert summary.left_over.unused == ["stranger.png"]
 
 
 def test_a_mask_folder_inside_the_image_folder_holds_no_images(root, pipeline):

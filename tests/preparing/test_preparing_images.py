@@ -87,7 +87,9 @@ def test_layers_beside_images_of_a_plain_model_are_left_out_with_their_masks(lay
     summary = prepare(pipeline, layered.root, "data.mask_sources=[folder]")
     assert summary.encoded == 2
     assert summary.masks == {"none": 2}
-    assert sorted(summary.unused) == [f"p{n}.layer{m}.png" for n in (0, 1) for m in (0, 1)]
+    layers = [f"p{n}.layer{m}.png" for n in (0, 1) for m in (0, 1)]
+    passed = [name for name, reason in summary.left_over.passed if "layers, which this model does not learn" in reason]
+    assert sorted(passed) == sorted([*layers, *(f"masks/{name}" for name in layers)])
 
 
 def test_a_changed_control_image_is_encoded_again_with_its_text(edit):

@@ -79,7 +79,7 @@ def test_a_table_names_media_in_several_ways(root, name, content):
     chosen = source(root, captions=write(root, name, content))
     assert {item.key: item.caption if item.captioned else None for item in chosen.items()} == {
         "a": "one", "s/b": "two, 2", "s/c": None, "@val/v": None}  # fmt: skip
-    assert chosen.unused(chosen.items()) == []
+    assert chosen.left_over(chosen.items(), with_layers=False).unused == []
 
 
 def test_absolute_paths_and_validation_media_may_be_named(root):
@@ -95,7 +95,7 @@ def test_absolute_paths_and_validation_media_may_be_named(root):
 def test_rows_without_media_are_named_with_their_line(root):
     rows = table({"file": "a.png", "caption": "one"}, {"file": "s/typo.png", "caption": "two"})
     chosen = source(root, captions=write(root, "c.jsonl", rows))
-    assert chosen.unused(chosen.items()) == ["c.jsonl:2 (s/typo.png)"]
+    assert chosen.left_over(chosen.items(), with_layers=False).unused == ["c.jsonl:2 (s/typo.png)"]
 
 
 def test_a_name_that_fits_two_media_is_refused_unless_the_path_from_the_table_says_which(root):

@@ -166,4 +166,4 @@ def test_the_guide_names_every_field(record):
 
 def test_nothing_named_in_a_manifest_is_unused(root):
     chosen = source(root, {"media": "a.png", "mask": "m/a.tif"})
-    assert chosen.unused(chosen.items()) == []
+    assert chosen.left_over(chosen.items(), with_layers=False).unused == []

@@ -76,8 +76,7 @@ def test_pipes_and_sockets_are_no_media(tmp_path):
         ("s/v1.2.mp4", ["masks/s/v1.2/0.png"], ("masks/s/v1.2", "folder")),
         ("a.mp4", ["photos/a.mask.mov"], ("photos/a.mask.mov", "sidecar")),
         ("a.mp4", ["photos/a.mask/0.png", "photos/a.mask/1.png"], ("photos/a.mask", "sidecar")),
-        ("a.png", ["masks/b.png"], None),
-        ("a.png", ["masks/a/0.png"], None),
+        ("a.png", ["photos/a-masklabel.jpg"], ("photos/a-masklabel.jpg", "masklabel")),
     ],
 )
 def test_masks_are_found_and_are_no_media(tmp_path, media, files, found):
@@ -140,10 +139,10 @@ def test_numbered_controls_go_to_the_sample_of_their_own_name_first(tmp_path):
 
 def test_files_that_belong_to_no_media_are_named(tmp_path):
     touch(tmp_path, "photos/a.png", "photos/b.mask.png", "photos/c-masklabel.png", "photos/a-masklabel.jpg")
-    touch(tmp_path, "photos/d.txt", "photos/e.mask/0.png", "photos/a.mask.png", "photos/a.txt", "masks/A.png")
+    touch(tmp_path, "photos/d.txt", "photos/e.mask/0.png", "photos/a.txt", "masks/A.png", "masks/a.png")
     chosen = source(tmp_path)
-    expected = ["A.png", "a-masklabel.jpg", "b.mask.png", "c-masklabel.png", "d.txt", "e.mask"]
-    assert sorted(chosen.unused(chosen.items())) == expected
+    expected = ["A.png", "b.mask.png", "c-masklabel.png", "d.txt", "e.mask"]
+    assert sorted(chosen.left_over(chosen.items(), with_layers=False).unused) == expected
 
 
 def test_invert_repeats_and_requirement_are_said_of_each_item(tmp_path):
@@ -240,7 +239,8 @@ def test_datasets_keep_their_own_settings_and_take_the_others_from_the_top(two):
     assert [(item.invert, item.repeats, item.caption) for item in (clip, photo, held)] == [
         (True, 2, "ohwx"), (False, 3, "sks"), (False, 1, "sks")]  # fmt: skip
     assert [item.mask and item.mask.parent.name for item in (clip, photo, held)] == ["clip_masks", "masks", None]
-    assert chosen.unused([clip, held]) == ["a.png"]  # the masks of all datasets are looked through
+    left = chosen.left_over([clip, held], with_layers=False)
+    assert [row.name for row in left.passed] == ["masks/a.png"]  # the masks of all datasets are looked through
 
 
 def test_a_yaml_of_datasets_is_relative_to_its_own_folder(two, tmp_path_factory, monkeypatch):

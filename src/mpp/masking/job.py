@@ -19,6 +19,7 @@ from mpp.masking.video_frames import read_times
 from mpp.masking.writing import is_own_folder, made_with, write_frames, write_png, write_video
 from mpp.media.images import SUFFIXES, VIDEO_SUFFIXES
 from mpp.media.mask import Mask
+from mpp.media.own import mark
 from mpp.wording import few
 
 _FORMAT = 1
@@ -119,8 +120,11 @@ class MaskJob:
         tasks, unused = self._tasks()
         open_tasks, kept = self._open(tasks)
         check_writable(Path(self.output).expanduser(), "output")
+        if isinstance(self.tool, Preview):
+            mark(Path(self.output).expanduser())
         if self.preview is not None:
             check_writable(Path(self.preview).expanduser(), "preview")
+            mark(Path(self.preview).expanduser())
         if open_tasks:
             self.tool.prepare([task.clip for task in open_tasks])
         written, failures, frames, still = [], [], 0, set(open_tasks)

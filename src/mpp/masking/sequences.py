@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from mpp.masking.pixels import read_alpha
 from mpp.masking.video_frames import video_images, video_masks
 from mpp.media.images import SUFFIXES, VIDEO_SUFFIXES, DecodedImage, read_image, read_raw_mask
 from mpp.media.mask import Mask, judged
-from mpp.media.paths import list_files, reaching
+from mpp.media.paths import look_through, reaching
+from mpp.sources.beside import mask_owner
+from mpp.wording import few
 
 _BESIDE = re.compile(r"-masklabel$|\.mask$|\.mask(?=/)")  # masks that lie beside their media
 
@@ -97,7 +99,8 @@ def find_sequences(
         root: The folder, searched with its subfolders, or a file.
         option: The setting's name, for errors.
         masks: Whether the files are masks: where such lie beside media (`NAME-masklabel.png`, `NAME.mask.png`,
-            `NAME.mask.mp4`, a folder `NAME.mask`), only they count; else they are left out.
+            `NAME_mask.png` and the like, `NAME.mask.mp4`, a folder `NAME.mask`), only they count; else they are left
+            out.
         frame_folders: Whether the images of one folder are the frames of one clip.
         without: A folder inside it that is left out.
 
@@ -114,15 +117,19 @@ def find_sequences(
         raise ValueError(f"{option}={root} is no folder, and no image or video")
     inner = None if without is None else Path(without).expanduser().resolve()
     # as prepare lists them: links are followed, hidden ones are left out
-    files = [p for p in (path / listed.name for listed in list_files(path)) if p.suffix.lower() in known]
+    listing = look_through(path)
+    files = [p for p in (path / listed.name for listed in listing.files) if p.suffix.lower() in known]
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     if inner is not None and inner != path.resolve():
         files = [p for p in files if not p.resolve().is_relative_to(inner)]
-    beside = [p for p in files if _BESIDE.search(_key(path, p))]
-    files = beside if masks and beside else [p for p in files if p not in set(beside)]
-    if not files:
-        raise ValueError(f"{option}={root} holds no images and no videos")
-    clips = _by_key(path, files)
+    keys = {_key(path, p) for p in files}
+    beside = {p: key for p in files if (key := _media_of(_key(path, p), keys)) is not None}
+    chosen = beside if masks and beside else {p: _key(path, p) for p in files if p not in beside}
+    if not chosen:
+        names = ", ".join(few([name for name in listing.own if name], 3))
+        own = f" but in folders that mpp wrote, which are left out ({names}); name one of them itself" if names else ""
+        raise ValueError(f"{option}={root} holds no images and no videos{own}")
+    clips = _by_key(chosen)
     return _grouped(clips, option) if frame_folders else clips
 
 
@@ -157,10 +164,15 @@ def _frame_folders(clips: Mapping[str, FrameSequence]) -> dict[str, FrameSequenc
     return {key: FrameSequence(key, paths[0].parent, tuple(paths)) for key, paths in ordered.items()}
 
 
-def _by_key(root: Path, files: list[Path]) -> dict[str, FrameSequence]:
+def _media_of(key: str, keys: Collection[str]) -> str | None:
+    """The key of the media beside which a mask lies, by its own key; None of what is no such mask."""
+    return _BESIDE.sub("", key) if _BESIDE.search(key) else mask_owner(key, keys)
+
+
+def _by_key(keys: Mapping[Path, str]) -> dict[str, FrameSequence]:
     found: dict[str, list[Path]] = defaultdict(list)
-    for path in files:
-        found[_BESIDE.sub("", _key(root, path))].append(path)
+    for path, key in keys.items():
+        found[key].append(path)
     for paths in found.values():
         if len(paths) > 1:
             raise ValueError(f"{paths[0]} and {paths[1]} share one name; rename or remove one of them")

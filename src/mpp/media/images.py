@@ -15,7 +15,9 @@ from mpp.media.mask import RawMask, grey, judged
 from mpp.media.paths import MediaPath, reaching, short
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # Pillow has others that start programs, such as EPS
-_LOSSY = ("JPEG", "MPO", "AVIF")
+_LOSSY = ("JPEG", "MPO", "AVIF", "HEIF")
+_HEIC = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"})  # brands, and those that AVIF has too
+_HEIC_OR_AVIF = frozenset({b"mif1", b"msf1"})
 _DEEP_CHANNELS = {"rgb48be": 3, "ya16be": 2, "rgba64be": 4}
 _TELLING = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp")  # PNG's texts that may say an orientation
 
@@ -48,7 +50,7 @@ def open_image(handle: BinaryIO, path: MediaPath) -> Image.Image:
     Raises:
         ValueError: It is animated, or has several pages.
     """
-    image = Image.open(handle, formats=_FORMATS)
+    image = Image.open(handle, formats=(*_FORMATS, "HEIF") if _reads_heif(handle, path) else _FORMATS)
     # the further images of a JPEG (MPO) are previews and depth maps of cameras
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise _RefusedError(
@@ -56,6 +58,29 @@ def open_image(handle: BinaryIO, path: MediaPath) -> Image.Image:
             "of them as a video"
         )
     return image
+
+
+def _reads_heif(handle: BinaryIO, path: MediaPath) -> bool:
+    """Whether a file may be HEIC, and the package for that is there.
+
+    Raises:
+        ValueError: It is HEIC, and the package is not there.
+    """
+    head = handle.read(12)
+    handle.seek(0)
+    if head[4:8] != b"ftyp" or head[8:] not in _HEIC | _HEIC_OR_AVIF:
+        return False
+    try:
+        import pillow_heif  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        if head[8:] in _HEIC_OR_AVIF and path.suffix.lower() not in HEIF_SUFFIXES:
+            return False
+        raise _RefusedError(
+            f"{path} is HEIC, for which the package pillow-heif is not installed; pip install 'mpp[heic]', or save it "
+            "as PNG"
+        ) from error
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def decode_image(handle: BinaryIO, path: MediaPath) -> Image.Image:
@@ -187,7 +212,10 @@ def _says_late(image: Image.Image) -> bool:
     return False
 
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+SUFFIXES = HEIF_SUFFIXES | {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"
+}  # fmt: skip
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"})
 
 

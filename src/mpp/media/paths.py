@@ -15,6 +15,7 @@ from fsspec.registry import known_implementations
 from upath import UPath
 
 from mpp.files import content_hash
+from mpp.media.own import MARKERS, is_marker, is_own
 
 MediaPath = Path | UPath
 
@@ -22,6 +23,7 @@ _AT_ONCE = 500  # files fetched together; more would fill memory with texts
 _FEW = 16  # files of one remote folder that are looked up one by one instead of listing it
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # of S3, Azure, Google, SFTP, memory
 _DRIVE = re.compile(r"^/(?=[A-Za-z]:)")  # of file:///C:/photos
+_HIDDEN = re.compile(r"(?:[^/]+/)*?\.[^/]*")
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "checksum")
 
 
@@ -35,6 +37,20 @@ class Listed(NamedTuple):
 
     name: str
     real: str
+
+
+class Listing(NamedTuple):
+    """What lies below a folder, each by its path below it, with slashes.
+
+    Attributes:
+        files: The files.
+        hidden: Files and folders whose names begin with a dot; not looked into.
+        own: Folders that mpp wrote; not looked into. "" is the folder itself, which is.
+    """
+
+    files: list[Listed]
+    hidden: list[str]
+    own: list[str]
 
 
 def as_path(text: str | Path) -> MediaPath:
@@ -118,7 +134,16 @@ def folder(text: str, option: str) -> MediaPath:
 
 
 def list_files(root: MediaPath, without: Collection[str] = ()) -> list[Listed]:
-    """All files below a folder, sorted by name, from one listing; hidden files and folders are left out.
+    """The files that `look_through` finds.
+
+    Raises:
+        ValueError: A folder cannot be read.
+    """
+    return look_through(root, without).files
+
+
+def look_through(root: MediaPath, without: Collection[str] = ()) -> Listing:
+    """All files below a folder, from one listing; what is hidden, and folders that mpp wrote, are left out.
 
     Links are followed, on this machine, but not in circles.
 
@@ -131,17 +156,10 @@ def list_files(root: MediaPath, without: Collection[str] = ()) -> list[Listed]:
     """
     with reaching(root):
         if isinstance(root, Path):
-            return sorted(_walk(str(root), "", (os.path.realpath(root),), frozenset(without)))
-        fs, start = root.fs, real(root)
-        fs.invalidate_cache()  # a listing may have been kept from an earlier look
-        base = root.path.rstrip("/") + "/"
-        names = sorted(path.removeprefix(base) for path in fs.find(root.path))
-    left_out = tuple(f"{location}/" for location in without)
-    return [
-        Listed(name, f"{start}/{name}")
-        for name in names
-        if not any(part.startswith(".") for part in name.split("/")) and not f"{start}/{name}".startswith(left_out)
-    ]
+            found = Listing([], [], [])
+            _walk(str(root), "", (os.path.realpath(root),), frozenset(without), found)
+            return Listing(*map(sorted, found))
+        return _look_through_remote(root, without)
 
 
 def kinds(paths: Sequence[MediaPath]) -> dict[MediaPath, Literal["file", "folder"]]:
@@ -229,20 +247,42 @@ def _package(protocol: str) -> str | None:
     return None if package == "fsspec" else package
 
 
-def _walk(root: str, below: str, chain: tuple[str, ...], without: Collection[str]) -> Iterator[Listed]:
-    """Files of one folder and those inside; `chain` is where it and the folders around it really lie."""
+def _walk(root: str, below: str, chain: tuple[str, ...], without: Collection[str], found: Listing) -> None:
+    """Add what one folder and those inside hold; `chain` is where it and the folders around it really lie."""
+    if is_own(Path(root, below)):
+        found.own.append(below[:-1])
+        if below:
+            return
     with os.scandir(os.path.join(root, below)) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
             name = f"{below}{entry.name}"
+            if entry.name.startswith("."):
+                found.hidden.append(name)
+                continue
             linked = entry.is_symlink()
             where = os.path.realpath(entry.path) if linked else os.path.join(chain[-1], entry.name)
             if entry.is_dir():
                 if not _among(where, without) and where not in chain:
-                    yield from _walk(root, f"{name}/", (*chain, where), without)
+                    _walk(root, f"{name}/", (*chain, where), without, found)
             elif entry.is_file() or (linked and not os.path.exists(entry.path)):  # a link to nothing fails when read
-                yield Listed(name, where)
+                found.files.append(Listed(name, where))
+
+
+def _look_through_remote(root: UPath, without: Collection[str]) -> Listing:
+    fs, start = root.fs, real(root)
+    fs.invalidate_cache()  # a listing may have been kept from an earlier look
+    base = root.path.rstrip("/") + "/"
+    names = sorted(path.removeprefix(base) for path in fs.find(root.path))
+    marked = {name: marker for name in names for marker in MARKERS if f"/{name}".endswith(f"/{marker}")}
+    contents = fs.cat([f"{base}{name}" for name in marked]) if marked else {}
+    said = [(name, marker) for name, marker in marked.items() if is_marker(marker, contents[f"{base}{name}"])]
+    own = {name[: -len(marker)].rstrip("/") for name, marker in said}
+    left_out = (*(f"{location}/" for location in without), *(f"{start}/{folder}/" for folder in own if folder))
+    kept = [name for name in names if not f"{start}/{name}".startswith(left_out)]
+    hidden = {match[0] for name in kept if (match := _HIDDEN.match(name))}
+    files = [Listed(name, f"{start}/{name}") for name in kept if not _HIDDEN.match(name)]
+    outermost = [folder for folder in own if not any(folder.startswith(f"{other}/") for other in own)]
+    return Listing(files, sorted(hidden), sorted(outermost))
 
 
 def _among(folder: str, others: Collection[str]) -> bool:

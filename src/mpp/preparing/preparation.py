@@ -10,8 +10,10 @@ import torch
 from tqdm import tqdm
 
 from mpp.cache.fingerprints import Fingerprints
-from mpp.cache.format import Cache, CacheIdentity, Notes, text_name, write_tensors
-from mpp.cache.index import Entry
+from mpp.cache.format import Cache, CacheIdentity, Notes, evenly_spread, text_name, write_tensors
+from mpp.cache.index import Entry, Index
+from mpp.cache.mask_facts import MaskDoubts
+from mpp.core.loss import MaskedPriorLoss
 from mpp.files import check_writable, names_told_apart, remove_leftovers
 from mpp.models.contract import Architecture, Encoders, Identity
 from mpp.preparing.encoding import LatentWriter, preview_paths
@@ -78,13 +80,16 @@ class Preparation:
         self._claim(identity)
         mine = items[self.shard.index :: self.shard.count]
         jobs = self._plan(mine, identity)
+        layered = self.architecture.latents.frames.has_layers
+        self.summary.left_over = self.source.left_over(items, with_layers=layered)
         self.summary.spent("check", start)
         encoders = self.architecture.load_encoders(self.device)
         jobs = self._encode_text(jobs, encoders)
         self._retire_index(jobs, items)
         jobs = self._encode_latents(jobs, encoders, identity)
         jobs = self._write_masks(jobs)
-        self.summary.count(mine, jobs, self.source.unused(items))
+        self.summary.count(mine, jobs)
+        self._look_at_masks(jobs)
         self._finish(jobs, items)
         if self.shard.index == 0:
             self._encode_prompts(encoders, identity)
@@ -181,6 +186,13 @@ class Preparation:
         self.summary.spent("masks", start)
         return [job for job in jobs if job.key not in failed]
 
+    def _look_at_masks(self, jobs: Sequence[Job]) -> None:
+        """Count masks that look wrong, whatever the loss."""
+        start = time.monotonic()
+        masked = Index.of([job.entry() for job in evenly_spread([job for job in jobs if job.mask_kind is not None])])
+        self.summary.doubts = MaskDoubts.of(self.cache, masked, MaskedPriorLoss(), self.architecture.given_frames)
+        self.summary.stages["masks"] += time.monotonic() - start
+
     def _average_masks(self, jobs: Sequence[Job]) -> Iterator[Failures]:
         """Write masks; what failed of each, in their order."""
         with ThreadPoolExecutor(_MASKS_AT_ONCE) as pool:  # most of the time is waiting for the disk
@@ -226,7 +238,7 @@ class Preparation:
             self.cache.write_index(entries)
         self.unsynced.end(everything=True)
         self.summary.texts_removed = self._remove_texts()
-        unused = tuple(self.summary.unused)
+        unused = tuple(self.summary.left_over.unused)
         self.cache.write_notes(Notes(self.source.sources_record(), unused, skipped))
 
     def _files(self, jobs: Sequence[Job]) -> Iterator[Path]:

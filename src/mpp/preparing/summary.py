@@ -6,15 +6,22 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from textwrap import shorten
 
+from mpp.cache.mask_facts import MaskDoubts
 from mpp.media.geometry import MUCH_CROPPED
 from mpp.preparing.planning import Job
 from mpp.preparing.shards import Shard
+from mpp.sources.folders import LeftOver
 from mpp.sources.items import Item
+from mpp.sources.passed import lines
 from mpp.wording import few
 
 _SHOWN = 20
 _HARDLY = 0.005
 _WORDS = 60
+_EMPTY = (
+    "training learns nothing there, or under a floor (loss.mask_min_weight above 0) all of it, background included; "
+    "its data.on_empty_mask says what becomes of them"
+)
 
 
 @dataclass
@@ -40,19 +47,19 @@ class Summary:
     cropped: dict[str, float] = field(default_factory=dict)
     validation: int = 0
     prompts: int = 0
+    doubts: MaskDoubts = field(default_factory=MaskDoubts)
     skipped: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+    left_over: LeftOver = field(default_factory=lambda: LeftOver([], [], []))
     buckets: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     stages: dict[str, float] = field(default_factory=dict)
     waiting: tuple[int, ...] = ()
     seconds: float = 0.0
 
-    def count(self, items: Sequence[Item], jobs: Sequence[Job], unused: Sequence[str]) -> None:
-        """Count the samples that are there now, all of them, and what is not used."""
+    def count(self, items: Sequence[Item], jobs: Sequence[Job]) -> None:
+        """Count the samples that are there now, all of them."""
         used = {job.item.key for job in jobs}
         self.no_caption = sum(not item.captioned for item in items if item.key in used)
         self.videos = sum(item.video for item in items if item.key in used)
-        self.unused = list(unused)
         for job in jobs:
             self.encoded += not job.latents_current
             self.current += job.latents_current
@@ -100,9 +107,7 @@ class Summary:
         if self.shard.count > 1:
             found.insert(0, f"shard {self.shard} (from {self.shard.said_by})")
         found += [f"skipped: {reason}" for reason in few(self.skipped, _SHOWN)]
-        if self.unused:
-            names = ", ".join(few(self.unused, _SHOWN))
-            found.append(f"without media, by their names (masks, control images, captions): {names}")
+        found += self.doubts.lines(_EMPTY) + _left_over(self.left_over)
         if self.waiting:
             found.append(f"the index is written when these shards have finished too: {_shards(self)}")
         return found
@@ -149,6 +154,17 @@ def _ranked(values: dict[str, float], form: str) -> str:
     """Names with their values, the greatest first."""
     ranked = sorted(values.items(), key=lambda row: (-row[1], row[0]))
     return ", ".join(few([f"{name} ({form.format(value)})" for name, value in ranked], _SHOWN))
+
+
+def _left_over(left_over: LeftOver) -> list[str]:
+    found = [f"passed over: {line}" for line in lines(left_over.passed)]
+    if left_over.unused:
+        names = ", ".join(few(left_over.unused, _SHOWN))
+        found.append(f"without media, by their names (masks, control images, captions): {names}")
+    if left_over.doubtful:
+        names = ", ".join(few(left_over.doubtful))
+        found.append(f"taken as media though called like masks, of media that are not there: {names}")
+    return found
 
 
 def _size(bucket: tuple[int, int, int]) -> str:

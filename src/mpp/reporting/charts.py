@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpp.cache.mask_facts import BINS
 from mpp.core.loss import MaskedPriorLoss
-from mpp.reporting.rows import BINS, ReportRow
+from mpp.reporting.rows import ReportRow
 
 _TENTHS = 10
 _NOTHING, _ALL = 1e-6, 1 - 1e-6

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+from mpp.cache import mask_facts
 from mpp.cache.format import Notes
+from mpp.cache.mask_facts import WHITE, MaskFacts, MaskLook
 from mpp.core.loss import MaskedPriorLoss
 from mpp.media.geometry import MUCH_CROPPED
 from mpp.reporting.near_duplicates import near_duplicates
-from mpp.reporting.rows import WHITE, MaskFacts, ReportRow
+from mpp.reporting.rows import ReportRow
 from mpp.wording import few
 
 Severity = Literal["error", "warning", "info"]
+_Note = Callable[[ReportRow, MaskedPriorLoss], str | None]
 
-_TINY_SHARE, _TINY_CELLS = 0.005, 2.0
-_CENTRE, _CONTRAST = 0.05, 2.0
 _MOTION = 8.0  # levels, see near_duplicates.motion
 _NAMED = 5
 
@@ -51,13 +52,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Rule:
-    """A finding that a sample has or has not: its note, or None."""
+    """A finding that a sample has or has not: its note, or None; `under` says before the remedy what a loss does."""
 
     kind: str
     severity: Severity
     title: str
     remedy: str
-    note: Callable[[ReportRow, MaskedPriorLoss], str | None]
+    note: _Note
+    under: Callable[[MaskedPriorLoss], str] = lambda _: ""
 
 
 def find(samples: Sequence[ReportRow], loss: MaskedPriorLoss, notes: Notes) -> list[Finding]:
@@ -67,7 +69,7 @@ def find(samples: Sequence[ReportRow], loss: MaskedPriorLoss, notes: Notes) -> l
         said = [(number, note) for number, s in enumerate(samples) if (note := rule.note(s, loss)) is not None]
         if said:
             numbers, texts = zip(*said, strict=True)
-            found.append(Finding(rule.kind, rule.severity, rule.title, rule.remedy, numbers, texts))
+            found.append(Finding(rule.kind, rule.severity, rule.title, rule.under(loss) + rule.remedy, numbers, texts))
     found += _duplicates(samples)
     order: list[Severity] = ["error", "warning", "info"]
     return sorted(found, key=lambda finding: order.index(finding.severity))
@@ -134,50 +136,18 @@ def _own(sample: ReportRow) -> MaskFacts | None:
     return sample.mask if sample.entry.mask is not None else None
 
 
+def _about_masks(rule: Callable[[MaskLook, MaskedPriorLoss], str | None]) -> _Note:
+    """A rule about masks as one about samples."""
+
+    def note(sample: ReportRow, loss: MaskedPriorLoss) -> str | None:
+        mask = _own(sample)
+        return None if mask is None else rule(mask, loss)
+
+    return note
+
+
 def _unreadable(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
     return sample.problem
-
-
-def _empty(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
-    mask = _own(sample)
-    return "" if mask and mask.highest < 1 - WHITE else None
-
-
-def _below_threshold(sample: ReportRow, loss: MaskedPriorLoss) -> str | None:
-    """All of a mask that is not empty lies below the threshold."""
-    mask, threshold = _own(sample), loss.prior_threshold
-    if mask is None or loss.prior_weight == 0 or threshold is None or _empty(sample, loss) is not None:
-        return None
-    return f"highest value {mask.highest:.2f}" if mask.highest < threshold else None
-
-
-def _above_threshold(sample: ReportRow, loss: MaskedPriorLoss) -> str | None:
-    """None of a mask that is not full lies below the threshold."""
-    mask, threshold = _own(sample), loss.prior_threshold
-    if mask is None or loss.prior_weight == 0 or threshold is None or _full(sample, loss) is not None:
-        return None
-    return f"lowest value {mask.lowest:.2f}" if mask.lowest >= threshold else None
-
-
-def _full(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
-    mask = _own(sample)
-    return "" if mask and mask.lowest > WHITE else None
-
-
-def _tiny(sample: ReportRow, loss: MaskedPriorLoss) -> str | None:
-    mask = _own(sample)
-    if mask is None or _empty(sample, loss) is not None or _below_threshold(sample, loss) is not None:
-        return None
-    if mask.learned >= _TINY_SHARE and mask.cells >= _TINY_CELLS:
-        return None
-    return f"{mask.learned:.2%} of the area, {mask.cells:.1f} latent cells"
-
-
-def _inverted(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
-    mask = _own(sample)
-    if mask is None or 1 - mask.centre < max(_CENTRE, _CONTRAST * (1 - mask.border)):
-        return None
-    return f"border {mask.border:.0%} learned, centre {mask.centre:.0%}"
 
 
 def _still_mask(sample: ReportRow, _: MaskedPriorLoss) -> str | None:
@@ -217,15 +187,16 @@ _RULES = (
         "empty",
         "error",
         "Empty mask",
-        "All black: nothing is learned from the image. Draw the mask, or drop the image.",
-        _empty,
+        "Draw the mask, drop the image, or set data.on_empty_mask=skip for training.",
+        _about_masks(mask_facts.empty),
+        lambda loss: f"All black: {mask_facts.black_under(loss)}. ",
     ),
     _Rule(
         "below_threshold",
         "error",
         "All below the threshold",
         "The whole mask lies below loss.prior_threshold. Lower the threshold, or raise the mask's values.",
-        _below_threshold,
+        _about_masks(mask_facts.below_threshold),
     ),
     _Rule(
         "above_threshold",
@@ -233,14 +204,14 @@ _RULES = (
         "Nothing below the threshold",
         "No part of the mask lies below loss.prior_threshold, so the teacher is skipped. A floor may be baked into the "
         "mask: remove it, or raise the threshold above it.",
-        _above_threshold,
+        _about_masks(mask_facts.above_threshold),
     ),
     _Rule(
         "full",
         "warning",
         "Full mask",
         "All white: the background is learned too, nothing is preserved, the teacher is skipped.",
-        _full,
+        _about_masks(mask_facts.full),
     ),
     _Rule(
         "tiny",
@@ -248,7 +219,7 @@ _RULES = (
         "Tiny mask",
         "Less than 0.5 % of the area or 2 latent cells learn, and each counts for very much. Choose a higher "
         "resolution, crop the image, or set loss.area_scale_beta=0.5.",
-        _tiny,
+        _about_masks(mask_facts.tiny),
     ),
     _Rule(
         "inverted",
@@ -256,7 +227,7 @@ _RULES = (
         "Looks inverted",
         "The border learns and the centre is preserved, while white is what is learned. Invert the mask "
         "(data.invert_mask=true for all of them), unless it is meant.",
-        _inverted,
+        _about_masks(mask_facts.inverted),
     ),
     _Rule(
         "cropped",

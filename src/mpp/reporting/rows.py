@@ -11,6 +11,7 @@ from torch import Tensor
 from mpp.cache.coverage import SampleCoverage, cover
 from mpp.cache.format import Cache, CacheIdentity, made_from
 from mpp.cache.index import Entry
+from mpp.cache.mask_facts import MaskFacts
 from mpp.cache.provenance import LatentsProvenance, TextProvenance
 from mpp.core.loss import MaskedPriorLoss
 from mpp.media.geometry import Geometry
@@ -18,11 +19,7 @@ from mpp.models.contract import LatentSpec
 from mpp.models.frame_axis import FrameAxis
 from mpp.reporting.near_duplicates import Print, motion, open_small, print_of
 
-WHITE = 1 - 1 / 510  # a raw value that would be saved as 255, and below `1 - WHITE` as 0
-BINS = 20  # of raw values between black and white
-_RING = 0.1  # width of the border over the image's shorter side
 _SMALL_SIDE = 64
-_STILL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -40,33 +37,6 @@ class View:
     frame: int
     image: Path | None
     given: bool
-
-
-@dataclass(frozen=True)
-class MaskFacts:
-    """What findings ask about a raw mask, all over the frames that are not given.
-
-    Attributes:
-        lowest: Its lowest value.
-        highest: Its highest value.
-        border: Mean over the outer tenth of the image.
-        centre: Mean over the middle half of its width and height.
-        learned: Mean target weight, leaving out the loss's floor.
-        cells: Sum of these weights in the frame where it is largest.
-        still: Whether all frames are equal; False for one frame.
-        values: Share of the cells that are black, that fall into each of `BINS` bins between, and that are white.
-        frames: Mean target and prior weight of each frame.
-    """
-
-    lowest: float
-    highest: float
-    border: float
-    centre: float
-    learned: float
-    cells: float
-    still: bool
-    values: tuple[float, ...]
-    frames: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -126,7 +96,7 @@ def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, identity: CacheId
         return replace(sample, problem=str(error))
     if not torch.isfinite(mask).all():
         return replace(sample, problem=f"{cache.mask_path(entry.key)} holds NaN or infinity")
-    return replace(sample, coverage=cover(loss, mask, entry), mask=_mask_facts(mask, loss))
+    return replace(sample, coverage=cover(loss, mask, entry), mask=MaskFacts.of(mask, loss))
 
 
 def views_of(cache: Cache, entry: Entry, identity: CacheIdentity) -> tuple[View, ...]:
@@ -177,44 +147,6 @@ def _small(path: Path | None) -> Image.Image | None:
         return None if path is None else open_small(path, _SMALL_SIDE)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-
-
-def _mask_facts(mask: Tensor, loss: MaskedPriorLoss) -> MaskFacts:
-    weights = loss.weights(mask)
-    raw = weights.raw[0, 0]
-    learned = replace(loss, mask_min_weight=0.0).weights(mask).target[0, 0]
-    still = raw.shape[0] > 1 and bool((raw - raw[:1]).abs().max() < _STILL)
-    frames = zip(weights.target.mean((0, 1, 3, 4)).tolist(), weights.prior.mean((0, 1, 3, 4)).tolist(), strict=True)
-    border, centre = _border_and_centre(raw.mean(0))
-    return MaskFacts(
-        lowest=float(raw.min()),
-        highest=float(raw.max()),
-        border=border,
-        centre=centre,
-        learned=float(learned.mean()),
-        cells=float(learned.sum((1, 2)).max()),
-        still=still,
-        values=value_shares(raw),
-        frames=tuple(frames),
-    )
-
-
-def _border_and_centre(raw: Tensor) -> tuple[float, float]:
-    """Means over the outer ring and the middle of a mask `(h, w)`."""
-    height, width = raw.shape
-    ring = max(1, round(_RING * min(height, width)))
-    inner = torch.zeros_like(raw, dtype=torch.bool)
-    inner[ring : height - ring, ring : width - ring] = True
-    top, left = height // 4, width // 4
-    return float(raw[~inner].mean()), float(raw[top : height - top, left : width - left].mean())
-
-
-def value_shares(raw: Tensor) -> tuple[float, ...]:
-    """Share of the cells that are black, in each of `BINS` equal bins between, and white."""
-    values = raw.flatten()
-    black, white = values < 1 - WHITE, values > WHITE
-    between = torch.histc(values[~(black | white)], bins=BINS, min=0.0, max=1.0).tolist()
-    return tuple(count / len(values) for count in (float(black.sum()), *between, float(white.sum())))
 
 
 def used_for_training(samples: Sequence[ReportRow]) -> list[SampleCoverage]:

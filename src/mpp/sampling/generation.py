@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mpp.files import write_atomically
 from mpp.lora.adapters import adapters_off, has_adapter
+from mpp.media.own import mark
 from mpp.models.contract import Architecture, Encoders
 from mpp.models.frame_axis import FrameAxis
 from mpp.sampling.prompts import ReadyPrompt
@@ -103,6 +104,7 @@ def save(pair: Pair, folder: Path) -> list[Path]:
     sheet = strip(pair)
     image = folder / f"{pair.name}.png"
     write_atomically(image, lambda temporary: sheet.save(temporary, "PNG"))
+    mark(folder)
     if not pair.frames.plays(len(pair.base)):
         return [image]
     clip = folder / f"{pair.name}.mp4"

@@ -3,108 +3,34 @@
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from mpp.media.images import SUFFIXES, VIDEO_SUFFIXES
-from mpp.media.paths import Listed, MediaPath, folder, list_files
+from mpp.media.paths import MediaPath, as_path, folder, look_through, real
+from mpp.sources.beside import LAYER, MEDIA, Beside, Found, ancestors, by_key, check_foreign
 from mpp.sources.items import Item, MaskKind
+from mpp.sources.passed import Passed, of_listing, unread
 from mpp.sources.settings import SourceSettings
+from mpp.wording import few
 
-_MEDIA = SUFFIXES | VIDEO_SUFFIXES
-_LABEL, _SIDECAR = "-masklabel", ".mask"
-_LAYER = re.compile(r"(.+)\.layer([0-9]+)")
 _NUMBERED = re.compile(r"(.+)_([0-9]+)")
+_LAYERS = "of layers, which this model does not learn"
+_OTHER_KIND = "another mask of the same media comes first, or data.mask_sources leaves this kind out"
 
 
-class Found(NamedTuple):
-    """A file by its path below the folder that was searched.
-
-    Attributes:
-        root: That folder.
-        name: Path below it, with slashes.
-        key: The same without suffix.
-        suffix: In lower case.
-        real: Where it really lies.
-        frames: Whether it is a folder of frames.
-    """
-
-    root: MediaPath
-    name: str
-    key: str
-    suffix: str
-    real: str
-    frames: bool = False
-
-    @classmethod
-    def file(cls, root: MediaPath, listed: Listed) -> "Found":
-        """Of a file."""
-        key, suffix = posixpath.splitext(listed.name)
-        return cls(root, listed.name, key, suffix.lower(), listed.real)
-
-    @classmethod
-    def folder(cls, root: MediaPath, name: str) -> "Found":
-        """Of a folder of frames."""
-        return cls(root, name, name, "", "", frames=True)
-
-    @property
-    def path(self) -> MediaPath:
-        """Where it lies."""
-        return self.root / self.name
-
-    @property
-    def still(self) -> bool:
-        """Whether it is one image, and neither a video nor a folder of frames."""
-        return not self.frames and self.suffix not in VIDEO_SUFFIXES
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What one folder of media holds, by key: path below the folder without suffix.
+class LeftOver(NamedTuple):
+    """What in the folders of a dataset is not used.
 
     Attributes:
-        media: Images and videos, layers among them.
-        captions: Text files.
-        labels: Masks named `NAME-masklabel.png`.
-        sidecars: Masks named `NAME.mask.png`, `NAME.mask.mp4`, `NAME.mask`, and folders `NAME.mask`.
-        strangers: Names of files that look like masks and are none.
+        unused: Masks, control images and captions that belong to no media.
+        passed: Everything else, with the reason.
+        doubtful: Media that are called like masks, of media that are not there.
     """
 
-    media: dict[str, Found]
-    captions: dict[str, Found]
-    labels: dict[str, Found]
-    sidecars: dict[str, Found]
-    strangers: tuple[str, ...]
-
-    @classmethod
-    def read(cls, root: MediaPath, without: Collection[str]) -> "Beside":
-        """Sort the files of a folder.
-
-        Raises:
-            ValueError: It cannot be read, or two of one kind share a stem.
-        """
-        kinds: dict[str, list[tuple[str, Found]]] = defaultdict(list)
-        for listed in list_files(root, without):
-            file = Found.file(root, listed)
-            kind, key = _kind(file)
-            kinds[kind].append((key, file))
-        folders = {key: Found.folder(root, f"{key}{_SIDECAR}") for key, _ in kinds["frame"]}
-        still = all(found.still for _, found in kinds["media"])
-        return cls(
-            _by_key(kinds["media"], "images" if still else "media"),
-            _by_key(kinds["caption"], "captions"),
-            _by_key(kinds["label"], "masks"),
-            _by_key([*kinds["sidecar"], *folders.items()], "masks"),
-            tuple(found.name for _, found in kinds["stranger"]),
-        )
-
-    @cached_property
-    def folders(self) -> frozenset[str]:
-        """Folders in it that hold media, as `_ancestors` gives them."""
-        parents = {f"{posixpath.dirname(key)}/" for key in self.media}
-        return frozenset(above for parent in parents for above in _ancestors(parent))
+    unused: list[str]
+    passed: list[Passed]
+    doubtful: list[str]
 
 
 class MediaFolder:
@@ -131,9 +57,18 @@ class MediaFolder:
                 f"{option}{val}image_dir={paths['image_dir']} holds no images ({', '.join(sorted(SUFFIXES))}) or "
                 f"videos ({', '.join(sorted(VIDEO_SUFFIXES))})"
             )
+        table = None if dataset.captions is None else real(as_path(dataset.captions))
+        self.passed = [file for file in self.beside.passed if real(roots["image_dir"] / file.name) != table]
         self.masks = self._read_masks(roots["mask_dir"]) if "mask_dir" in roots else {}
-        self.controls = _files(roots["control_dir"], "control images") if "control_dir" in roots else {}
+        self.controls = self._files(roots["control_dir"], "control images") if "control_dir" in roots else {}
         self.control_numbers = _numbers(self.controls, self.beside.media)
+        for name, files, pattern in (("mask_dir", self.masks, LAYER), ("control_dir", self.controls, _NUMBERED)):
+            if files and not any(self._fits(key, pattern) for key in files):
+                raise ValueError(
+                    f"{option}{val}{name}={paths[name]}: none of its {len(files)} files ({_names(files)}) has "
+                    f"the name of any of the {len(self.beside.media)} media in {paths['image_dir']} "
+                    f"({_names(self.beside.media)}); files match by their path below the folder, without suffix"
+                )
 
     def items(self, *, with_layers: bool) -> list[tuple[Item, Found]]:
         """Its media without captions, sorted by key, and the file of each.
@@ -153,23 +88,44 @@ class MediaFolder:
             )
         return [(self._item(key, found, layers.get(key, ())), found) for key, found in sorted(whole.items())]
 
-    def unused(self, used: Collection[MediaPath]) -> list[str]:
-        """Names of masks, control images and captions that belong to no media.
+    def left_over(self, used: Collection[MediaPath], *, with_layers: bool) -> LeftOver:
+        """What of its files is not used.
 
         Args:
-            used: Masks and control images that belong to one.
+            used: Media, masks and control images of the items of all folders.
+            with_layers: Whether layers are read.
         """
-        media = self.beside.media
-        files = [*self.masks.values(), *self.controls.values()]
-        beside = [self.beside.labels, self.beside.sidecars] + (
-            [self.beside.captions] if not self.dataset.captions else []
-        )
-        orphans = [found for kind in beside for key, found in kind.items() if key not in media]
-        names = [posixpath.basename(found.name) for found in files if found.path not in used]
-        return names + [found.name for found in orphans] + list(self.beside.strangers)
+        beside, media = self.beside, self.beside.media
+        unused, passed = [], list(self.passed)
+        for files in (beside.labels, beside.sidecars, self.masks, self.controls):
+            pattern = _NUMBERED if files is self.controls else LAYER
+            for key, found in files.items():
+                if found.path in used:
+                    continue
+                inside = files is beside.labels or files is beside.sidecars
+                if not self._fits(key, pattern):
+                    unused.append(found.name if inside else posixpath.basename(found.name))
+                    continue
+                name = found.name if inside else f"{found.root.name}/{found.name}"
+                passed.append(Passed(name, _LAYERS if key not in media or LAYER.fullmatch(key) else _OTHER_KIND))
+        for key, found in beside.captions.items():
+            if self.dataset.captions is not None:
+                passed.append(Passed(found.name, "data.captions is read instead"))
+            elif key not in media:
+                unused.append(found.name)
+            elif self._is_layer(key, with_layers=with_layers):
+                passed.append(Passed(found.name, "layers have no captions"))
+        layers = (found for key, found in media.items() if self._is_layer(key, with_layers=with_layers))
+        passed += [Passed(found.name, _LAYERS) for found in layers if found.path not in used]
+        return LeftOver(unused, passed, list(beside.doubtful))
+
+    def _fits(self, key: str, pattern: re.Pattern[str]) -> bool:
+        """Whether a mask or a control image belongs to any media, by its own name or as one of several of a pattern."""
+        match = pattern.fullmatch(key)
+        return key in self.beside.media or (match is not None and match[1] in self.beside.media)
 
     def _is_layer(self, key: str, *, with_layers: bool) -> bool:
-        match, media = _LAYER.fullmatch(key), self.beside.media
+        match, media = LAYER.fullmatch(key), self.beside.media
         return match is not None and media[key].still and (with_layers or match[1] in media)
 
     def _item(self, key: str, found: Found, layers: Sequence[Found]) -> Item:
@@ -211,56 +167,32 @@ class MediaFolder:
         media = self.beside.media
         videos = {f"{key}/" for key, found in media.items() if not found.still} - self.beside.folders
         frames, files = {}, []
-        for file in _media(root):
-            video = next((path for path in _ancestors(file.name) if path in videos), None) if videos else None
+        for file in self._found(root):
+            video = next((path for path in ancestors(file.name) if path in videos), None) if videos else None
             if video is None:
                 files.append((file.key, file))
             else:
                 frames[video[:-1]] = Found.folder(root, video[:-1])
-        return _by_key([*files, *frames.items()], "masks")
+        return by_key([*files, *frames.items()], "masks")
+
+    def _files(self, root: MediaPath, what: str) -> dict[str, Found]:
+        return by_key([(file.key, file) for file in self._found(root)], what)
+
+    def _found(self, root: MediaPath) -> Iterator[Found]:
+        """Images and videos below a folder; others are passed over."""
+        listing = look_through(root)
+        check_foreign(root, listing)
+        self.passed += [Passed(f"{root.name}/{name}", reason) for name, reason in of_listing(listing)]
+        for file in (Found.file(root, listed) for listed in listing.files):
+            if file.suffix in MEDIA:
+                yield file
+            else:
+                self.passed.append(unread(f"{root.name}/{file.name}"))
 
 
-def _kind(file: Found) -> tuple[str, str]:
-    """What a file in a folder of media is, and the key of the media that it belongs to."""
-    key = file.key
-    if f"{_SIDECAR}/" in file.name:
-        return "frame", file.name[: file.name.index(f"{_SIDECAR}/")]
-    if file.suffix == _SIDECAR:
-        return "sidecar", key
-    if file.suffix == ".txt":
-        return "caption", key
-    if file.suffix not in _MEDIA:
-        return "other", key
-    if key.endswith(_SIDECAR):
-        return "sidecar", key.removesuffix(_SIDECAR)
-    if key.endswith(_LABEL):
-        return "label" if file.suffix == ".png" else "stranger", key.removesuffix(_LABEL)
-    return "media", key
-
-
-def _ancestors(name: str) -> list[str]:
-    """The folders that a file lies in, from the outermost, each ending in a slash."""
-    parts = name.split("/")[:-1]
-    return [f"{'/'.join(parts[:count])}/" for count in range(1, len(parts) + 1)]
-
-
-def _media(root: MediaPath) -> list[Found]:
-    """Images and videos below a folder."""
-    files = (Found.file(root, listed) for listed in list_files(root))
-    return [file for file in files if file.suffix in _MEDIA]
-
-
-def _files(root: MediaPath, what: str) -> dict[str, Found]:
-    return _by_key([(file.key, file) for file in _media(root)], what)
-
-
-def _by_key(files: Iterable[tuple[str, Found]], what: str) -> dict[str, Found]:
-    found: dict[str, Found] = {}
-    for key, file in files:
-        twin = found.setdefault(key, file)
-        if twin is not file:
-            raise ValueError(f"two {what} share one stem: {twin.path}, {file.path}; rename or remove one of them")
-    return found
+def _names(files: Mapping[str, Found]) -> str:
+    """Names of some of the files."""
+    return ", ".join(few(sorted(found.name for found in files.values()), 3))
 
 
 def _layers(media: Mapping[str, Found]) -> dict[str, tuple[Found, ...]]:
@@ -271,7 +203,7 @@ def _layers(media: Mapping[str, Found]) -> dict[str, tuple[Found, ...]]:
     """
     found: dict[str, dict[int, Found]] = defaultdict(dict)
     for key, file in media.items():
-        match = _LAYER.fullmatch(key)
+        match = LAYER.fullmatch(key)
         if match is None or not file.still:
             continue
         number = int(match[2])

@@ -34,8 +34,9 @@ class SourceSettings:
     Each path may be a URL that fsspec knows (`s3://`, `gs://`, `https://`, ...).
 
     Args:
-        image_dir: Folder of images and videos, searched with its subfolders. `NAME.txt` beside one is its caption,
-            `NAME.layer0.png`, `NAME.layer1.png`, ... are an image's layers from bottom to top, for layered models.
+        image_dir: Folder of images and videos, searched with its subfolders. `NAME.txt`, or else `NAME.caption`,
+            beside one is its caption, `NAME.layer0.png`, `NAME.layer1.png`, ... are an image's layers from bottom to
+            top, for layered models.
         manifest: A JSONL file that names each media with its mask and caption, instead of folders.
         captions: A table of captions (`.jsonl`, `.csv` or `.tsv`) that is read instead of `NAME.txt`.
         mask_dir: Folder of masks, matched by path below it and stem: an image, for videos also a video or a folder of
@@ -47,9 +48,9 @@ class SourceSettings:
         val_mask_dir: Masks for these.
         val_control_dir: Control images for these.
         mask_sources: Which kinds of mask are taken, the first found wins: `folder` (`mask_dir`), `masklabel`
-            (`NAME-masklabel.png` beside the media), `sidecar` (`NAME.mask.png`, `NAME.mask.mp4`, `NAME.mask`, or a
-            folder `NAME.mask` of frames beside the media), and last `alpha` (the image's alpha channel, where it is
-            not opaque).
+            (`NAME-masklabel.png` beside the media), `sidecar` (`NAME.mask.png`, `NAME_mask.png`, `NAME.mask.mp4`,
+            `NAME.mask`, or a folder `NAME.mask` of frames beside the media), and last `alpha` (the image's alpha
+            channel, where it is not opaque).
         invert_mask: Masks are 1 (learn) where their file, or the alpha channel, is black.
         require_mask: Refuse media without a mask instead of training on all of them.
         repeats: How often an epoch visits each training media, >= 1.

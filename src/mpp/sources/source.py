@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 from mpp.files import WINDOWS
 from mpp.media.paths import absolute, as_path, read_all, real
+from mpp.sources.beside import Found
 from mpp.sources.captions import CaptionTable, OtherCaptions, clean
 from mpp.sources.clips import Clips
-from mpp.sources.folders import Found, MediaFolder
+from mpp.sources.folders import LeftOver, MediaFolder
 from mpp.sources.items import Item
 from mpp.sources.manifest import manifest_items
 from mpp.sources.settings import PATHS, SourceSettings, read_datasets
@@ -88,33 +89,36 @@ class FolderSource(SourceSettings):
                 name; a caption is not UTF-8; a row of a file is damaged; layers or control images lack a number.
         """
         datasets = self._all()
-        found = [named for name in datasets for named in _read(name, datasets, with_layers=with_layers)]
+        found = [named for name in datasets for named in self._read(name, datasets, with_layers=with_layers)]
         self._check(found)
         return sorted((named.item for named in found), key=lambda item: (item.split != "train", item.key))
 
-    def unused(self, items: Sequence[Item]) -> list[str]:
-        """Masks, control images and captions that belong to no media: most often a misspelt name.
+    def left_over(self, items: Sequence[Item], *, with_layers: bool) -> LeftOver:
+        """What in the folders is not used: most often a misspelt name, or a format that is not read.
 
         Args:
             items: What `items` gave.
+            with_layers: As for `items`.
 
         Raises:
             ValueError: As `items` raises.
         """
         masks = (mask for item in items for mask in (item.mask, *item.layer_masks) if mask is not None)
-        used = {*masks, *(control for item in items for control in item.controls)}
-        found = []
+        used = {*masks, *(path for item in items for path in (item.media, *item.layers, *item.controls))}
+        found = LeftOver([], [], [])
         datasets = self._all()
         for name, dataset in datasets.items():
             if dataset.manifest is not None:
                 continue
-            folders = _folders(name, datasets)
-            found += [file for folder in folders for file in folder.unused(used)]
+            folders = self._folders(name, datasets)
+            for folder in folders:
+                for known, more in zip(found, folder.left_over(used, with_layers=with_layers), strict=True):
+                    known.extend(more)
             if dataset.captions is not None:
                 whole = [row for folder in folders for row in folder.items(with_layers=False)]
                 table = CaptionTable.read(dataset.captions)
                 _, strangers = table.match([(file.name, file.path) for _, file in whole])
-                found += [f"{table.path.name}:{row.line} ({row.media})" for row in strangers]
+                found.unused.extend(f"{table.path.name}:{row.line} ({row.media})" for row in strangers)
         return found
 
     def sources_record(self) -> dict[str, Any]:
@@ -148,6 +152,41 @@ class FolderSource(SourceSettings):
             return {"": self}
         return read_datasets(self.datasets, self._defaults())
 
+    def _folders(self, name: str, datasets: Mapping[str, SourceSettings]) -> list[MediaFolder]:
+        """The folders of media of one of the datasets, without what is no media of it."""
+        dataset, option = datasets[name], f"data.datasets.{name}." if name else "data."
+        for path, value in dataset.paths().items():
+            if real(as_path(value)) == real(as_path(self.cache_dir)):
+                raise ValueError(
+                    f"{option}{path} and data.cache_dir are both {value}, so previews in the cache would be read as "
+                    "images; choose a folder of its own for the cache, such as data.cache_dir="
+                    f"{self.cache_dir.rstrip('/')}_cache"
+                )
+        inside = {real(as_path(self.cache_dir))}.union(*(other.inside() for other in datasets.values()))
+        found = [MediaFolder(dataset, "train", inside, option)]
+        if dataset.val_image_dir is not None:
+            found.append(MediaFolder(dataset, "val", inside | {real(as_path(dataset.image_dir))}, option))
+        return found
+
+    def _read(self, name: str, datasets: Mapping[str, SourceSettings], *, with_layers: bool) -> Iterator[_Named]:
+        """The items of one of the datasets, complete."""
+        dataset = datasets[name]
+        if dataset.manifest is not None:
+            for item, where in manifest_items(dataset, with_layers=with_layers):
+                caption = item.caption if item.captioned else None
+                yield _Named(_finished(item, name, dataset, caption), where, real(item.media))
+            return
+        found = [
+            (item, file, folder.beside.captions.get(file.key))
+            for folder in self._folders(name, datasets)
+            for item, file in folder.items(with_layers=with_layers)
+        ]
+        captions = _captions(dataset, found)
+        of = f" (data.datasets.{name})" if name else ""
+        for number, (item, file, _) in enumerate(found):
+            told = _finished(item, name, dataset, captions.get(number))
+            yield _Named(told, f"{item.media}{of}", file.real)
+
     def _check(self, found: Sequence[_Named]) -> None:
         """Refuse keys that cannot be file names, or are claimed twice, and media that are there twice."""
         keys: dict[str, str] = {}
@@ -167,36 +206,6 @@ class FolderSource(SourceSettings):
         mirrored = next((f"{key}@flip" for key in keys if f"{key}@flip" in keys), None) if self.flip else None
         if mirrored is not None:
             raise ValueError(f"{keys[mirrored]} has the key of a mirrored copy, with data.flip=true; rename it")
-
-
-def _folders(name: str, datasets: Mapping[str, SourceSettings]) -> list[MediaFolder]:
-    """The folders of media of one of the datasets, without what is no media of it."""
-    dataset, option = datasets[name], f"data.datasets.{name}." if name else "data."
-    inside = set().union(*(other.inside() for other in datasets.values()))
-    found = [MediaFolder(dataset, "train", inside, option)]
-    if dataset.val_image_dir is not None:
-        found.append(MediaFolder(dataset, "val", inside | {real(as_path(dataset.image_dir))}, option))
-    return found
-
-
-def _read(name: str, datasets: Mapping[str, SourceSettings], *, with_layers: bool) -> Iterator[_Named]:
-    """The items of one of the datasets, complete."""
-    dataset = datasets[name]
-    if dataset.manifest is not None:
-        for item, where in manifest_items(dataset, with_layers=with_layers):
-            caption = item.caption if item.captioned else None
-            yield _Named(_finished(item, name, dataset, caption), where, real(item.media))
-        return
-    found = [
-        (item, file, folder.beside.captions.get(file.key))
-        for folder in _folders(name, datasets)
-        for item, file in folder.items(with_layers=with_layers)
-    ]
-    captions = _captions(dataset, found)
-    of = f" (data.datasets.{name})" if name else ""
-    for number, (item, file, _) in enumerate(found):
-        told = _finished(item, name, dataset, captions.get(number))
-        yield _Named(told, f"{item.media}{of}", file.real)
 
 
 def _finished(item: Item, name: str, dataset: SourceSettings, caption: str | None) -> Item:
