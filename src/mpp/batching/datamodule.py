@@ -1,6 +1,7 @@
 """The DataModule that streams cached latents, masks and text."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -8,7 +9,8 @@ from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
 from mpp.batching.batch import Collate, Sample, read_sample
-from mpp.batching.freshness import MaskChanges, mask_changes
+from mpp.batching.empty_masks import EmptyMasks, OnEmptyMask, check_word, without_empty_masks
+from mpp.batching.freshness import Changed, SourceChanges, source_changes
 from mpp.batching.loader import BatchOrder, Shape, TrainLoader, ValidationLoader, pool_quota
 from mpp.batching.preservation import Preservation
 from mpp.batching.visits import Changes, TrainSamples
@@ -47,6 +49,10 @@ class LatentDataModule(LightningDataModule):
             validation folder of its own.
         require_mask: Refuse a cache in which a training sample has no mask.
         strict_masks: Refuse to train where masks were added, edited or deleted since the cache was prepared.
+        strict_sources: The same for masks, captions and media, all of which are looked at, however many there are.
+        on_empty_mask: What becomes of samples whose mask is wholly black, in training and validation: `warn` of them,
+            `skip` them, or stop with an `error`. A floor of the loss learns all of such a sample, background included;
+            without a floor nothing is learned from it.
         unmasked_probability: Share of the visits on which a sample trains without its mask, in [0, 1].
         caption_dropout: Share of the visits on which a sample has the empty caption, in [0, 1].
         preservation: Samples whose whole area keeps the base model's prediction, mixed into training.
@@ -67,6 +73,8 @@ class LatentDataModule(LightningDataModule):
         val_fraction: float = 0.0,
         require_mask: bool = False,
         strict_masks: bool = False,
+        strict_sources: bool = False,
+        on_empty_mask: OnEmptyMask = "warn",
         unmasked_probability: float = 0.0,
         caption_dropout: float = 0.0,
         preservation: Preservation | None = None,
@@ -87,14 +95,18 @@ class LatentDataModule(LightningDataModule):
             raise ValueError(f"data.layout must be mpp or musubi, got {layout!r}")
         self.cache: Reader = Cache(cache_dir) if layout == "mpp" else MusubiCache(cache_dir, architecture)
         self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
-        self.require_mask, self.strict_masks, self.num_workers = require_mask, strict_masks, num_workers
+        self.require_mask, self.num_workers = require_mask, num_workers
+        self.strict_masks, self.strict_sources = strict_masks, strict_sources
+        check_word(on_empty_mask)
+        self.on_empty_mask: OnEmptyMask = on_empty_mask
         self.preservation = preservation or Preservation()
         self.changes = Changes(unmasked_probability, caption_dropout, seed)
         self.train_entries = Index.of([])
         self.pool: list[tuple[Reader, Entry]] = []
         self.val_entries = Index.of([])
         self.unchecked: list[str] = []
-        self.mask_changes = MaskChanges()
+        self.source_changes = SourceChanges()
+        self.empty_masks = EmptyMasks()
         self._visits: TrainSamples | None = None
         self._routed: tuple[int, dict[int, int]] = (-1, {})
 
@@ -102,8 +114,8 @@ class LatentDataModule(LightningDataModule):
         """Read the index and refuse a cache that does not fit, from identities and file headers alone.
 
         Raises:
-            ValueError: Another model's cache, a damaged file, a missing mask with `require_mask`, a batch larger
-                than the set, or preservation samples that are not there.
+            ValueError: Another model's cache, a damaged file, a missing mask with `require_mask`, an empty one with
+                `on_empty_mask=error`, a batch larger than the set, or preservation samples that are not there.
         """
         del stage
         if len(self.train_entries):
@@ -118,20 +130,23 @@ class LatentDataModule(LightningDataModule):
                 f"the cache {self.cache.folder} leaves no training sample: {len(entries)} samples, "
                 f"{len(self.val_entries)} of them for validation; lower data.val_fraction or add images"
             )
+        check_frames(entries, model)
+        self.cache.check_some(entries)
+        train, self.val_entries, self.empty_masks = without_empty_masks(
+            self.cache, train, self.val_entries, self.on_empty_mask, model.given_frames
+        )
         if self.batch_size > len(train):
             raise ValueError(
                 f"data.batch_size={self.batch_size} is larger than the training set of {len(train)} samples; lower it "
                 f"(trainer.accumulate_grad_batches repeats smaller batches)"
             )
-        check_frames(entries, model)
-        self.cache.check_some(entries)
         bare = train.where(~train.masked)
         if self.require_mask and len(bare):
             raise ValueError(
                 f"{bare[0].key} and {len(bare) - 1} other training samples have no mask; data.require_mask=true"
             )
         self._check_empty_caption(train)
-        self._compare_masks(entries)
+        self._compare_sources(entries)
         self.pool = self.preservation.pool(self.cache, train)
         check_frames([entry for _, entry in self.pool], model)
         self.train_entries = train
@@ -203,18 +218,21 @@ class LatentDataModule(LightningDataModule):
     def _pool_shapes(self) -> list[Shape]:
         return [entry.signature(self.architecture.given_frames) for _, entry in self.pool]
 
-    def _compare_masks(self, entries: Index) -> None:
-        """Look for masks that changed since the cache was prepared.
+    def _compare_sources(self, entries: Index) -> None:
+        """Look for masks, captions and media that changed since the cache was prepared.
 
         Raises:
-            ValueError: With `strict_masks`, there are any, or it cannot be told.
+            ValueError: With `strict_masks` or `strict_sources`, there are any, or it cannot be told.
         """
-        changes = self.mask_changes = mask_changes(self.cache, entries, self.architecture.latents.frames)
-        if self.strict_masks and (changes or changes.unchecked):
-            what = f"masks changed since the cache {self.cache.folder} was prepared: {changes}"
-            if not changes:
-                what = f"masks cannot be compared with those of the cache {self.cache.folder}: {changes.unchecked}"
-            raise ValueError(f"{what}; run `python -m mpp.prepare` again, or set data.strict_masks=false")
+        strict = self.strict_masks or self.strict_sources
+        changes = source_changes(self.cache, entries, self.architecture.latents.frames, thorough=strict)
+        self.source_changes = changes
+        option = "data.strict_sources" if self.strict_sources else "data.strict_masks"
+        told = changes if self.strict_sources else replace(changes, captions=Changed(), media=Changed())
+        if strict and (told or changes.unchecked):
+            folder = f"the cache {self.cache.folder}"
+            what = told.lines(folder) or [f"the sources of {folder} cannot be compared with it: {changes.unchecked}"]
+            raise ValueError("; ".join([*what, f"run `python -m mpp.prepare` again, or set {option}=false"]))
 
     def _check_empty_caption(self, entries: Index) -> None:
         """Refuse caption dropout where the empty caption was not prepared.

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mpp import __version__
 from mpp.cache.index import Entry, Index, write_index
-from mpp.cache.provenance import MaskProvenance, PromptProvenance, Provenance
+from mpp.cache.provenance import LatentsProvenance, MaskProvenance, PromptProvenance, Provenance
 from mpp.core.loss import MaskedPriorLoss
 from mpp.files import write_atomically, write_json
 from mpp.models.contract import Architecture, Conditioning, Identity, LatentSpec
@@ -235,6 +235,10 @@ class Cache:
         if entry.mask is None:
             return torch.ones(shape)
         return _tensor(self.mask_path(entry.key), "mask", shape)
+
+    def latents_made_from(self, entry: Entry) -> LatentsProvenance | None:
+        """What a sample's latents were made from; None where their file is damaged."""
+        return made_from(self.latents_path(entry.key), LatentsProvenance)
 
     def mask_made_from(self, entry: Entry) -> MaskProvenance | None:
         """What a sample's mask was made from; None where there is none, or its file is damaged."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mpp.cache.format import CacheIdentity, Notes
 from mpp.cache.index import Entry, Index
-from mpp.cache.provenance import MaskProvenance
+from mpp.cache.provenance import LatentsProvenance, MaskProvenance
 from mpp.core.loss import MaskedPriorLoss
 from mpp.models.contract import Architecture, Conditioning
 
@@ -43,6 +43,10 @@ class Reader(Protocol):
 
     def mask(self, entry: Entry) -> Tensor:
         """A sample's mask `(1, f, h, w)`: float32 in [0, 1]; all ones without one."""
+        ...
+
+    def latents_made_from(self, entry: Entry) -> LatentsProvenance | None:
+        """What a sample's latents were made from; None where that is not known."""
         ...
 
     def mask_made_from(self, entry: Entry) -> MaskProvenance | None:

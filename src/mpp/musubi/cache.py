@@ -167,6 +167,9 @@ class MusubiCache:
                 tensors |= flat_tensors(self.format.images(contents))
         return as_conditioning(tensors, record, path)
 
+    def latents_made_from(self, entry: Entry) -> None:
+        """Such files do not say it."""
+
     def mask_made_from(self, entry: Entry) -> None:
         """Such files do not say it."""
 
