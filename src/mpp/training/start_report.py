@@ -11,15 +11,19 @@ from PIL import Image, ImageDraw
 from mpp.batching.datamodule import LatentDataModule
 from mpp.cache.coverage import Coverage, measure_coverage, mode_of, step_cost
 from mpp.cache.index import Entry
+from mpp.cache.mask_facts import MaskDoubts, black_under
 from mpp.cache.reader import Reader
 from mpp.core.loss import MaskedPriorLoss
 from mpp.files import write_atomically
+from mpp.media.own import mark
 from mpp.models.frame_axis import FrameAxis
 from mpp.training.callbacks import log_image
 from mpp.training.module import MaskedPriorModule
 from mpp.training.schedule import schedule_advice
 
 log = logging.getLogger("mpp")
+
+_LOOKED_AT = 2000  # masks of which it is told whether they look wrong
 
 
 class RunReport(Callback):
@@ -42,7 +46,9 @@ class RunReport(Callback):
         coverage = measure_coverage(data.cache, data.train_entries, loss, pl_module.architecture.given_frames)
         for line in banner(pl_module, data, coverage):
             log.info(line)
-        advice = loss.advice() + data.cache.advice(loss) + _data_advice(loss, data, coverage)
+        given = pl_module.architecture.given_frames
+        doubts = MaskDoubts.of(data.cache, data.train_entries, loss, given, most=_LOOKED_AT)
+        advice = loss.advice() + data.cache.advice(loss) + _data_advice(loss, data, coverage) + doubts.lines()
         for line in advice + schedule_advice(pl_module.make_schedule, pl_module.planned_steps):
             log.warning(line)
         self._show_regions(trainer, data, loss)
@@ -61,6 +67,8 @@ class RunReport(Callback):
             top += row.height
             for logger in trainer.loggers:
                 log_image(logger, f"regions/{entry.key}", row, trainer.global_step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark(self.folder)
         write_atomically(self.folder / "regions.png", lambda temporary: sheet.save(temporary, "PNG"))
 
 
@@ -96,8 +104,10 @@ def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage
         lines.append(f"caption dropout: {data.changes.caption_dropout:.0%} of the visits have the empty caption")
     if data.pool:
         lines.append(f"preservation: {picks} more samples per epoch ({rate:.0%}) from a pool of {len(data.pool)}")
-    if data.mask_changes.unchecked:
-        lines.append(f"masks were not compared with their files: {data.mask_changes.unchecked}")
+    if data.empty_masks and data.empty_masks.skipped:
+        lines.append(f"left out by data.on_empty_mask=skip: {data.empty_masks}")
+    if data.source_changes.unchecked:
+        lines.append(f"media, masks and captions were not all compared with the cache: {data.source_changes.unchecked}")
     if data.unchecked:
         lines.append(f"not on this machine, so not compared with the cache's: {', '.join(data.unchecked)}")
     return lines
@@ -106,10 +116,13 @@ def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage
 def _data_advice(loss: MaskedPriorLoss, data: LatentDataModule, coverage: Coverage) -> list[str]:
     advice = []
     masked = bool(data.train_entries.masked.any())
-    if data.mask_changes:
+    advice += [
+        f"{line}; this run uses the old ones: run `python -m mpp.prepare` again, which makes what changed"
+        for line in data.source_changes.lines()
+    ]
+    if data.empty_masks and not data.empty_masks.skipped:
         advice.append(
-            f"masks changed since the cache was prepared: {data.mask_changes}; this run uses the old ones: run "
-            "`python -m mpp.prepare` again, which writes masks only"
+            f"{data.empty_masks}: {black_under(loss)}; draw them, or leave them out by data.on_empty_mask=skip"
         )
     if data.changes.unmasked_probability and not masked:
         share = data.changes.unmasked_probability
