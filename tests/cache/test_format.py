@@ -1,4 +1,6 @@
 import json
+import math
+import random
 import shutil
 from dataclasses import replace
 
@@ -96,15 +98,51 @@ def test_mask_and_latents_that_disagree_are_refused_with_both_shapes(cache):
             action(entry)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_latents_that_are_not_finite_are_named(cache, value):
-    entry = first(cache)
-    path = cache.latents_path(entry.key)
-    tensor = load_file(path)["latents"]
-    tensor[0, 0, 0, 0] = value
-    save_file({"latents": tensor}, path)
-    with pytest.raises(ValueError, match=f"{entry.key}: its latents hold NaN or infinity"):
-        cache.latents(entry)
+def test_values_that_are_not_finite_are_named_with_sample_and_file_when_read(cache, tmp_path):
+    draws = random.Random(17)
+    entries = [entry for entry in cache.entries() if entry.mask is not None]
+    images = {"image": torch.rand(3, 8), "condition": torch.rand(20, 1, 8, 8)}
+    for _ in range(30):
+        entry = draws.choice(entries)
+        entry = replace(entry, images={name: tuple(tensor.shape) for name, tensor in images.items()})
+        write_tensors(cache.images_path(entry.key), images, {})
+        read = [
+            (cache.latents_path(entry.key), "latents hold", cache.latents),
+            (cache.mask_path(entry.key), "mask holds", cache.mask),
+            (cache.text_path(entry.text), "text embeddings hold", lambda e: cache.conditioning(e, WanConditioning)),
+            (
+                cache.images_path(entry.key),
+                "image conditioning holds",
+                lambda e: cache.conditioning(e, WanConditioning),
+            ),
+        ]
+        for _, _, action in read:
+            action(entry)
+        path, what, action = draws.choice(read)
+        content, tensors = path.read_bytes(), load_file(path)
+        tensor = tensors[draws.choice(sorted(tensors))]
+        tensor.view(-1)[draws.randrange(tensor.numel())] = draws.choice([math.nan, math.inf, -math.inf])
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=f"{entry.key}: its {what} NaN or infinity") as caught:
+            action(entry)
+        assert str(path) in str(caught.value)
+        assert "delete the file and run `python -m mpp.prepare` again" in str(caught.value)
+        path.write_bytes(content)
+
+
+def test_values_that_are_not_finite_are_never_written(tmp_path):
+    draws, path = random.Random(18), tmp_path / "x.safetensors"
+    for _ in range(20):
+        dtype = draws.choice([torch.float32, torch.bfloat16, torch.float16])
+        tensors = {f"{n}": torch.rand(draws.randint(1, 9), 4).to(dtype) for n in range(draws.randint(1, 3))}
+        tensors["mask"] = torch.ones(3, dtype=torch.bool)
+        write_tensors(path, tensors, {})
+        before = path.read_bytes()
+        wrong = tensors[draws.choice(sorted(tensors.keys() - {"mask"}))]
+        wrong.view(-1)[draws.randrange(wrong.numel())] = draws.choice([math.nan, math.inf, -math.inf])
+        with pytest.raises(ValueError, match=r"NaN or infinity is not written into .*x\.safetensors"):
+            write_tensors(path, tensors, {})
+        assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("line", ["{not json", "[1]", '{"key": "x"}'])

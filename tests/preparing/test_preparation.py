@@ -1,6 +1,8 @@
 import errno
 import json
+import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -327,3 +329,26 @@ def test_cache_says_what_it_was_made_with(root, pipeline):
     assert content["format"] == 3
     assert content["family"] == "wan"
     assert content["vae"]
+
+
+def test_embeddings_that_come_out_not_finite_are_refused_with_their_image(root, pipeline, monkeypatch):
+    draws, encode = random.Random(19), WanEncoders.encode_text
+    monkeypatch.setattr("mpp.preparing.preparation._TEXT_BATCH", 2)
+    for turn in range(4):
+        names = [f"p{number}" for number in range(4)]
+        for name in names:
+            (root / "photos" / f"{name}.txt").write_text(f"{turn} of {name}")
+        wrong = draws.choice(names)
+
+        def overflows(self, prompts, said=f"{turn} of {wrong}"):
+            records = encode(self, prompts)
+            for prompt, record in zip(prompts, records, strict=True):
+                if prompt.text == said:
+                    record.text[0, draws.randrange(record.text.shape[1])] = draws.choice([math.nan, math.inf])
+            return records
+
+        monkeypatch.setattr(WanEncoders, "encode_text", overflows)
+        with pytest.raises(ValueError, match=rf"{wrong}\.png: the embeddings of its caption '{turn} of {wrong}' came"):
+            prepare(pipeline, root)
+        monkeypatch.setattr(WanEncoders, "encode_text", encode)
+        assert prepare(pipeline, root).texts_encoded >= 1  # what was not written is made, the rest was kept

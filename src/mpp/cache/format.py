@@ -221,20 +221,22 @@ class Cache:
         """
         path = self.latents_path(entry.key)
         latents = _tensor(path, "latents", entry.shape)
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"{entry.key}: its latents hold NaN or infinity ({path}); delete the file and {_AGAIN}")
+        _check_finite({"latents": latents}, f"{entry.key}: its latents hold", path)
         return latents
 
     def mask(self, entry: Entry) -> Tensor:
         """A sample's mask `(1, f, h, w)`; all ones without one.
 
         Raises:
-            ValueError: The file is missing, damaged, or disagrees with the latents.
+            ValueError: The file is missing, damaged, not finite, or disagrees with the latents.
         """
         shape = (1, *entry.shape[1:])
         if entry.mask is None:
             return torch.ones(shape)
-        return _tensor(self.mask_path(entry.key), "mask", shape)
+        path = self.mask_path(entry.key)
+        mask = _tensor(path, "mask", shape)
+        _check_finite({"mask": mask}, f"{entry.key}: its mask holds", path)
+        return mask
 
     def latents_made_from(self, entry: Entry) -> LatentsProvenance | None:
         """What a sample's latents were made from; None where their file is damaged."""
@@ -252,24 +254,30 @@ class Cache:
         """A prompt's conditioning, as it was prepared for a model's family and settings; None where it was not.
 
         Raises:
-            ValueError: The file is of another family.
+            ValueError: The file is of another family, or not finite.
         """
         path = self.generation_path(name)
         made = made_from(path, PromptProvenance)
         if made is None or (made.family, made.settings) != (model.family, dict(model.cache_settings)):
             return None
-        return as_conditioning(read_tensors(path), model.conditioning, path)
+        tensors = read_tensors(path)
+        _check_finite(tensors, f"the prompt {made.caption!r}: its conditioning holds", path)
+        return as_conditioning(tensors, model.conditioning, path)
 
     def conditioning(self, entry: Entry, record: type[Conditioning]) -> Conditioning:
         """A sample's text embeddings and image conditioning as the family's record.
 
         Raises:
-            ValueError: A file is missing, damaged, or of another family.
+            ValueError: A file is missing, damaged, not finite, or of another family.
         """
-        tensors = read_tensors(self.text_path(entry.text))
+        path = self.text_path(entry.text)
+        tensors = read_tensors(path)
+        _check_finite(tensors, f"{entry.key}: its text embeddings hold", path)
         if entry.images:
-            tensors |= read_tensors(self.images_path(entry.key))
-        return as_conditioning(tensors, record, self.text_path(entry.text))
+            images = read_tensors(self.images_path(entry.key))
+            _check_finite(images, f"{entry.key}: its image conditioning holds", self.images_path(entry.key))
+            tensors |= images
+        return as_conditioning(tensors, record, path)
 
     def advice(self, loss: MaskedPriorLoss) -> list[str]:
         """Warnings about using this cache with a loss; there are none about our own."""
@@ -337,11 +345,21 @@ def write_tensors(
         tensors: What it holds.
         header: What it was made from.
         synced: As `write_atomically` takes it.
+
+    Raises:
+        ValueError: A tensor is not finite; nothing was written.
     """
+    if not are_finite(tensors):
+        raise ValueError(f"NaN or infinity is not written into {path}")
     contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
     made = json.dumps(dict(header), sort_keys=True)
     metadata = {"format": str(FORMAT), "made_from": made, "crc32": _checksum(contents)}
     write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=metadata), synced=synced)
+
+
+def are_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether no tensor holds NaN or infinity."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def is_whole(path: Path) -> bool:
@@ -398,6 +416,11 @@ def _tensor(path: Path, name: str, shape: Sequence[int]) -> Tensor:
     _check_shape(path, name, shape)
     with _open(path) as handle:
         return handle.get_tensor(name)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], what: str, path: Path) -> None:
+    if not are_finite(tensors):
+        raise ValueError(f"{what} NaN or infinity ({path}); delete the file and {_AGAIN}")
 
 
 def _json(text: bytes, path: Path) -> dict[str, object]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mpp.cache.fingerprints import Fingerprints
-from mpp.cache.format import Cache, chunks, write_tensors
+from mpp.cache.format import Cache, are_finite, chunks, write_tensors
 from mpp.cache.provenance import LatentsProvenance, Source
 from mpp.files import write_atomically
 from mpp.models.conditioning import flat_tensors
@@ -151,13 +151,18 @@ class LatentWriter:
     def _store(self, decoded: Decoded, latents: Tensor) -> Job:
         """Write previews, image conditioning, and last the latents, whose record vouches for the others."""
         job, media = decoded.job, decoded.job.item.media
-        if not torch.isfinite(latents).all():
+        if not are_finite({"latents": latents}):
             raise ValueError(f"{media}: the VAE gave NaN or infinite latents; use model.vae_dtype=float32")
         if tuple(latents.shape) != job.shape:
             raise ValueError(f"{media}: latents are {tuple(latents.shape)}, expected {job.shape}")
         with naming(job.item, "its conditioning images cannot be encoded"):
             pixels = as_pixels(decoded.frames)[None]
             fields = flat_tensors(self.encoders.encode_images(pixels, decoded.controls))
+        if not are_finite(fields):
+            raise ValueError(
+                f"{media}: its image conditioning came out NaN or infinite; use model.vae_dtype=float32 and "
+                "model.text_dtype=float32"
+            )
         self._write_previews(job, decoded.frames)
         shapes = {name: tuple(tensor.shape) for name, tensor in fields.items()}
         cut, vae = job.cut, self.identity.vae

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from mpp.cache.fingerprints import Fingerprints
-from mpp.cache.format import Cache, CacheIdentity, Notes, evenly_spread, text_name, write_tensors
+from mpp.cache.format import Cache, CacheIdentity, Notes, are_finite, evenly_spread, text_name, write_tensors
 from mpp.cache.index import Entry, Index
 from mpp.cache.mask_facts import MaskDoubts
 from mpp.core.loss import MaskedPriorLoss
@@ -213,6 +213,8 @@ class Preparation:
         sources = self.fingerprints.sources(mask_sources(job.item))
         made = mask_provenance(job.item, job.cut, str(job.mask_kind), job.shape, sources)
         mask = read_item_masks(job.item, job.cut, job.shape, self.architecture.latents)
+        if not are_finite({"mask": mask}):
+            raise ValueError(f"{job.item.media}: its mask came out NaN or infinite")
         write_tensors(self.cache.mask_path(job.key), {"mask": mask}, made.header(), synced=False)
 
     def _encode_prompts(self, encoders: Encoders, identity: Identity) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 from tqdm import tqdm
 
-from mpp.cache.format import Cache, chunks, made_from, text_name, write_tensors
+from mpp.cache.format import Cache, are_finite, chunks, made_from, text_name, write_tensors
 from mpp.cache.provenance import TextProvenance
 from mpp.models.contract import Architecture, Encoders, Prompt
 from mpp.preparing.failures import Failures
@@ -123,6 +123,11 @@ class TextWriter:
         prompts = [Prompt(text.caption, self._images(text.job)) for text in batch]
         unread = self.encoders.unread([text.caption for text in batch])
         for text, record, words in zip(batch, self.encoders.encode_text(prompts), unread, strict=True):
+            if not are_finite(record.tensors()):
+                raise ValueError(
+                    f"{text.job.item.media}: the embeddings of its caption {text.caption!r} came out NaN or infinite; "
+                    "use model.text_dtype=float32"
+                )
             made = TextProvenance(text.caption, text.job.seen, words)
             write_tensors(self.cache.text_path(text.name), record.tensors(), made.header(), synced=False)
 

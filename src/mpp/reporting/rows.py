@@ -94,8 +94,6 @@ def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, identity: CacheId
         mask = cache.mask(entry)[None, :, given:]
     except ValueError as error:
         return replace(sample, problem=str(error))
-    if not torch.isfinite(mask).all():
-        return replace(sample, problem=f"{cache.mask_path(entry.key)} holds NaN or infinity")
     return replace(sample, coverage=cover(loss, mask, entry), mask=MaskFacts.of(mask, loss))
 
 

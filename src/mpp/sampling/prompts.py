@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mpp.cache.format import Cache, made_from, text_name, write_tensors
+from mpp.cache.format import Cache, are_finite, made_from, text_name, write_tensors
 from mpp.cache.provenance import PromptProvenance
 from mpp.cache.reader import Reader
 from mpp.files import content_hash
@@ -107,6 +107,9 @@ class Prompts:
 
         Returns:
             Number of prompts.
+
+        Raises:
+            ValueError: One comes out NaN or infinite.
         """
         todo: dict[Path, tuple[PromptProvenance, Generation, bool]] = {}
         settings = dict(architecture.cache_settings)
@@ -124,7 +127,13 @@ class Prompts:
         encoders.release()
         for (path, (made, generation, _)), record in zip(todo.items(), texts, strict=True):
             fields = flat_tensors(encode_inputs(architecture, encoders, generation))
-            write_tensors(path, {**record.tensors(), **fields}, made.header())
+            tensors = {**record.tensors(), **fields}
+            if not are_finite(tensors):
+                raise ValueError(
+                    f"the prompt {made.caption!r}: its conditioning came out NaN or infinite; use "
+                    "model.text_dtype=float32 and model.vae_dtype=float32"
+                )
+            write_tensors(path, tensors, made.header())
         return len(self.prompts)
 
     def read(self, architecture: Architecture, cache: Reader) -> list[ReadyPrompt]:
