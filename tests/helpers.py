@@ -45,6 +45,8 @@ def config(name, overrides):
     Composing takes longer than many a test, so it is done once for all that differ in absolute paths alone.
     """
     overrides = cli.overrides(name, ["prepare.workers=0", *overrides] if name == "prepare" else overrides)
+    if any(override.startswith(("resume=", "ckpt_path=")) for override in overrides):
+        return compose(name, overrides)  # what is composed lies in a file
     last = dict(override.partition("=")[::2] for override in overrides)
     paths = {key: value for key, value in last.items() if value.startswith("/") and key.replace(".", "").isidentifier()}
     composed = deepcopy(_composed(name, *(o for o in overrides if o.partition("=")[0] not in paths)))

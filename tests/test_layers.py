@@ -29,12 +29,13 @@ LAYERS = [  # rooms, or modules of the top; each may import from those before it
     "settings",
     "cli",
     "config",
+    "recorded",
     COMMANDS,
 ]
 KNOW = {  # who may import a framework: rooms, or single modules
     "lightning": {"batching/datamodule", "training", "train"},
-    "hydra": {"config", "cli", *COMMANDS},
-    "omegaconf": {"config", "cli", *COMMANDS},
+    "hydra": {"config", "recorded", "cli", *COMMANDS},
+    "omegaconf": {"config", "recorded", "cli", *COMMANDS},
 }
 KNOW["pytorch_lightning"] = KNOW["lightning"]
 FREE = {"training/step", "training/teacher"}  # of `training`, what is plain torch

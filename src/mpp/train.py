@@ -14,11 +14,13 @@ from mpp.batching.datamodule import LatentDataModule
 from mpp.config import build, build_all, check_config, command, plain_values
 from mpp.core.loss import MaskedPriorLoss
 from mpp.files import check_writable, remove_leftovers
+from mpp.recorded import followers, going_on
 from mpp.training.callbacks import Checkpoints
-from mpp.training.checkpoint import AtomicCheckpointIO, check_checkpoint, read_checkpoint
+from mpp.training.checkpoint import AtomicCheckpointIO
 from mpp.training.endings import Endings
 from mpp.training.flags import check_flags, check_trainer
 from mpp.training.module import MaskedPriorModule
+from mpp.training.runs import newest
 from mpp.training.schedule import planned_steps
 
 log = logging.getLogger("mpp")
@@ -33,6 +35,7 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     Raises:
         ValueError: Bad settings, a cache or checkpoint that does not fit, a model that is not there.
     """
+    resumption = going_on(cfg)
     check_config(cfg)
     settings = plain_values(cfg)
     check_flags(settings["trainer"], settings["callbacks"] or {})
@@ -50,22 +53,29 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         gradient_checkpointing=cfg.gradient_checkpointing,
         compile_blocks=cfg.compile,
         provenance=settings,
+        followers=followers(cfg),
+        renew_rates=resumption is not None and resumption.decisions.renew_rates,
+        held_after=resumption.held_after if resumption else None,
     )
     data = build(cfg.data, architecture=architecture)
-    checkpoint = find_checkpoint(cfg.ckpt_path, folder)
     architecture.check()
     data.setup()
     check_preservation(module.loss, data)
-    if checkpoint is not None:
-        check_checkpoint(read_checkpoint(checkpoint), base=architecture.identity().transformer, seed=cfg.seed)
+    if resumption is not None:
+        resumption.check_base(architecture.identity().transformer)
+        resumption.check_samples(data.training_set())
     trainer, endings = build_trainer(cfg, data, folder)
+    if resumption is not None:
+        resumption.check_processes(trainer.world_size)
     order = data.order(0, trainer.num_devices * trainer.num_nodes, limit=trainer.limit_train_batches)
     module.plan(planned_steps(trainer, order.stop))
     check_writable(folder, "output_dir")
     if trainer.is_global_zero:
         remove_leftovers(folder, older_than=0)
+        if resumption is not None:
+            resumption.say(cfg.trainer.max_steps)
     with endings.handling(trainer):
-        fit(trainer, module, data, checkpoint, validate_first=cfg.validate_first)
+        fit(trainer, module, data, resumption and resumption.checkpoint, validate_first=cfg.validate_first)
     return trainer, module
 
 
@@ -120,11 +130,12 @@ def fit(
     except RuntimeError as error:
         if trainer.world_size == 1 or not is_lost_process(error):
             raise
-        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        folder = Path(trainer.default_root_dir)
+        last = newest(folder)
         raise ValueError(
             f"another process of this run has ended ({str(error).splitlines()[0][:200]}); it said why, unless it was "
             "killed. "
-            + (f"The run goes on from {last} with ckpt_path=last" if last.is_file() else "No checkpoint was written")
+            + (f"The run goes on from {last} with resume={folder}" if last.is_file() else "No checkpoint was written")
         ) from error
     if trainer.is_global_zero:
         for file in sorted(Path(trainer.default_root_dir).glob("lora*.safetensors")):  # with experts one each
@@ -158,30 +169,6 @@ def check_preservation(loss: MaskedPriorLoss, data: LatentDataModule) -> None:
             f"loss.area_scale_beta={loss.area_scale_beta} scales by the mask's mean over the batch, which preservation "
             "samples would lower; set loss.normalization=per_sample"
         )
-
-
-def find_checkpoint(ckpt_path: str | None, folder: Path) -> Path | None:
-    """The checkpoint to resume from.
-
-    Args:
-        ckpt_path: A file, `last` (the output folder's newest), or None to start anew.
-        folder: The run's output folder.
-
-    Raises:
-        ValueError: Nothing is there to resume, or a new run would overwrite an older one.
-    """
-    last = folder / "checkpoints" / "last.ckpt"
-    if ckpt_path is None:
-        if last.exists():
-            raise ValueError(
-                f"output_dir={folder} holds a run already; resume it with ckpt_path=last, or choose another output_dir"
-            )
-        return None
-    if ckpt_path != "last":
-        return Path(ckpt_path)
-    if not last.is_file():
-        raise ValueError(f"ckpt_path=last: no checkpoint at {last}; set output_dir to the folder of the run to resume")
-    return last
 
 
 main = command("train", run)

@@ -13,6 +13,7 @@ from mpp.batching.empty_masks import EmptyMasks, OnEmptyMask, check_word, withou
 from mpp.batching.freshness import Changed, SourceChanges, source_changes
 from mpp.batching.loader import BatchOrder, Shape, TrainLoader, ValidationLoader, pool_quota
 from mpp.batching.preservation import Preservation
+from mpp.batching.training_set import TrainingSet
 from mpp.batching.visits import Changes, TrainSamples
 from mpp.cache.format import Cache, CacheIdentity, evenly_spread, text_name
 from mpp.cache.index import Entry, Index
@@ -108,6 +109,7 @@ class LatentDataModule(LightningDataModule):
         self.source_changes = SourceChanges()
         self.empty_masks = EmptyMasks()
         self._visits: TrainSamples | None = None
+        self._set: TrainingSet | None = None
         self._routed: tuple[int, dict[int, int]] = (-1, {})
 
     def setup(self, stage: str | None = None) -> None:
@@ -187,6 +189,11 @@ class LatentDataModule(LightningDataModule):
         return TrainSamples(
             self.cache, entries, self.architecture, self.changes, repeats=entries.repeats, pool=self.pool
         )
+
+    def training_set(self) -> TrainingSet:
+        """What a run trains on, as its checkpoints say it."""
+        self._set = self._set or TrainingSet.of(self.cache, self.train_entries, self.pool)
+        return self._set
 
     def val_dataloader(self) -> ValidationLoader:
         """This rank's validation batches."""

@@ -70,16 +70,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(
-            f"ckpt_path={path} is not there; give a run's checkpoint, or ckpt_path=last with its output_dir"
+            f"there is no checkpoint at {path}; resume= takes the output folder of a run, or a .ckpt file in its "
+            "folder checkpoints"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises whatever the unpickler meets in a foreign or damaged file
-        raise ValueError(
-            f"ckpt_path={path} is no checkpoint, or damaged ({str(error).splitlines()[0][:120]})"
-        ) from error
+        raise ValueError(f"{path} is no checkpoint, or damaged ({str(error).splitlines()[0][:120]})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"ckpt_path={path} is no checkpoint: it holds a {type(content).__name__}")
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
 
 
@@ -91,15 +90,13 @@ def check_checkpoint(checkpoint: Mapping[str, Any], *, base: str | None, seed: i
     """
     record = checkpoint.get("mpp")
     if not isinstance(record, Mapping) or "state_dict" not in checkpoint:
-        raise ValueError("ckpt_path is not a checkpoint of mpp; give a .ckpt file from a run's checkpoints folder")
+        raise ValueError("that is not a checkpoint of mpp; give a .ckpt file from a run's checkpoints folder")
     if record.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
             f"the checkpoint has format version {record.get('format')}, this mpp reads {CHECKPOINT_FORMAT}"
         )
     if not checkpoint["state_dict"]:
-        raise ValueError(
-            "the checkpoint holds no adapter tensors, so there is nothing to resume; start without ckpt_path"
-        )
+        raise ValueError("the checkpoint holds no adapter tensors, so there is nothing to resume; begin a run instead")
     if base is not None and record.get("base") not in (None, base):
         raise ValueError(
             f"the checkpoint was trained on another base model (weights {record['base']}) than model.pretrained "

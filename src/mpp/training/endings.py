@@ -184,8 +184,7 @@ class Endings(Callback):
 
     def resume(self) -> str:
         """The command that goes on with the run."""
-        words = [word for word in sys.argv[1:] if word.split("=")[0] not in ("ckpt_path", "output_dir")]
-        return shlex.join(["python", "-m", "mpp.train", *words, f"output_dir={self.folder}", "ckpt_path=last"])
+        return shlex.join(["python", "-m", "mpp.train", f"resume={self.folder}"])
 
     def _not_finite(self, trainer: Trainer, where: tuple[int, tuple[str, ...]] | None) -> str:
         """What is said of a loss or adapter that is not finite; the processes tell each other what they saw."""

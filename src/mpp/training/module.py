@@ -14,12 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpp import __version__
 from mpp.batching.batch import Batch
+from mpp.batching.datamodule import LatentDataModule
 from mpp.core.loss import LossSums, MaskedPriorLoss
 from mpp.lora.adapters import Adapter, adapter_state, inject, load_adapter_state
 from mpp.models.contract import Architecture
 from mpp.training import metrics
 from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, settled
 from mpp.training.metrics import LossMetrics
+from mpp.training.rates import renew_rates
 from mpp.training.schedule import schedule_for
 from mpp.training.step import MaskedPriorStep, Position, StepOutput, WholePasses
 from mpp.training.teacher import Teacher
@@ -40,6 +42,9 @@ class MaskedPriorModule(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass.
         compile_blocks: `torch.compile` the transformer's repeated blocks.
         provenance: Resolved configuration, for checkpoints and LoRA files.
+        followers: Settings of it that followed from others, by key, for runs that go on from its checkpoints.
+        renew_rates: When going on, begin with the learning rate of `optimizer` and `schedule`, not the checkpoint's.
+        held_after: Optimizer steps after which the learning rate stays what it is; None: the schedule alone decides.
 
     Raises:
         ValueError: A prior without an adapter, or no adapter at all.
@@ -59,6 +64,9 @@ class MaskedPriorModule(LightningModule):
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
         provenance: Mapping[str, object] | None = None,
+        followers: Mapping[str, str] | None = None,
+        renew_rates: bool = False,
+        held_after: int | None = None,
     ) -> None:
         super().__init__()
         if adapter is None:
@@ -75,7 +83,8 @@ class MaskedPriorModule(LightningModule):
         self.planned_steps: int | None = None  # that the schedule is made for
         self.seed, self.val_sigmas = seed, val_sigmas
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
-        self.provenance = dict(provenance or {})
+        self.provenance, self.followers = dict(provenance or {}), dict(followers or {})
+        self.renew_rates, self.held_after = renew_rates, held_after
         self.transformer: nn.Module | None = None
         self.step: MaskedPriorStep | None = None  # with the transformer
         self.train_metrics, self.val_metrics = LossMetrics(loss), LossMetrics(loss)
@@ -131,8 +140,11 @@ class MaskedPriorModule(LightningModule):
         self.step = MaskedPriorStep(self.architecture, self.loss, passes)
 
     def plan(self, steps: int | None) -> None:
-        """Make the schedule for a run of that many optimizer steps (None: not known); errors as `schedule_for`."""
-        self.planned_steps = steps
+        """Make the schedule for a run of that many optimizer steps (None: not known); errors as `schedule_for`.
+
+        A schedule that is kept stays made for what it was.
+        """
+        self.planned_steps = steps = self.held_after or steps
         self.make_schedule = None if self.schedule is None else schedule_for(self.schedule, steps)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own type)
@@ -141,6 +153,11 @@ class MaskedPriorModule(LightningModule):
         if self.make_schedule is None:
             return optimizer
         return [optimizer], [{"scheduler": self.make_schedule(optimizer), "interval": "step"}]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:  # noqa: ANN401 (Lightning's own types)
+        """Step the schedule, up to where its rate is held."""
+        if self.held_after is None or scheduler.last_epoch < self.held_after:
+            super().lr_scheduler_step(scheduler, metric)
 
     # ---------------------------------------------------------------- steps
 
@@ -313,13 +330,17 @@ class MaskedPriorModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how the checkpoint was made."""
-        checkpoint["mpp"] = self.record()
+        checkpoint["mpp"] = {**self.record(), "resuming": self.needed_to_resume()}
         checkpoint["loops"] = settled(checkpoint["loops"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that is not this run's."""
+        """Refuse a checkpoint that is not this run's; take learning rates that are new."""
         check_checkpoint(checkpoint, base=self._base, seed=self.seed)
         checkpoint["loops"] = settled(checkpoint["loops"])  # of versions that saved them as they were
+        if self.renew_rates:
+            steps = min(checkpoint["global_step"], self.held_after or checkpoint["global_step"])
+            rate = renew_rates(checkpoint, self.make_optimizer, self.make_schedule, steps)
+            self.print(f"learning rates are made anew: that of the next step is {rate:g}")
         self.samples_seen = checkpoint["mpp"]["samples_seen"]
         self.resumed = checkpoint
 
@@ -339,4 +360,16 @@ class MaskedPriorModule(LightningModule):
             "samples_seen": self.samples_seen,
             "steps": self.trainer.global_step,
             "config": self.provenance,
+        }
+
+    def needed_to_resume(self) -> dict[str, object]:
+        """What only a run that goes on asks of a checkpoint."""
+        data = getattr(self.trainer, "datamodule", None)
+        made, asked = (getattr(schedule, "keywords", {}) for schedule in (self.make_schedule, self.schedule))
+        return {
+            "followers": self.followers,
+            "schedule_steps": made.get("num_training_steps") or (self.planned_steps if made != asked else None),
+            "held_after": self.held_after,
+            "processes": self.trainer.world_size,
+            "samples": data.training_set().record() if isinstance(data, LatentDataModule) else None,
         }
