@@ -96,12 +96,9 @@ def test_processes_that_are_started_by_this_one_repeat_what_was_meant(monkeypatc
     assert subprocess_script._basic_subprocess_cmd()[-2:] == ["export.lora=a", "model=wan"]
 
 
-def test_processes_of_one_run_share_its_folder():
-    lightning = ['hydra.run.dir="outputs/2026-01-01_00-00-00"', "hydra.job.name=train_ddp_process_1"]
-    there = config("train", ["data.cache_dir=x", *lightning]).output_dir
-    assert there == "outputs/2026-01-01_00-00-00"
-    assert config("train", ["data.cache_dir=x", "output_dir=mine", *lightning]).output_dir == "mine"
-    assert cli.overrides("train", ["hydra.run.dir=logs"]) == ["hydra.run.dir=logs"]
+@pytest.mark.parametrize("flag", ["--multirun", "-m"])
+def test_a_sweep_may_be_asked_for_anywhere(flag):
+    assert cli.overrides("train", ["a=1", flag, "b=1,2"]) == [flag, "a=1", "b=1,2"]
 
 
 def test_a_mistake_ends_with_one_message(monkeypatch):

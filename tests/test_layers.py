@@ -28,14 +28,15 @@ LAYERS = [  # rooms, or modules of the top; each may import from those before it
     "reporting",
     "settings",
     "cli",
+    "jobs",
     "config",
     "recorded",
     COMMANDS,
 ]
 KNOW = {  # who may import a framework: rooms, or single modules
     "lightning": {"batching/datamodule", "training", "train"},
-    "hydra": {"config", "recorded", "cli", *COMMANDS},
-    "omegaconf": {"config", "recorded", "cli", *COMMANDS},
+    "hydra": {"config", "recorded", "cli", "jobs", *COMMANDS},
+    "omegaconf": {"config", "recorded", "cli", "jobs", *COMMANDS},
 }
 KNOW["pytorch_lightning"] = KNOW["lightning"]
 FREE = {"training/step", "training/teacher"}  # of `training`, what is plain torch

@@ -46,17 +46,9 @@ def overrides(command: str, words: Sequence[str]) -> list[str]:
         elsewhere = ELSEWHERE.get(command, {}).get(word)
         if elsewhere is not None:
             raise ValueError(elsewhere.format(word=word))
-    words = [*words, *_folder_of_the_run(words)]
+    words = sorted(words, key=lambda word: word not in ("--multirun", "-m"))  # Hydra takes it at either end alone
     explain = [_HELP] if {"--help", "-h"} & set(words) and _HELP not in words else []
     return explain + [re.sub(r"^(\+*)([^=+]+)(?==)", lambda at: at[1] + _full(command, at[2]), word) for word in words]
-
-
-def _folder_of_the_run(words: Sequence[str]) -> list[str]:
-    """What a process that Lightning starts for DDP is to be told: by its own clock it would choose another folder."""
-    started = any(word.startswith("hydra.job.name=train_ddp_process_") for word in words)
-    if not started or any(word.startswith("output_dir=") for word in words):
-        return []
-    return [word.replace("hydra.run.dir=", "output_dir=", 1) for word in words if word.startswith("hydra.run.dir=")]
 
 
 def _full(command: str, key: str) -> str:

@@ -31,6 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mpp import cli
 from mpp.files import is_out_of_space
+from mpp.jobs import divide_output
 from mpp.settings import default_settings, described_settings, locate
 
 log = logging.getLogger("mpp")
@@ -287,6 +288,7 @@ def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], Non
     def run(cfg: DictConfig) -> None:
         threading.excepthook = _said_by_main
         try:
+            divide_output(cfg)
             task(cfg)
         except (ValueError, OSError, OmegaConfBaseException) as error:
             if os.environ.get("MPP_TRACEBACK"):

@@ -100,11 +100,12 @@ def is_out_of_space(error: BaseException) -> bool:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Refuse a folder in which no file can be made, before any work is done for it.
+    """Refuse a folder in which no file can be made, before any work is done for it; none is left behind.
 
     Raises:
         ValueError: Says which setting names it, and why.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=folder, prefix=".", suffix=_LEFTOVER):
@@ -113,14 +114,20 @@ def check_writable(folder: Path, option: str) -> None:
         raise ValueError(
             f"{option}={folder} cannot be written ({error.strerror}); choose another folder, or make it writable"
         ) from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # never there, or somebody else's by now
+                path.rmdir()
 
 
 def names_told_apart(folder: Path) -> Callable[[str], str]:
     """From a name to what a folder's file system makes of it: equal for two names that it takes for one file.
 
-    Those of macOS and Windows tell no capitals apart, and some no ways to write an accent.
+    The folder need not be there yet. Those of macOS and Windows tell no capitals apart, and some no ways to write an
+    accent.
     """
-    with NamedTemporaryFile(dir=folder, prefix=".\N{LATIN CAPITAL LETTER E WITH ACUTE}", suffix=_LEFTOVER) as handle:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    with NamedTemporaryFile(dir=there, prefix=".\N{LATIN CAPITAL LETTER E WITH ACUTE}", suffix=_LEFTOVER) as handle:
         probe = Path(handle.name)
         capitals = not probe.with_name(probe.name.swapcase()).exists()
         accents = not probe.with_name(normalize("NFD", probe.name)).exists()

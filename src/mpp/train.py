@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -14,7 +15,9 @@ from mpp.batching.datamodule import LatentDataModule
 from mpp.config import build, build_all, check_config, command, plain_values
 from mpp.core.loss import MaskedPriorLoss
 from mpp.files import check_writable, remove_leftovers
+from mpp.jobs import begin_record, job_number, repeat_output
 from mpp.recorded import followers, going_on
+from mpp.training.beginning import Beginning
 from mpp.training.callbacks import Checkpoints
 from mpp.training.checkpoint import AtomicCheckpointIO
 from mpp.training.endings import Endings
@@ -70,10 +73,9 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     order = data.order(0, trainer.num_devices * trainer.num_nodes, limit=trainer.limit_train_batches)
     module.plan(planned_steps(trainer, order.stop))
     check_writable(folder, "output_dir")
-    if trainer.is_global_zero:
-        remove_leftovers(folder, older_than=0)
-        if resumption is not None:
-            resumption.say(cfg.trainer.max_steps)
+    repeat_output(folder)
+    if resumption is not None and trainer.is_global_zero:
+        resumption.say(cfg.trainer.max_steps)
     with endings.handling(trainer):
         fit(trainer, module, data, resumption and resumption.checkpoint, validate_first=cfg.validate_first)
     return trainer, module
@@ -83,7 +85,8 @@ def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> tupl
     """The Trainer with callbacks and loggers, and how it ends; no process is started yet.
 
     Raises:
-        ValueError: Flags that Lightning refuses, or what it would choose by itself and is not known to work.
+        ValueError: Several processes in a sweep; flags that Lightning refuses, or what it would choose by itself and
+            is not known to work.
     """
     loggers = build_all(cfg.get("logger"))
     useless = (
@@ -98,15 +101,26 @@ def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> tupl
             cfg.trainer,
             limit_val_batches=cfg.trainer.limit_val_batches if data.val_entries else 0,
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            callbacks=[endings, *callbacks],
-            logger=loggers,
+            callbacks=[Beginning(partial(begin, cfg, folder), loggers), endings, *callbacks],
+            logger=False,  # until the run begins
             plugins=[AtomicCheckpointIO()],
             default_root_dir=str(folder),
         )
     except (MisconfigurationException, TypeError, RuntimeError, ImportError) as error:
         raise ValueError(f"Lightning refuses the settings of trainer: {error}") from error
     check_trainer(trainer, cfg.trainer.precision)
+    if trainer.num_devices * trainer.num_nodes > 1 and job_number() is not None:
+        raise ValueError(
+            "--multirun with several processes: each would go through the whole sweep; set trainer.devices=1, or start "
+            "each job by a command of its own"
+        )
     return trainer, endings
+
+
+def begin(cfg: DictConfig, folder: Path) -> None:
+    """Prepare a run's folder, which nobody else writes to, now that all is checked."""
+    remove_leftovers(folder, older_than=0)
+    begin_record(cfg, folder)
 
 
 def fit(

@@ -77,9 +77,11 @@ class Preparation:
         items = self.source.items(with_layers=self.architecture.latents.frames.has_layers)
         self.source.preservation.check([item.caption for item in items if item.split == "train"])
         identity = self.architecture.identity(fetch=True)
-        self._claim(identity)
+        new = self._is_new(identity)
         mine = items[self.shard.index :: self.shard.count]
         jobs = self._plan(mine, identity)
+        if new:
+            self.cache.write_identity(CacheIdentity.of(self.architecture, identity))
         layered = self.architecture.latents.frames.has_layers
         self.summary.left_over = self.source.left_over(items, with_layers=layered)
         self.summary.spent("check", start)
@@ -97,15 +99,14 @@ class Preparation:
         self.summary.seconds = time.monotonic() - start
         return self.summary
 
-    def _claim(self, identity: Identity) -> None:
-        """Record the model in a new cache, or refuse one that belongs to another."""
-        model = self.architecture
+    def _is_new(self, identity: Identity) -> bool:
+        """Whether no model has this cache yet; refuses one that belongs to another, or cannot be written."""
         check_writable(self.cache.folder, "data.cache_dir")
-        if (self.cache.folder / "cache.json").exists():
-            self.cache.identity().check(CacheIdentity.of(model, identity), self.cache.folder)
-            remove_leftovers(self.cache.folder)
-        else:
-            self.cache.write_identity(CacheIdentity.of(model, identity))
+        if not (self.cache.folder / "cache.json").exists():
+            return True
+        self.cache.identity().check(CacheIdentity.of(self.architecture, identity), self.cache.folder)
+        remove_leftovers(self.cache.folder)
+        return False
 
     def _plan(self, items: Sequence[Item], identity: Identity) -> list[Job]:
         """Jobs for all usable images and videos."""
