@@ -11,6 +11,7 @@ import mpp.files
 from mpp.files import (
     check_writable,
     content_hash,
+    is_out_of_space,
     names_told_apart,
     read_record,
     sync,
@@ -40,6 +41,23 @@ def test_no_space_is_said_in_one_message_also_behind_another_error(tmp_path):
 
     with pytest.raises(OSError, match="no space left to write"):
         write_atomically(tmp_path / "x", full)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_causes_that_go_round_in_a_ring_are_looked_at_once(seed):
+    draw = random.Random(seed)
+    errors = [ValueError(str(number)) for number in range(draw.randint(1, 6))]
+    for error, cause in zip(errors, [*errors[1:], draw.choice(errors)], strict=True):
+        setattr(error, draw.choice(["__cause__", "__context__"]), cause)
+    assert not is_out_of_space(errors[0])
+    draw.choice(errors).__context__ = OSError(errno.EDQUOT, "quota exceeded")
+    assert is_out_of_space(errors[0]) == reaches_an_os_error(errors[0])
+
+
+def reaches_an_os_error(error, depth=20):
+    return isinstance(error, OSError) or bool(
+        depth and (after := error.__cause__ or error.__context__) and reaches_an_os_error(after, depth - 1)
+    )
 
 
 def test_the_file_is_synced_before_it_takes_the_name(tmp_path, monkeypatch):

@@ -88,9 +88,11 @@ def _replace(temporary: Path, path: Path) -> None:
 
 def is_out_of_space(error: BaseException) -> bool:
     """Whether an error (or what caused it) says that the disk, quota or file size limit is exhausted."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     seen: BaseException | None = error
-    while seen is not None:
-        full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    met: set[int] = set()  # an error that is raised again while its own wrapper is handled closes a ring
+    while seen is not None and id(seen) not in met:
+        met.add(id(seen))
         if isinstance(seen, OSError) and seen.errno in full:
             return True
         if any(f"os error {code}" in str(seen) for code in full):  # safetensors reports the number as text
