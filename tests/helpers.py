@@ -48,7 +48,8 @@ def config(name, overrides):
     if any(override.startswith(("resume=", "ckpt_path=")) for override in overrides):
         return compose(name, overrides)  # what is composed lies in a file
     last = dict(override.partition("=")[::2] for override in overrides)
-    paths = {key: value for key, value in last.items() if value.startswith("/") and key.replace(".", "").isidentifier()}
+    last = {key: value.strip('"') for key, value in last.items() if key.replace(".", "").isidentifier()}
+    paths = {key: value for key, value in last.items() if value.startswith("/")}
     composed = deepcopy(_composed(name, *(o for o in overrides if o.partition("=")[0] not in paths)))
     for key, value in paths.items():
         OmegaConf.update(composed, key, value)

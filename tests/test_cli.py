@@ -1,31 +1,36 @@
 """What is typed, as Hydra's overrides."""
 
+import random
+import re
 import subprocess
 import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.fabric.strategies.launchers import subprocess_script
 
 from mpp import cli
 from mpp.config import CONFIG_DIR
 from tests.helpers import config
 
+COMMANDS = ("prepare", "train", "sample", "export", "report", "masks")
+
 
 @pytest.mark.parametrize(
     ("command", "typed", "meant"),
     [
-        ("sample", "lora=a.safetensors", "lora_path=a.safetensors"),
-        ("export", "lora=runs/a=b", "export.lora=runs/a=b"),
-        ("export", "lora_path=a", "export.lora=a"),
+        ("sample", "lora=a.safetensors", 'lora_path="a.safetensors"'),
+        ("export", "lora=runs/a=b", 'export.lora="runs/a=b"'),
+        ("export", "lora_path=a", 'export.lora="a"'),
         ("export", "++merge=true", "++export.merge=true"),
         ("export", "export.format=comfyui", "export.format=comfyui"),
-        ("report", "data.cache_dir=c", "report.cache_dir=c"),
+        ("report", "data.cache_dir=c", 'report.cache_dir="c"'),
         ("report", "limit=3", "report.limit=3"),
-        ("masks", "preview=look", "job.preview=look"),
+        ("masks", "preview=look", 'job.preview="look"'),
         ("masks", "tool.masks=input=3", "tool.masks=input=3"),
         ("prepare", "data=folder", "source@data=folder"),
-        ("prepare", "data.image_dir=data", "data.image_dir=data"),
+        ("prepare", "data.image_dir=data", 'data.image_dir="data"'),
         ("train", "lora=dora", "lora=dora"),
         ("train", "data=musubi", "data=musubi"),
         ("export", "--cfg", "--cfg"),
@@ -35,6 +40,45 @@ from tests.helpers import config
 def test_short_words_stand_for_longer_keys(command, typed, meant):
     assert cli.overrides(command, [typed]) == [meant]
     assert cli.overrides(command, [meant]) == [meant]  # a process of DDP reads them again
+
+
+# ---------------------------------------------------------------- names of files
+
+
+def drawn_name(draws):
+    """Any name that a disk takes."""
+    return "".join(draws.choices("abcAB 019.-_,;:=~#%&+@!?*<>|()[]{}'`\"\\$éß日本\t", k=draws.randint(1, 12)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_any_name_is_typed_as_it_is(command):
+    draws, parser = random.Random(command), OverridesParser.create()
+    ours = ["null", "", '"a"', "'a b'", "''"]  # words of the grammar, which keep their meaning
+    for _ in range(600):
+        key, name = draws.choice(sorted(cli.PLACES)), drawn_name(draws)
+        if name in ours or name[0] == name[-1] in "'\"" or "${" in name:
+            continue
+        (word,) = cli.overrides(command, [f"{key}={name}"])
+        assert parser.parse_override(word).value() == name
+        assert cli.overrides(command, [word]) == [word]
+
+
+def test_quotes_null_interpolations_and_sweeps_keep_their_meaning():
+    for word in ("resume=null", "data.cache_dir='a b'", 'data.cache_dir="a"', "data.image_dir=", "output_dir=???"):
+        assert cli.overrides("train", [word]) == [word]
+    several = ["--multirun", "data.cache_dir=a,b", "output_dir=glob(*)"]
+    assert cli.overrides("train", several) == several
+    parsed = OverridesParser.create().parse_override(cli.overrides("train", ["output_dir=${oc.env:HOME} 1/${seed}"])[0])
+    assert parsed.value() == "${oc.env:HOME} 1/${seed}"
+
+
+def test_every_setting_that_is_called_a_place_is_typed_as_it_is(helps):
+    called = re.compile(
+        r"^([\w.]*?\b(?:\w+_dir|\w*path|folder|input|output|preview|manifest|resume|pretrained\w*))=", re.MULTILINE
+    )
+    found = {key for text in helps.values() for key in called.findall(text) if not key.startswith("hydra.")}
+    assert len(found) > 12
+    assert not {key for key in found if not {key, key.rpartition(".")[2]} & cli.PLACES}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +100,9 @@ def test_help_explains_settings_by_what_their_classes_say(command, shown, helps)
 @pytest.fixture(scope="module")
 def helps():
     """Templates that Hydra's `--help` prints, where `$$` is a dollar sign."""
-    words = {"train": ["schedule=cosine", "--help"], "prepare": ["--help"]}
+    words = {name: ["--help"] for name in COMMANDS}
+    words["train"] += ["schedule=cosine"]
+    words["masks"] += ["tool=sam2"]
     found = {}
     for command, typed in words.items():
         asked = [word for word in cli.overrides(command, typed) if word != "--help"]
@@ -92,8 +138,8 @@ def test_kinds_of_data_of_the_other_command_are_refused_with_the_way(command, wo
 def test_processes_that_are_started_by_this_one_repeat_what_was_meant(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mpp-export", "lora=a", "model=wan"])
     cli.rewrite_arguments("export")
-    assert sys.argv == ["mpp-export", "export.lora=a", "model=wan"]
-    assert subprocess_script._basic_subprocess_cmd()[-2:] == ["export.lora=a", "model=wan"]
+    assert sys.argv == ["mpp-export", 'export.lora="a"', "model=wan"]
+    assert subprocess_script._basic_subprocess_cmd()[-2:] == ['export.lora="a"', "model=wan"]
 
 
 @pytest.mark.parametrize("flag", ["--multirun", "-m"])
@@ -114,5 +160,5 @@ def test_reading_words_imports_nothing_heavy_and_makes_nothing(tmp_path):
     )
     words = [sys.executable, "-c", script, "lora=a", "output_dir=out"]
     run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['lora_path=a', 'output_dir=out'] set()"
+    assert run.stdout.strip() == "['lora_path=\"a\"', 'output_dir=\"out\"'] set()"
     assert not list(tmp_path.iterdir())

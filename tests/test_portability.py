@@ -11,6 +11,9 @@ from mpp.media.paths import as_path, list_files
 from mpp.sources.manifest import _below
 from mpp.sources.source import _bad_key
 from tests.helpers import draw_photos, prepare
+from tests.test_cli import drawn_name
+from tests.test_command_line import run as run_command
+from tests.test_jobs import RUN
 from tests.test_layers import modules, nodes
 
 ELSEWHERE = {  # what only some systems have: modules, and attributes of `os`, `signal` and `socket`
@@ -109,6 +112,29 @@ def test_a_key_that_names_no_file_on_windows_is_refused_there(monkeypatch):
 def test_a_url_of_a_file_may_have_a_drive():
     assert str(as_path("file:///C:/photos/a b")) == "C:/photos/a b"
     assert str(as_path("file:///photos/C:/x")) == "/photos/C:/x"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_folders_of_any_name_are_used_by_the_commands(pipeline, tmp_path, seed):
+    draws, names = random.Random(seed), []
+    while len(names) < 4:
+        name = drawn_name(draws)
+        if name[0] not in "'\"~." and "${" not in name and name.strip() == name:
+            names.append(name + str(len(names)))
+    photos, masks, cache, out = names
+    draw_photos(tmp_path / photos, tmp_path / masks, count=2)
+    model = ["model=tiny_wan", f"model.pretrained={pipeline}", f"data.cache_dir={cache}"]
+    places = [f"data.image_dir={photos}", f"data.mask_dir={masks}", "data.resolution=64", "device=cpu"]
+    for command, words in {
+        "prepare": [*model, *places],
+        "train": [*model, f"output_dir={out}", *RUN],
+        "report": [f"data.cache_dir={cache}"],
+    }.items():
+        ended = run_command(f"mpp.{command}", *words, cwd=tmp_path)
+        assert ended.returncode == 0, (names, ended.stderr[-2000:])
+    assert {path.name for path in tmp_path.iterdir()} == {*names, f"{cache}_report.html"}
+    assert (tmp_path / out / "lora.safetensors").exists()
 
 
 # ---------------------------------------------------------------- disks that tell no capitals apart, by a stand-in

@@ -29,6 +29,13 @@ ELSEWHERE = {  # words of another command, and the way
         "data.cache_dir=CACHE; then train on the cache, with data.cache_dir=CACHE alone"
     },
 }
+PLACES = frozenset(  # settings that are one file or folder, by the last word of their key, or by the whole of it
+    {
+        *("cache_dir", "output_dir", "export_dir", "save_dir", "sub_dir", "image_dir", "mask_dir", "control_dir"),
+        *("val_image_dir", "val_mask_dir", "val_control_dir", "manifest", "folder", "input", "output", "preview"),
+        *("pretrained", "pretrained_low", "resume", "ckpt_path", "lora_path", "export.lora"),
+    }
+)
 _HELP = "hydra.help.template=${explained_settings:}"  # made by mpp.config, from the classes
 
 
@@ -46,13 +53,32 @@ def overrides(command: str, words: Sequence[str]) -> list[str]:
         elsewhere = ELSEWHERE.get(command, {}).get(word)
         if elsewhere is not None:
             raise ValueError(elsewhere.format(word=word))
+    sweep = {"--multirun", "-m"} & set(words)
     words = sorted(words, key=lambda word: word not in ("--multirun", "-m"))  # Hydra takes it at either end alone
     explain = [_HELP] if {"--help", "-h"} & set(words) and _HELP not in words else []
-    return explain + [re.sub(r"^(\+*)([^=+]+)(?==)", lambda at: at[1] + _full(command, at[2]), word) for word in words]
+    return explain + [_full(command, word, sweep=bool(sweep)) for word in words]
 
 
-def _full(command: str, key: str) -> str:
-    return SHORT.get(command, {}).get(key, key)
+def _full(command: str, word: str, *, sweep: bool) -> str:
+    typed = re.fullmatch(r"(\+*)([^=+]+)=(.*)", word, re.DOTALL)
+    if typed is None:
+        return word
+    key = SHORT.get(command, {}).get(typed[2], typed[2])
+    several = sweep and re.search(r",|^\w+\(", typed[3])
+    if not several and {key, key.rpartition(".")[2]} & PLACES:
+        return f"{typed[1]}{key}={quoted(typed[3])}"
+    return f"{typed[1]}{key}={typed[3]}"
+
+
+def quoted(place: str) -> str:
+    """The name of a file or folder as a value for Hydra, whose grammar knows spaces, commas, brackets and numbers.
+
+    `null`, `???`, nothing, and what has quotes around it already come out as they are; `${...}` keeps its meaning.
+    """
+    if place in ("", "null", "???") or re.fullmatch(r"(['\"]).*\1", place, re.DOTALL):
+        return place
+    text = re.sub(r'(\\*)("|$)', lambda at: at[1] * 2 + (at[2] and '\\"'), place)  # backslashes before a quote are two
+    return f'"{text}"'
 
 
 def rewrite_arguments(command: str) -> None:

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from mpp.cli import quoted
 from mpp.files import write_atomically
 
 _LOG = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
@@ -51,8 +52,7 @@ def divide_output(cfg: DictConfig) -> None:
 def repeat_output(folder: Path) -> None:
     """Tell processes that this one starts for DDP, which repeat its words, the folder that its clock may have named."""
     if HydraConfig.initialized() and not any(word.startswith("output_dir=") for word in sys.argv):
-        quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
-        sys.argv.append(f'output_dir="{quoted}"')
+        sys.argv.append(f"output_dir={quoted(str(folder))}")
 
 
 def begin_record(cfg: DictConfig, folder: Path) -> None:
