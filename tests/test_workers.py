@@ -1,5 +1,6 @@
 """Worker processes, real ones: by fork as the suite starts them, by spawn and forkserver through the commands."""
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -56,6 +57,7 @@ def test_an_error_in_a_worker_is_the_error_itself_and_nothing_more():
             next(reading)
         assert str(caught.value) == f"/photos/{wrong[0]}.png is damaged\nin two lines"
         assert "in failing" in caught.value.__notes__[0]  # for whoever asks for the traceback
+        assert not multiprocessing.active_children()  # they end with the iteration, not when somebody drops the error
 
 
 def test_a_mistake_of_ours_in_a_worker_comes_with_its_traceback():

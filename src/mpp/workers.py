@@ -61,6 +61,7 @@ class ReadAhead(Generic[Item, Made]):
         Raises:
             ValueError, OSError: As `read` raises, also in a worker; or a worker died.
         """
+        found = made = None
         try:
             with _held_signals() if self.workers else nullcontext():
                 found = iter(self._loader)
@@ -75,6 +76,10 @@ class ReadAhead(Generic[Item, Made]):
                 f"a process that reads ahead has died ({str(error).splitlines()[0]}); it was killed, or memory or "
                 f"shared memory ran out: go on with a lower {self.setting}, now {self.workers}"
             ) from error
+        finally:
+            # An error's traceback would keep the workers until the garbage collector comes, which closes their pipes
+            # while torch's threads use them.
+            found = made = None
 
 
 class _Reading(Dataset[Made]):
