@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from PIL import Image
 
 from mpp.batching.datamodule import LatentDataModule
+from mpp.files import remove_leftovers
 from mpp.lora.adapters import lora_files, save_lora, step_of_lora
 from mpp.sampling.generation import generate, generation_name, save
 from mpp.sampling.prompts import Prompts, ReadyPrompt
@@ -42,6 +43,8 @@ class Checkpoints(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that had ended is not trained again, so what a kill left out at its end is made up for here."""
         if is_finished(trainer, pl_module):
+            if trainer.is_global_zero:
+                remove_leftovers(self.folder, older_than=0)
             pl_module.restore_optimizer()
             self._complete(trainer, pl_module, pl_module.resumed["global_step"])
 
