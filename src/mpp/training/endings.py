@@ -64,16 +64,15 @@ class Endings(Callback):
         """
         connector = trainer._signal_connector  # noqa: SLF001
         connector.register_signal_handlers = connector.teardown = lambda: None
-        subprocess_script._launch_process_observer = watch  # noqa: SLF001
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python hands signals to the main thread alone
-            return
-        # What is ignored on purpose, as under nohup, stays ignored.
-        numbers = [number for number in (*_END, *_SAVE) if signal.getsignal(number) is not signal.SIG_IGN]
+        observer, subprocess_script._launch_process_observer = subprocess_script._launch_process_observer, watch  # noqa: SLF001
+        # Python hands signals to the main thread alone. What is ignored on purpose, as under nohup, stays ignored.
+        handled = (*_END, *_SAVE) if threading.current_thread() is threading.main_thread() else ()
+        numbers = [number for number in handled if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
+            subprocess_script._launch_process_observer = observer  # noqa: SLF001
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
