@@ -128,5 +128,6 @@ def test_a_folder_of_previews_of_masks_is_marked_and_one_of_masks_is_not(tmp_pat
 
 
 def test_a_folder_that_cannot_be_marked_is_no_error(tmp_path):
-    mark(tmp_path / "nowhere")
-    assert not is_own(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    mark(tmp_path / "file" / "nowhere")
+    assert not is_own(tmp_path / "file" / "nowhere")

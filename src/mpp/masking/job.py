@@ -119,14 +119,14 @@ class MaskJob:
         """
         tasks, unused = self._tasks()
         open_tasks, kept = self._open(tasks)
-        check_writable(Path(self.output).expanduser(), "output")
-        if isinstance(self.tool, Preview):
-            mark(Path(self.output).expanduser())
-        if self.preview is not None:
-            check_writable(Path(self.preview).expanduser(), "preview")
-            mark(Path(self.preview).expanduser())
+        for option, folder in {"output": self.output, "preview": self.preview}.items():
+            if folder is not None:
+                check_writable(Path(folder).expanduser(), option)
         if open_tasks:
             self.tool.prepare([task.clip for task in open_tasks])
+        previews = self.output if isinstance(self.tool, Preview) else self.preview
+        if previews is not None:
+            mark(Path(previews).expanduser())
         written, failures, frames, still = [], [], 0, set(open_tasks)
         for task in tqdm(tasks, desc="masks", unit="file", disable=None):
             try:

@@ -10,8 +10,9 @@ MARKERS = tuple(_SAYS)
 
 
 def mark(folder: Path) -> None:
-    """Mark a folder of images that mpp makes; nothing happens where that cannot be written."""
+    """Mark a folder of images that mpp makes, and make it; nothing happens where that cannot be written."""
     with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).write_text(
             "Written by mpp. Images in this folder are left out by mpp.prepare.\n", encoding="utf-8"
         )
