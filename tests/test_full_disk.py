@@ -131,7 +131,7 @@ def test_a_full_disk_is_one_clear_error_and_what_was_there_stays(tmp_path, name)
             write(full / name, draws)
         assert name.partition(".")[0] in str(caught.value)
         assert contents(full) == before
-        assert not list(full.rglob(".*"))
+        assert not list(full.rglob(".*.tmp"))
 
 
 # ---------------------------------------------------------------- the commands

@@ -402,8 +402,8 @@ def test_a_full_disk_keeps_the_previous_checkpoint(pipeline, prepared, tmp_path,
     last = tmp_path / "checkpoints" / "last.ckpt"
     before, lora = last.read_bytes(), (tmp_path / "lora.safetensors").read_bytes()
 
-    def full(checkpoint, path):
-        path.write_bytes(b"half")
+    def full(checkpoint, handle):
+        handle.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mpp.training.checkpoint.torch.save", full)
