@@ -113,7 +113,7 @@ def test_a_chain_of_drawn_extensions_keeps_its_base_and_says_what_is_used(run, c
     for _ in range(3):
         steps += draw.randint(1, 2)
         words = draw.sample(
-            ["trainer.log_every_n_steps=2", "data.num_workers=0", "val_sigmas=[0.5]", "compile=false"], 2
+            ["trainer.log_every_n_steps=2", "data.num_workers=0", "validate_first=false", "compile=false"], 2
         )
         caplog.clear()
         go_on(run, f"trainer.max_steps={steps}", *words)
@@ -354,6 +354,17 @@ def test_epochs_and_shares_of_the_run_ask_too(pipeline, prepared, tmp_path, monk
     assert found == pytest.approx([rate(n, 2 * more) for n in range(2 * epochs, 2 * more)], rel=1e-9)
     found = rates_of(tmp_path / "kept", monkeypatch, f"trainer.max_epochs={more}", "resume_schedule=keep")
     assert found == pytest.approx([rate(2 * epochs, 2 * epochs)] * 2 * (more - epochs), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))])
+def test_a_warm_up_in_steps_has_no_length_to_ask_about(pipeline, prepared, tmp_path, monkeypatch, seed):
+    draw = random.Random(seed)
+    length, warmup = draw.randint(1, 3), draw.randint(1, 6)
+    longer = length + draw.randint(1, 3)
+    own = ["schedule=warmup", f"schedule.num_warmup_steps={warmup}", "optimizer.lr=1e-3", "callbacks.report=null"]
+    train(pipeline, prepared, tmp_path, *own, f"trainer.max_steps={length}")
+    found = rates_of(tmp_path, monkeypatch, f"trainer.max_steps={longer}")
+    assert found == pytest.approx([1e-3 * min(1, n / warmup) for n in range(length, longer)], rel=1e-9)
 
 
 @pytest.mark.slow

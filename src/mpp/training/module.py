@@ -366,9 +366,10 @@ class MaskedPriorModule(LightningModule):
         """What only a run that goes on asks of a checkpoint."""
         data = getattr(self.trainer, "datamodule", None)
         made, asked = (getattr(schedule, "keywords", {}) for schedule in (self.make_schedule, self.schedule))
+        fitted = any(asked.get(name) != value for name, value in made.items())
         return {
             "followers": self.followers,
-            "schedule_steps": made.get("num_training_steps") or (self.planned_steps if made != asked else None),
+            "schedule_steps": made.get("num_training_steps") or (self.planned_steps if fitted else None),
             "held_after": self.held_after,
             "processes": self.trainer.world_size,
             "samples": data.training_set().record() if isinstance(data, LatentDataModule) else None,
