@@ -9,10 +9,10 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mpp.batching.datamodule import LatentDataModule
-from mpp.config import build, build_all, check_config, command, plain_values
+from mpp.config import CONFIG_DIR, build, build_all, check_config, command, plain_values
 from mpp.core.loss import MaskedPriorLoss
 from mpp.files import check_writable, remove_leftovers
 from mpp.jobs import begin_record, job_number, repeat_output
@@ -21,7 +21,7 @@ from mpp.training.beginning import Beginning
 from mpp.training.callbacks import Checkpoints
 from mpp.training.checkpoint import AtomicCheckpointIO
 from mpp.training.endings import Endings
-from mpp.training.flags import check_flags, check_trainer
+from mpp.training.flags import check_flags, check_trainer, check_validation
 from mpp.training.module import MaskedPriorModule
 from mpp.training.runs import newest
 from mpp.training.schedule import planned_steps
@@ -64,6 +64,8 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     architecture.check()
     data.setup()
     check_preservation(module.loss, data)
+    if not data.val_entries or settings["trainer"].get("limit_val_batches") == 0:
+        check_validation(settings, plain_values(OmegaConf.load(CONFIG_DIR / "trainer" / "default.yaml")))
     if resumption is not None:
         resumption.check_base(architecture.identity().transformer)
         resumption.check_samples(data.training_set())
@@ -85,8 +87,8 @@ def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> tupl
     """The Trainer with callbacks and loggers, and how it ends; no process is started yet.
 
     Raises:
-        ValueError: Several processes in a sweep; flags that Lightning refuses, or what it would choose by itself and
-            is not known to work.
+        ValueError: Several processes in a sweep; a place for checkpoints where nobody looks; flags that Lightning
+            refuses, or what it would choose by itself and is not known to work.
     """
     loggers = build_all(cfg.get("logger"))
     useless = (
@@ -95,6 +97,12 @@ def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> tupl
     )
     callbacks = [callback for callback in build_all(cfg.callbacks) if not isinstance(callback, useless)]
     savers = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
+    for saver in savers:
+        if saver.folder.resolve() != folder.resolve():
+            raise ValueError(
+                f"callbacks.checkpoints.folder={saver.folder}: a run is looked for in its output_dir={folder} when it "
+                "is resumed, sampled from or exported; leave this out, and set output_dir"
+            )
     endings = Endings(savers[0].save if savers else lambda *_: False, folder)
     try:
         trainer = build(

@@ -91,8 +91,7 @@ def drawn(seed):
         f"trainer.accumulate_grad_batches={window}",
         f"trainer.max_steps={steps}",
         f"callbacks.checkpoints.every_n_steps={random_.randint(1, steps)}",
-        f"data.val_fraction={random_.choice([0, 0.25])}",
-        f"trainer.val_check_interval={random_.randint(1, 7)}",
+        *random_.choice([[], ["data.val_fraction=0.25", f"trainer.val_check_interval={random_.randint(1, 7)}"]]),
         f"data.unmasked_probability={random_.choice([0, 0.5])}",
         f"loss={random_.choice(['threshold', 'continuous'])}",
     ]

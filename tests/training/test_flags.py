@@ -202,6 +202,29 @@ def test_a_share_of_an_epoch_between_validations_is_kept(pipeline, prepared, tmp
     assert [row["step"] for row in logged(tmp_path) if "val/loss" in row] == [2, 5]
 
 
+def test_settings_of_a_validation_that_does_not_take_place_are_all_refused(pipeline, prepared, tmp_path):
+    draws, few = random.Random(9), {"trainer.val_check_interval": 7, "trainer.check_val_every_n_epoch": 2}
+    few |= {"trainer.limit_val_batches": 3, "trainer.num_sanity_val_steps": 1, "val_sigmas": [0.5]}
+    for _ in range(10):
+        chosen = draws.sample(sorted(few), draws.randint(1, len(few)))
+        off = "trainer.limit_val_batches" not in chosen and draws.random() < 0.5
+        words = ["data.val_fraction=0.25", "trainer.limit_val_batches=0"] if off else []
+        with pytest.raises(ValueError, match="without effect, since") as caught:
+            train(pipeline, prepared, tmp_path / "out", *words, *(f"{name}={few[name]}" for name in chosen))
+        assert all(f"{name}={few[name]}" in str(caught.value) for name in chosen)
+        assert ("limit_val_batches=0 switches" in str(caught.value)) == off
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_where_nobody_looks_for_them_are_refused(pipeline, prepared, tmp_path):
+    elsewhere = f"callbacks.checkpoints.folder={tmp_path / 'elsewhere'}"
+    with pytest.raises(
+        ValueError, match=r"callbacks.checkpoints.folder=.*elsewhere: a run is looked for in its output_dir"
+    ):
+        train(pipeline, prepared, tmp_path / "out", elsewhere)
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- several processes
 
 

@@ -204,6 +204,33 @@ def _contradictions(trainer: Mapping[str, Any], *, stops: bool) -> Iterator[str]
         )
 
 
+def check_validation(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    """Refuse settings of a validation that does not take place.
+
+    Args:
+        settings: All of a run's settings as plain values.
+        usual: The flags as `configs/trainer/default.yaml` has them.
+
+    Raises:
+        ValueError: Names each of them, with what makes a validation.
+    """
+    flags = ("val_check_interval", "check_val_every_n_epoch", "limit_val_batches", "num_sanity_val_steps")
+    set_here = {f"trainer.{name}": (settings["trainer"].get(name), usual.get(name)) for name in flags}
+    set_here["val_sigmas"] = settings["val_sigmas"], None
+    off = settings["trainer"].get("limit_val_batches") == 0
+    useless = [
+        f"{name}={value}"
+        for name, (value, default) in set_here.items()
+        if value != default and not (off and name.endswith("limit_val_batches"))
+    ]
+    if useless:
+        raise ValueError(
+            f"{', '.join(useless)}: without effect, since "
+            + ("trainer.limit_val_batches=0 switches validation off" if off else "there are no validation samples")
+            + "; set data.val_fraction=0.1, say, or prepare some with data.val_image_dir, or leave this out"
+        )
+
+
 def check_trainer(trainer: Trainer, precision: Any) -> None:  # noqa: ANN401
     """Refuse what Lightning chose by itself, where it is not what was asked for, or not known to train right.
 
