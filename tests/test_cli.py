@@ -55,7 +55,7 @@ def test_any_name_is_typed_as_it_is(command):
     draws, parser = random.Random(command), OverridesParser.create()
     ours = ["null", "", '"a"', "'a b'", "''"]  # words of the grammar, which keep their meaning
     for _ in range(600):
-        key, name = draws.choice(sorted(cli.PLACES)), drawn_name(draws)
+        key, name = draws.choice(sorted(cli.PATHS)), drawn_name(draws)
         if name in ours or name[0] == name[-1] in "'\"" or "${" in name:
             continue
         (word,) = cli.overrides(command, [f"{key}={name}"])
@@ -72,13 +72,13 @@ def test_quotes_null_interpolations_and_sweeps_keep_their_meaning():
     assert parsed.value() == "${oc.env:HOME} 1/${seed}"
 
 
-def test_every_setting_that_is_called_a_place_is_typed_as_it_is(helps):
+def test_every_setting_that_is_called_a_path_is_typed_as_it_is(helps):
     called = re.compile(
         r"^([\w.]*?\b(?:\w+_dir|\w*path|folder|input|output|preview|manifest|resume|pretrained\w*))=", re.MULTILINE
     )
     found = {key for text in helps.values() for key in called.findall(text) if not key.startswith("hydra.")}
     assert len(found) > 12
-    assert not {key for key in found if not {key, key.rpartition(".")[2]} & cli.PLACES}
+    assert not {key for key in found if not {key, key.rpartition(".")[2]} & cli.PATHS}
 
 
 @pytest.mark.parametrize(

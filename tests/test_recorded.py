@@ -356,7 +356,8 @@ def test_epochs_and_shares_of_the_run_ask_too(pipeline, prepared, tmp_path, monk
     assert found == pytest.approx([rate(2 * epochs, 2 * epochs)] * 2 * (more - epochs), rel=1e-9)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_a_warm_up_in_steps_has_no_length_to_ask_about(pipeline, prepared, tmp_path, monkeypatch, seed):
     draw = random.Random(seed)
     length, warmup = draw.randint(1, 3), draw.randint(1, 6)

@@ -76,7 +76,9 @@ def test_lora_and_checkpoint_say_how_they_were_made_and_hold_no_base(pipeline, p
     assert sum(t.numel() for t in checkpoint["state_dict"].values()) == size
 
 
-@pytest.mark.parametrize("preset", ["continuous", "threshold", "binary", "plain"])
+@pytest.mark.parametrize(
+    "preset", ["continuous", *(pytest.param(p, marks=pytest.mark.slow) for p in ("threshold", "binary", "plain"))]
+)
 def test_any_preset_without_prior_traces_like_masked_bit_for_bit(pipeline, prepared, tmp_path, preset, monkeypatch):
     monkeypatch.setattr("mpp.training.teacher.adapters_off", lambda transformer: pytest.fail("the teacher ran"))
     gamma = 0.7 if preset == "continuous" else 1.0
@@ -160,7 +162,14 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert ends[0]["mpp"]["samples_seen"] == ends[1]["mpp"]["samples_seen"]
 
 
-@pytest.mark.parametrize("steps", [3, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(3, marks=pytest.mark.slow),
+        pytest.param(4, marks=pytest.mark.slow),
+        pytest.param(5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_finished_run_can_be_lengthened_bit_for_bit(pipeline, prepared, tmp_path, steps):
     train(pipeline, prepared, tmp_path / "straight", "trainer.max_steps=9")
     train(pipeline, prepared, tmp_path / "longer", f"trainer.max_steps={steps}")
@@ -225,8 +234,12 @@ def test_the_weights_of_a_batch_are_computed_once_a_step(
 @pytest.mark.parametrize(
     ("preset", "normalization", "sizes"),
     [
-        *itertools.product(["threshold", "continuous"], ["global", "per_sample"], [(1, 4), (2, 2)]),
+        *itertools.product(["threshold"], ["global", "per_sample"], [(1, 4), (2, 2)]),
         ("continuous", "global", (1, 3)),
+        *(
+            pytest.param("continuous", *case, marks=pytest.mark.slow)
+            for case in itertools.product(["global", "per_sample"], [(1, 4), (2, 2)])
+        ),
     ],
 )
 def test_accumulated_batches_have_the_gradient_of_one_big_batch(

@@ -29,7 +29,7 @@ ELSEWHERE = {  # words of another command, and the way
         "data.cache_dir=CACHE; then train on the cache, with data.cache_dir=CACHE alone"
     },
 }
-PLACES = frozenset(  # settings that are one file or folder, by the last word of their key, or by the whole of it
+PATHS = frozenset(  # settings that are one file or folder, by the last word of their key, or by the whole of it
     {
         *("cache_dir", "output_dir", "export_dir", "save_dir", "sub_dir", "image_dir", "mask_dir", "control_dir"),
         *("val_image_dir", "val_mask_dir", "val_control_dir", "manifest", "folder", "input", "output", "preview"),
@@ -65,19 +65,19 @@ def _full(command: str, word: str, *, sweep: bool) -> str:
         return word
     key = SHORT.get(command, {}).get(typed[2], typed[2])
     several = sweep and re.search(r",|^\w+\(", typed[3])
-    if not several and {key, key.rpartition(".")[2]} & PLACES:
+    if not several and {key, key.rpartition(".")[2]} & PATHS:
         return f"{typed[1]}{key}={quoted(typed[3])}"
     return f"{typed[1]}{key}={typed[3]}"
 
 
-def quoted(place: str) -> str:
+def quoted(path: str) -> str:
     """The name of a file or folder as a value for Hydra, whose grammar knows spaces, commas, brackets and numbers.
 
     `null`, `???`, nothing, and what has quotes around it already come out as they are; `${...}` keeps its meaning.
     """
-    if place in ("", "null", "???") or re.fullmatch(r"(['\"]).*\1", place, re.DOTALL):
-        return place
-    text = re.sub(r'(\\*)("|$)', lambda at: at[1] * 2 + (at[2] and '\\"'), place)  # backslashes before a quote are two
+    if path in ("", "null", "???") or re.fullmatch(r"(['\"]).*\1", path, re.DOTALL):
+        return path
+    text = re.sub(r'(\\*)("|$)', lambda at: at[1] * 2 + (at[2] and '\\"'), path)  # backslashes before a quote are two
     return f'"{text}"'
 
 

@@ -110,6 +110,7 @@ def named(caption):
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
+@pytest.mark.slow
 def test_embeddings_of_captions_that_are_gone_are_removed_and_no_others(pipeline, tmp_path):
     draws = random.Random(15)
     for turn in range(3):
@@ -134,6 +135,7 @@ def test_embeddings_of_captions_that_are_gone_are_removed_and_no_others(pipeline
             assert all(cache.has_text(entry.text) for entry in cache.entries())
 
 
+@pytest.mark.slow
 def test_a_shard_removes_nothing_that_another_has_made(pipeline, tmp_path):
     draws = random.Random(16)
     draw_photos(tmp_path / "photos", tmp_path / "masks", count=6)

@@ -233,7 +233,7 @@ def broken_latents(cache, folder, key):
     return folder
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 3))])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_sample(pipeline, prepared, tmp_path, seed):
     random_ = random.Random(seed)
     key = f"p{random_.randrange(8)}"

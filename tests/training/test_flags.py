@@ -127,6 +127,7 @@ class Seen(Callback):
         Seen.found["inference"] = torch.is_inference_mode_enabled()
 
 
+@pytest.mark.slow
 def test_flags_of_looking_closer_do_what_they_say(pipeline, prepared, tmp_path, capsys):
     Seen.found = {}
     words = ["detect_anomaly=true", "deterministic=true", "inference_mode=false", "profiler=simple"]
@@ -205,7 +206,7 @@ def test_a_share_of_an_epoch_between_validations_is_kept(pipeline, prepared, tmp
 def test_settings_of_a_validation_that_does_not_take_place_are_all_refused(pipeline, prepared, tmp_path):
     draws, few = random.Random(9), {"trainer.val_check_interval": 7, "trainer.check_val_every_n_epoch": 2}
     few |= {"trainer.limit_val_batches": 3, "trainer.num_sanity_val_steps": 1, "val_sigmas": [0.5]}
-    for _ in range(10):
+    for _ in range(4):
         chosen = draws.sample(sorted(few), draws.randint(1, len(few)))
         off = "trainer.limit_val_batches" not in chosen and draws.random() < 0.5
         words = ["data.val_fraction=0.25", "trainer.limit_val_batches=0"] if off else []
