@@ -13,6 +13,7 @@ from tests.helpers import config
 
 FILES = sorted(path.relative_to(CONFIG_DIR).with_suffix("").as_posix() for path in CONFIG_DIR.rglob("*.yaml"))
 GROUPS = [name for name in FILES if "/" in name]
+FEW = ("model/wan22", "model/flux2", "model/qwen_image_layered", "model/tiny_wan")
 PRESETS = {  # prior_weight, threshold, gamma, floor, normalization
     "plain": (0.0, None, 1.0, 0.0, "global"),
     "masked": (0.0, None, 1.0, 0.05, "global"),
@@ -25,7 +26,13 @@ PINNED = {  # said although it is the class's default
 }
 
 
-@pytest.mark.parametrize("choice", GROUPS)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith("model/") and name not in FEW else ())
+        for name in GROUPS
+    ],
+)
 def test_every_group_option_composes_and_fits_its_class(choice):
     group, name = choice.split("/")
     if group == "tool":

@@ -172,6 +172,7 @@ def test_so_does_a_process_of_its_own(work, number):
     assert tree(work) == before
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_refused_leaves_nothing_either(start, work):
     before = tree(work)
     for command, word in (("train", "loss.prior_weight=-1,-2"), ("sample", "sampling.seed=1,2")):

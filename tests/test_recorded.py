@@ -397,6 +397,7 @@ def test_a_new_rate_is_taken_with_its_switch_and_recorded(run, monkeypatch):
 # ---------------------------------------------------------------- older checkpoints
 
 
+@pytest.mark.slow
 def test_a_run_of_the_first_version_goes_on_with_its_recorded_configuration(tmp_path):
     out = shutil.copytree(OLD / "run", tmp_path / "run")
     assert "type data.cache_dir=FOLDER besides" in refused(out, "data.cache_dir=nowhere")

@@ -91,6 +91,7 @@ def test_any_preset_without_prior_traces_like_masked_bit_for_bit(pipeline, prepa
     assert trace(tmp_path / "a", "train/teacher_fraction") == [0.0] * 4
 
 
+@pytest.mark.slow
 def test_the_prior_lowers_drift_and_the_target_is_learned(pipeline, prepared, tmp_path):
     settings = ["trainer.max_steps=60", "optimizer.lr=3e-3", "data.val_fraction=0.25", "data.batch_size=4"]
     settings += ["trainer.val_check_interval=1.0", "trainer.check_val_every_n_epoch=30", "trainer.log_every_n_steps=20"]
@@ -127,7 +128,7 @@ def kill_after(monkeypatch, batches):
 @pytest.mark.parametrize(
     ("killed_after", "accumulate", "batch_size", "workers"),
     [
-        (6, 2, 1, 0),
+        pytest.param(6, 2, 1, 0, marks=pytest.mark.slow),
         pytest.param(3, 1, 2, 0, marks=pytest.mark.slow),
         pytest.param(9, 2, 1, 0, marks=pytest.mark.slow),
         pytest.param(4, 1, 2, 0, marks=pytest.mark.slow),
@@ -178,7 +179,9 @@ def test_a_finished_run_can_be_lengthened_bit_for_bit(pipeline, prepared, tmp_pa
     assert all(torch.equal(straight[name], longer[name]) for name in straight)
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("prodigy", marks=pytest.mark.slow), "schedulefree"])
+@pytest.mark.parametrize(
+    "optimizer", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("prodigy", "schedulefree"))]
+)
 def test_other_optimizers_train_and_resume(pipeline, prepared, tmp_path, optimizer):
     pytest.importorskip({"prodigy": "prodigyopt", "schedulefree": "schedulefree"}[optimizer])
     lr = [f"optimizer={optimizer}", "optimizer.lr=1.0" if optimizer == "prodigy" else "optimizer.lr=1e-3"]

@@ -183,7 +183,7 @@ def clip(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("frame", [0, 7, COUNT - 1])
+@pytest.mark.parametrize("frame", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, COUNT - 1))])
 def test_the_mask_follows_through_a_clip_both_ways(models, clip, tmp_path, frame):
     (tmp_path / "where.json").write_text(json.dumps({"v": {"boxes": [BOX], "frame": frame}}))
     words = given(models, f"tool.prompts={tmp_path / 'where.json'}", kind="sam2_video")

@@ -110,7 +110,8 @@ def test_a_chain_of_resumes_at_drawn_steps_is_the_straight_run(pipeline, prepare
     assert wanted == found
 
 
-@pytest.mark.parametrize("validates", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("validates", [False, True])
 def test_five_resumes_in_a_row_at_epochs_ends_go_through_one_epoch_each(
     pipeline, prepared, tmp_path, monkeypatch, validates
 ):
@@ -132,7 +133,8 @@ def test_five_resumes_in_a_row_at_epochs_ends_go_through_one_epoch_each(
     assert_equal_runs(tmp_path / "straight", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("epochs", [1, 2])
 def test_a_run_of_whole_epochs_can_be_lengthened_by_epochs(pipeline, prepared, tmp_path, epochs):
     by_epochs = ["trainer.max_steps=-1"]
     train(pipeline, prepared, tmp_path / "straight", *by_epochs, "trainer.max_epochs=3")

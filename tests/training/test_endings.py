@@ -99,9 +99,9 @@ def assert_saved_and_exact(run, pipeline, prepared, straight, *settings):
 @pytest.mark.parametrize(
     ("number", "group", "workers"),
     [
-        (signal.SIGINT, True, 2),
+        pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, True, 2, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, False, 0, marks=pytest.mark.slow),
+        (signal.SIGTERM, False, 0),
         pytest.param(signal.SIGINT, False, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, True, 0, marks=pytest.mark.slow),
     ],

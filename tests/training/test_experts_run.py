@@ -52,6 +52,7 @@ def test_an_expert_learns_nothing_where_all_sigmas_are_the_others(pair, prepared
     assert any(tensor.abs().sum() > 0 for name, tensor in found["high"].items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(pair, prepared, tmp_path):
     settings = [*BOTH, "validate_first=false", "callbacks.checkpoints.every_n_steps=3"]
     train(pair, prepared, tmp_path / "whole", *settings, "trainer.max_steps=6")

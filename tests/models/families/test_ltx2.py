@@ -170,7 +170,7 @@ def test_timesteps_keep_float32_precision_over_a_bf16_model(folder, encoders):
     torch.testing.assert_close(times[0], torch.tensor([487.3]))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_any_base_trains_float32_adapters_on_text_of_any_precision(folder, dtypes, autocast):
     arch = architecture(VARIANT, folder, f"model.dtype={dtypes[0]}", f"model.text_dtype={dtypes[1]}")
