@@ -82,7 +82,7 @@ def cells_of(pixels, stride=4, side=8):
 @pytest.mark.parametrize(
     "rates", [(30, 16), *(pytest.param(rates, marks=SLOW) for rates in ((16, 16), (24, 16), (12, 16), (25, 10)))]
 )
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("flip", [False, pytest.param(True, marks=SLOW)])
 def test_a_moving_mask_covers_exactly_the_cells_in_which_the_square_is(root, pipeline, seen, rates, flip):
     source, target = rates
     clip(root, count=50, rate=source)

@@ -108,6 +108,7 @@ def test_parts_of_another_set_are_not_mixed_in(pipeline, tmp_path):
     assert [entry.key for entry in Cache(tmp_path / "cache").entries()] == ["p1", "p2", "p3"]
 
 
+@pytest.mark.slow
 def test_more_shards_than_images_finish_too_and_skipped_ones_are_noted(pipeline, tmp_path):
     draw_photos(tmp_path / "photos", tmp_path / "masks", 2)
     (tmp_path / "photos" / "p1.png").write_text("no image")
@@ -234,6 +235,7 @@ def test_only_old_leftovers_of_killed_writers_are_removed(tmp_path):
     assert [path.exists() for path in (old, young, other)] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_a_sharded_change_of_captions_is_not_half_in_use(pipeline, tmp_path):
     draw_photos(tmp_path / "photos", tmp_path / "masks", 2)
     prepare(pipeline, tmp_path)

@@ -49,6 +49,7 @@ def root(tmp_path_factory, pipeline):
     return root
 
 
+@pytest.mark.slow
 def test_what_a_power_failure_leaves_is_made_again(root, pipeline):
     draws, cache = random.Random(13), root / "cache"
     whole = held_by(cache)

@@ -131,6 +131,7 @@ def test_samples_during_training_come_from_the_cache_and_change_no_number(pipeli
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_samples_go_to_tensorboard(pipeline, sampled, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

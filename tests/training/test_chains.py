@@ -98,7 +98,7 @@ def drawn(seed):
     return settings, sorted(random_.sample(range(1, steps), random_.randint(1, 4)))
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 12))])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, *range(2, 12)))])
 def test_a_chain_of_resumes_at_drawn_steps_is_the_straight_run(pipeline, prepared, tmp_path, seed):
     settings, stops = drawn(seed)
     train(pipeline, prepared, tmp_path / "straight", *settings)

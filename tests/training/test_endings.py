@@ -96,14 +96,15 @@ def assert_saved_and_exact(run, pipeline, prepared, straight, *settings):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "group", "workers"),
     [
-        pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, True, 2, marks=pytest.mark.slow),
+        (signal.SIGINT, True, 2),
+        (signal.SIGTERM, True, 2),
         (signal.SIGTERM, False, 0),
-        pytest.param(signal.SIGINT, False, 2, marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, True, 0, marks=pytest.mark.slow),
+        (signal.SIGINT, False, 2),
+        (signal.SIGHUP, True, 0),
     ],
 )
 def test_a_signal_ends_a_run_after_its_step_saved(pipeline, prepared, tmp_path, number, group, workers):

@@ -465,7 +465,9 @@ def test_image_to_video_samples_need_their_image():
 # ---------------------------------------------------------------- experts
 
 
-@pytest.mark.parametrize("name", ["WAN 2.2 A14B T2V both", "WAN 2.2 A14B I2V both"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("WAN 2.2 A14B T2V both", marks=pytest.mark.slow), "WAN 2.2 A14B I2V both"]
+)
 def test_each_sample_is_predicted_by_the_expert_that_serves_its_sigma(name, folders):
     variant = named(name)
     arch = architecture(variant, folders(variant))
