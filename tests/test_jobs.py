@@ -46,7 +46,7 @@ REFUSED = {  # by command: words that end it, alone or after those that each sta
         (["ckpt_path=last", "output_dir=new"], "no checkpoint at"),
         (["ckpt_path=run/checkpoints/last.ckpt", "seed=3"], "seed"),
         (["ckpt_path=run/checkpoints/last.ckpt", "lora.rank=8"], "lora|adapter"),
-        (["ckpt_path=photos/p0.png"], "no checkpoint, or damaged"),
+        (["ckpt_path=photos/p0.png"], "there is no checkpoint at"),
         (["sampling.prompts=[a prompt that was not prepared]"], "prepare"),
         (["callbacks.checkpoints.every_n_steps=0"], "must be at least 1"),
         (["output_dir=photos/p0.png"], "cannot be written"),
@@ -190,7 +190,7 @@ def test_a_run_has_its_record_and_all_that_was_said(made):
     log = (made / "told" / "train.log").read_text()
     assert log.index("said before the run began") < log.index("masked prior preservation") < log.index("LoRA: ")
     assert log.count("said before") == ended.stdout.count("said before")
-    assert "- output_dir=told" in (made / "told" / ".hydra" / "overrides.yaml").read_text()
+    assert '- output_dir="told"' in (made / "told" / ".hydra" / "overrides.yaml").read_text()
     assert "rank: 16" in (made / "told" / ".hydra" / "config.yaml").read_text()
 
 

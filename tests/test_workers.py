@@ -1,5 +1,6 @@
 """Worker processes, real ones: by fork as the suite starts them, by spawn and forkserver through the commands."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -212,6 +213,9 @@ def test_preparing_gives_the_same_files_where_processes_are_not_forked(pipeline,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     spawned, own = held_by(tmp_path / "c"), held_by(tmp_path / "cache")
+    notes = [json.loads(held.pop("notes.json")) for held in (spawned, own)]
+    assert [note["sources"].pop("cache_dir") for note in notes] == [str(tmp_path / name) for name in ("c", "cache")]
+    assert notes[0] == notes[1]
     assert spawned == own
 
 
