@@ -225,8 +225,11 @@ def differences(straight: Path, out: Path) -> Iterator[str]:
             same = equal(load_file(a), load_file(b)) if a.suffix == ".safetensors" else a.read_bytes() == b.read_bytes()
             if not same:
                 yield f"{name} differs"
-    if validations(straight) != validations(out):
-        yield "validations differ"
+    one, two = validations(straight), validations(out)
+    wrong = sorted(step for step in one.keys() | two.keys() if one.get(step) != two.get(step))
+    if wrong:
+        pairs = ", ".join(f"step {step}: {one.get(step)} and {two.get(step)}" for step in wrong)
+        yield f"validations differ: {pairs}"
 
 
 def validations(out: Path) -> dict[int, str]:

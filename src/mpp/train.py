@@ -18,8 +18,8 @@ from mpp.files import check_writable, remove_leftovers
 from mpp.jobs import begin_record, job_number, repeat_output
 from mpp.recorded import followers, going_on
 from mpp.training.beginning import Beginning
-from mpp.training.callbacks import Checkpoints
-from mpp.training.checkpoint import AtomicCheckpointIO
+from mpp.training.callbacks import Checkpoints, is_finished
+from mpp.training.checkpoint import AtomicCheckpointIO, validation_is_due
 from mpp.training.endings import Endings
 from mpp.training.flags import check_flags, check_trainer, check_validation
 from mpp.training.module import MaskedPriorModule
@@ -147,6 +147,9 @@ def fit(
         if validate_first and checkpoint is None and data.val_entries:
             trainer.validate(module, datamodule=data, verbose=False)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if is_finished(trainer, module) and data.val_entries and validation_is_due(module.resumed["loops"], trainer):
+            module.log_after(trainer.global_step - 1)  # as validations between steps are logged
+            trainer.validate(module, datamodule=data, verbose=False)  # the last one, which a kill may have left out
     except MisconfigurationException as error:
         raise ValueError(f"Lightning refuses the settings: {error}") from error
     except RuntimeError as error:

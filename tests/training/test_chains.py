@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 
 import pytest
@@ -164,3 +165,20 @@ def test_what_a_kill_left_out_after_the_checkpoint_is_made_up_for(pipeline, prep
     assert step_of_lora(files[1]) == 4
     for one, two in ((load(wanted[files[1]]), load_file(files[1])), (load_file(files[0]), load_file(newest))):
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
+def test_a_last_validation_that_a_kill_left_out_is_made_up_for(pipeline, prepared, tmp_path, seed):
+    """The log of a whole run is taken away, as if it had been killed between its last save and its last validation."""
+    random_ = random.Random(seed)
+    interval, batch = random_.randint(1, 4), random_.choice([1, 2])
+    every = random_.choice([[], ["trainer.check_val_every_n_epoch=1"]])
+    steps = interval * random_.randint(1, 2) + random_.choice([0, 0, 1])
+    settings = [f"trainer.val_check_interval={interval}", f"trainer.max_steps={steps}", *every, "data.val_fraction=0.3"]
+    settings += [f"data.batch_size={batch}", *OPTIMIZERS[random_.choice(list(OPTIMIZERS))]]
+    train(pipeline, prepared, tmp_path, *settings, *again(0), "validate_first=false")
+    wanted = {step: value for step, value in values(tmp_path, "val/loss").items() if step == steps - 1}
+    shutil.rmtree(tmp_path / "csv")
+    train(pipeline, prepared, tmp_path, *settings, *again(1))
+    found = values(tmp_path, "val/loss") if (tmp_path / "csv").exists() else {}
+    assert found == wanted

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mpp.files import write_atomically
@@ -60,6 +61,22 @@ def settled(loops: Mapping[str, Any]) -> dict[str, Any]:
     validation = {"total": begun, "current": dict(begun), "is_last_batch": False}
     fit["epoch_loop.val_loop.batch_progress"] = validation
     return {**loops, "fit_loop": fit}
+
+
+def validation_is_due(loops: Mapping[str, Any], trainer: Trainer) -> bool:
+    """Whether a validation was to follow the step that a checkpoint was saved after.
+
+    Args:
+        loops: `checkpoint["loops"]`, settled.
+        trainer: After it has looked at its data.
+    """
+    fit, every = loops["fit_loop"], trainer.val_check_batch
+    where = (fit["state_dict"].get("combined_loader") or [None])[0]
+    if every is None or not isinstance(where, Mapping):
+        return False
+    if trainer.check_val_every_n_epoch is None:
+        return fit["epoch_loop.batch_progress"]["total"]["ready"] % every == 0
+    return (where["epoch"] + 1) % trainer.check_val_every_n_epoch == 0 and where["position"] % every == 0
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

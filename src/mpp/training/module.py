@@ -173,7 +173,11 @@ class MaskedPriorModule(LightningModule):
 
     def on_train_batch_start(self, *_: object) -> None:
         """Count points of the logs in optimizer steps, also after a resume, where Lightning counts from the save."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step  # noqa: SLF001
+        self.log_after(self.trainer.global_step)
+
+    def log_after(self, steps: int) -> None:
+        """Put the next points of the logs behind so many optimizer steps."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = steps  # noqa: SLF001
 
     def not_finite(self, *, newest: bool) -> tuple[int, tuple[str, ...]] | None:
         """The first step whose loss was not finite, and the samples of that batch.
