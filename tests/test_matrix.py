@@ -15,7 +15,7 @@ def test_the_matrix_has_each_variant_and_column_and_nothing_fails_or_was_left_ou
     head, _, *found = rows(text)
     assert head == ["variant", *COLUMNS]
     assert [row[0] for row in found] == [variant.name for variant in variants()]
-    assert {value for row in found for value in row[1:]} <= {"yes", "no", "clips", "neutral", "fixed", "rules"}
+    assert {value for row in found for value in row[1:]} <= {"yes", "no", "clips", "neutral", "fixed"}
 
 
 def test_representatives_are_variants_that_there_are():

@@ -29,23 +29,23 @@ pytestmark = pytest.mark.slow
 
 DOUBLE = r"transformer_blocks\.\d+\..*(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out|net\.0\.proj|net\.2)"
 # Which of diffusers' pipelines reads which of our files, and the modules that it can read at this size: its importers
-# of FLUX.1 and HunyuanVideo split linear1 at the published width, which a test below has. Not in here, because
-# diffusers does not read them: FLUX.1 as comfyui (lora_A names), Z-Image as comfyui (a fused qkv), HunyuanVideo and
-# LTX-2 as kohya; HunyuanVideo 1.5 and Kandinsky 5 (no importer).
+# of FLUX.1 splits linear1 at the published width, which a test below has. Not in here, because diffusers does not read
+# them: HunyuanVideo as comfyui (names of ComfyUI's own) and as kohya, LTX-2 as kohya; HunyuanVideo 1.5 and Kandinsky 5
+# (no importer).
 READERS = {
     "WAN": ("WanPipeline", {"comfyui": None, "kohya": None}),
-    "FLUX.1": ("FluxPipeline", {"kohya": DOUBLE}),
+    "FLUX.1": ("FluxPipeline", {"comfyui": None, "kohya": DOUBLE}),
     "FLUX.2": ("Flux2Pipeline", {"comfyui": None, "kohya": None}),
     "HunyuanVideo 1.5": (None, {}),
-    "HunyuanVideo": ("HunyuanVideoPipeline", {"comfyui": DOUBLE}),
+    "HunyuanVideo": ("HunyuanVideoPipeline", {}),
     "Kandinsky": (None, {}),
     "LTX": ("LTX2Pipeline", {"comfyui": None}),
     "Qwen": ("QwenImagePipeline", {"comfyui": None, "kohya": None}),
-    "Z-Image": ("ZImagePipeline", {"kohya": None}),
+    "Z-Image": ("ZImagePipeline", {"comfyui": None, "kohya": None}),
 }
+KEYS = {"comfyui": comfy_reference.key_map, "kohya": comfy_reference.kohya_map}
+LAYER = re.compile(r"\.(attn\d?|attention)\.(to_|add_)")
 FUSED = ("FLUX", "HunyuanVideo", "Z-Image")  # families whose original has qkv as one layer
-# Their importers refuse keys named alpha; it is the rank, so the file says the same without it.
-FAIL_ON_ALPHA = {"Flux2Pipeline", "HunyuanVideoPipeline"}
 
 
 @pytest.fixture(scope="module", params=parameters())
@@ -94,8 +94,9 @@ def close(actual, expected, base):
     assert (expected - base).abs().max() > 1e-3
 
 
-def without_alpha(state):
-    return {name: tensor for name, tensor in state.items() if not name.endswith(".alpha")}
+def family_of(arch):
+    """The model's name among those whose layers the reader calls otherwise."""
+    return next((name for name in comfy_reference.MODELS if arch.family.startswith(name)), None)
 
 
 def read_by(variant):
@@ -118,8 +119,6 @@ def test_diffusers_importer_gives_the_trained_output(variant, arch, seen, tmp_pa
     transformer, _ = trained(arch.load_transformer(), tmp_path, formats[format] or arch.lora_targets, kind="rslora")
     pipeline = getattr(diffusers, name)
     for model, file in by_part(fresh, export(arch, tmp_path, format=format)):
-        if format == "comfyui" and name in FAIL_ON_ALPHA:
-            save_file(without_alpha(load_file(file)), file)
         state, metadata = pipeline.lora_state_dict(file.parent, weight_name=file.name, return_lora_metadata=True)[:2]
         assert metadata is None  # else its alpha would apply once more
         known = inspect.signature(pipeline.load_lora_into_transformer).parameters
@@ -130,8 +129,17 @@ def test_diffusers_importer_gives_the_trained_output(variant, arch, seen, tmp_pa
 
 # Without a single file there is no independent way from the original's names to diffusers'.
 @pytest.mark.parametrize("variant", parameters(of=lambda v: v.single_file), indirect=True)
-@pytest.mark.parametrize(("kind", "format"), [("lora", "comfyui"), ("rslora", "kohya"), ("lokr", "comfyui")])
-def test_comfyui_on_the_original_file_gives_the_merged_model(variant, tmp_path, kind, format):
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_comfyui_on_the_original_file_gives_the_merged_model(variant, tmp_path, kind):
+    assert_merged_on_the_original(variant, tmp_path, kind, "comfyui")
+
+
+@pytest.mark.parametrize("variant", parameters(of=lambda v: v.single_file), indirect=True)
+def test_kohyas_tools_on_the_original_file_give_the_merged_model(variant, tmp_path):
+    assert_merged_on_the_original(variant, tmp_path, "rslora", "kohya")
+
+
+def assert_merged_on_the_original(variant, tmp_path, kind, format):
     model, state = variant.single_file()
     file = tmp_path / "original.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
@@ -139,9 +147,10 @@ def test_comfyui_on_the_original_file_gives_the_merged_model(variant, tmp_path, 
     targets = arch.lora_targets
     if kind == "lokr":
         targets = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and alone(arch, name)]
+        assert len(targets) > 1
     transformer, _ = trained(model, tmp_path, targets, kind=kind)
     (written,) = export(arch, tmp_path, format=format)
-    changed = comfy_reference.apply(state, load_file(written))
+    changed = comfy_reference.apply(state, load_file(written), family_of(arch), KEYS[format])
     base = {name: tensor.clone() for name, tensor in arch.load_transformer().state_dict().items()}
     save_file({name: tensor.contiguous() for name, tensor in changed.items()}, file)
     merged = arch.load_transformer().state_dict()
@@ -157,29 +166,47 @@ def test_comfyui_on_the_original_file_gives_the_merged_model(variant, tmp_path, 
 def alone(arch, module):
     """Whether a block's layer is a layer of the original too, so that its LoKr can be said."""
     blocks = re.match(r"(blocks|layers|transformer_blocks|single_transformer_blocks|\w+_transformer_blocks)\.", module)
-    rule = next((rule for rule in arch.native if re.fullmatch(rule.pattern, module)), None)
-    return bool(blocks) and (rule is not None and not rule.parts if arch.native else "attn" in module)
+    rules = arch.names_in("comfyui").rules
+    rule = next((rule for rule in rules if re.fullmatch(rule.pattern, module)), None)
+    return bool(blocks) and (rule is not None and not rule.parts if rules else bool(LAYER.search(module)))
 
 
-def test_every_update_stands_in_its_own_rows_of_the_original_layer(arch, tmp_path):
+def test_comfyui_puts_every_update_into_its_own_rows(arch, tmp_path):
+    assert_in_their_rows(arch, tmp_path, "comfyui", originals(arch))
+
+
+def test_kohyas_tools_put_every_update_into_its_own_rows(arch, tmp_path):
+    assert_in_their_rows(arch, tmp_path, "kohya", arch.native)
+
+
+def assert_in_their_rows(arch, tmp_path, format, rules):
     transformer, files = trained(arch.load_transformer(), tmp_path, arch.lora_targets)
-    exported = export(arch, tmp_path, format="comfyui")
+    exported = export(arch, tmp_path, format=format)
     for (model, _), file in zip(by_part(transformer, files), exported, strict=True):
         layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-        wanted = expected_deltas(arch, model, layers)
-        got = comfy_reference.deltas(wanted, load_file(file))
+        wanted = expected_deltas(rules, model, layers)
+        got = comfy_reference.deltas(shapes(wanted), load_file(file), family_of(arch), KEYS[format])
         assert got.keys() == wanted.keys()
         for name, delta in wanted.items():
             torch.testing.assert_close(got[name], delta, rtol=1e-4, atol=1e-6)
 
 
-def expected_deltas(arch, model, layers):
+def originals(arch):
+    """The rules of the state that ComfyUI loads: it holds HunyuanVideo 1.5 in the layers of the first."""
+    return HunyuanVideo.native if arch.family.startswith("hunyuan_video15") else arch.native
+
+
+def shapes(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def expected_deltas(rules, model, layers):
     """PEFT's own deltas, stacked where the family says that the original stacks them."""
     wanted = {}
     for name in layers:
-        rule = next((rule for rule in arch.native if re.fullmatch(rule.pattern, name)), None)
+        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
         if rule is None:
-            assert arch.native == (), name
+            assert rules == (), name
             wanted[name] = layers[name].get_delta_weight("default").detach()
             continue
         match = re.fullmatch(rule.pattern, name)
@@ -196,7 +223,7 @@ def expected_deltas(arch, model, layers):
 
 @pytest.mark.parametrize("variant", parameters(of=lambda v: v.name.startswith(FUSED)), indirect=True)
 def test_some_parts_of_a_fused_layer_are_enough(variant, arch, tmp_path):
-    fused = [rule for rule in arch.native if rule.parts]
+    fused = [rule for rule in originals(arch) if rule.parts]
     model = next(m for _, m in parts_of(arch.load_transformer()))
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     rule, name = next(
@@ -208,7 +235,8 @@ def test_some_parts_of_a_fused_layer_are_enough(variant, arch, tmp_path):
     (first, *_) = export(arch, files[0], format="comfyui", output=str(tmp_path / "part.safetensors"))
     model = next(m for _, m in parts_of(transformer))
     layer = model.get_submodule(parts[-1])
-    (delta,) = comfy_reference.deltas([match.expand(rule.name)], load_file(first)).values()
+    whole = sum(model.get_submodule(part).out_features for part in parts), layer.in_features
+    (delta,) = comfy_reference.deltas({match.expand(rule.name): whole}, load_file(first), family_of(arch)).values()
     before = sum(model.get_submodule(part).out_features for part in parts[:-1])
     assert delta[:before].abs().sum() == 0
     torch.testing.assert_close(delta[before:], layer.get_delta_weight("default").detach(), rtol=1e-4, atol=1e-6)
@@ -268,7 +296,8 @@ def uneven():
 @pytest.mark.parametrize("write", [comfyui, kohya])
 def test_parts_of_uneven_ranks_and_scales_are_fused_exactly(write):
     found, rules, sizes = uneven()
-    got = comfy_reference.deltas(["m.0.qkv", "m.0.out_proj"], write(to_native(found, rules, sizes)))
+    layers = {"m.0.qkv": (15, 7), "m.0.out_proj": (3, 7)}
+    got = comfy_reference.deltas(layers, write(to_native(found, rules, sizes)))
     delta = {n: u.scale * u.factors["lora_B.weight"] @ u.factors["lora_A.weight"] for n, u in found.items()}
     torch.testing.assert_close(got["m.0.qkv"], torch.cat([delta["b.0.q"], torch.zeros(4, 7), delta["b.0.v"]]))
     torch.testing.assert_close(got["m.0.out_proj"], delta["b.0.o"])
@@ -299,9 +328,7 @@ def test_diffusers_splits_linear1_of_the_published_width_as_it_was_fused(family,
     full = {block + name: size for name, size in sizes.items()}
     full |= {f"transformer_blocks.0.attn.to_{part}": 3072 for part in "qkv"}
     native = to_native({**found, **other}, family.native, full)
-    file = write(native)
-    if write is comfyui and pipeline in FAIL_ON_ALPHA:
-        file = without_alpha(file)
+    file = write(native, *(["diffusion_model."] if write is comfyui else []))  # whose reader fails on an alpha
     state = getattr(diffusers, pipeline).lora_state_dict(file)
     for name, size in full.items():
         update = {**found, **other}.get(name)
@@ -322,7 +349,7 @@ def test_lokr_has_its_scale_whichever_factor_is_decomposed(write, decomposed):
         factors |= {f"{name}_a": a, f"{name}_b": b} if name in decomposed else {name: a @ b}
         whole.append(a @ b)
     native = to_native({"x.o": Update(factors, 1.75)}, (), {})
-    got = comfy_reference.deltas(["x.o"], write(native))
+    got = comfy_reference.deltas({"x.o": (16, 9)}, write(native))
     torch.testing.assert_close(got["x.o"], 1.75 * torch.kron(*whole))
 
 
@@ -359,8 +386,8 @@ def test_ranks_and_alphas_per_module_are_honoured(architecture, tmp_path):
     assert isinstance(model, WanTransformer3DModel)
     for format in ("comfyui", "kohya"):
         (file,) = export(architecture, tmp_path, format=format)
-        wanted = expected_deltas(architecture, model, layers)
-        got = comfy_reference.deltas(wanted, load_file(file))
+        wanted = expected_deltas(architecture.native, model, layers)
+        got = comfy_reference.deltas(shapes(wanted), load_file(file))
         for name, delta in wanted.items():
             torch.testing.assert_close(got[name], delta, rtol=1e-4, atol=1e-6)
 

@@ -139,8 +139,9 @@ class Export:
             metadata |= {} if described is None else {LORA_ADAPTER_METADATA_KEY: described}
         try:
             if self.format in ("comfyui", "kohya"):
-                native = to_native(updates(transformer, lora), architecture.native, sizes)
-                tensors = comfyui(native) if self.format == "comfyui" else kohya(native)
+                names = architecture.names_in(self.format)
+                native = to_native(updates(transformer, lora), names.rules, sizes)
+                tensors = (comfyui if self.format == "comfyui" else kohya)(native, names.prefix)
             tensors = cast(tensors, None if self.dtype is None else _DTYPES[self.dtype])
         except ValueError as error:
             raise ValueError(f"export.format={self.format}, lora={lora.path}: {error}") from error

@@ -2,15 +2,16 @@
 
 What the names and alpha mean:
 
-- ComfyUI: Comfy-Org/ComfyUI `comfy/lora.py` (`diffusion_model.<native>`, `lora_unet_<native with underscores>`) and
-  `comfy/weight_adapter/{lora,lokr}.py`: W + alpha / rank * B @ A, without alpha W + B @ A; LoKr applies alpha only if a
-  factor is decomposed. The file's metadata is not read.
+- ComfyUI: Comfy-Org/ComfyUI `comfy/lora.py` (`diffusion_model.<module>`, and diffusers' names where a model has both)
+  and `comfy/weight_adapter/{lora,lokr}.py`: W + alpha / rank * B @ A, without alpha W + B @ A; LoKr applies alpha only
+  if a factor is decomposed. The file's metadata is not read.
+- kohya's tools: `networks/lora.py` of sd-scripts and musubi-tuner (`lora_unet_<module_with_underscores>`).
 - diffusers: `loaders/lora_conversion_utils.py`. The readers of `diffusion_model.` names take `lora_A` and `lora_B`;
   those of FLUX.2 and HunyuanVideo fail on an alpha. The readers of `lora_unet_` names take `lora_down`, `lora_up` and
   alpha, and WAN's fails without alpha.
 
-So the scale of a `diffusion_model.` file is in B and its alpha is the rank: the same to readers that know alpha and to
-those that do not.
+So the scale of a file for ComfyUI is in B, and its alpha is the rank, or not there: the same to readers that know alpha
+and to those that do not.
 """
 
 import re
@@ -28,11 +29,11 @@ _INSTEAD = "export.format=diffusers, export.format=peft and merge=true can"
 
 
 def to_native(found: Mapping[str, Update], rules: Sequence[NativeRule], sizes: Mapping[str, int]) -> dict[str, Update]:
-    """The same updates by the original implementation's module names, several of diffusers' layers fused into one.
+    """The same updates by a program's module names, several of diffusers' layers fused into one where it has one.
 
     Args:
         found: By diffusers' module names.
-        rules: The family's names; none: they are diffusers'.
+        rules: The program's names; none: they are diffusers'.
         sizes: Output features of diffusers' modules.
 
     Raises:
@@ -64,33 +65,34 @@ def to_native(found: Mapping[str, Update], rules: Sequence[NativeRule], sizes: M
     return native | {name: _fuse(name, share, stacks[name], sizes) for name, share in shares.items()}
 
 
-def comfyui(native: Mapping[str, Update]) -> dict[str, Tensor]:
-    """`diffusion_model.<module>.lora_A.weight`, `.lora_B.weight` and `.alpha`.
+def comfyui(native: Mapping[str, Update], prefix: str | None = None) -> dict[str, Tensor]:
+    """`diffusion_model.<module>.lora_A.weight`, `.lora_B.weight` and `.alpha`; no alpha below another prefix.
 
     The scale is in `lora_B`, or in LoKr's first factor, and alpha is the rank, so that alpha / rank is 1.
     """
     found = {}
     for name, update in native.items():
-        prefix = f"diffusion_model.{name}"
-        found |= {f"{prefix}.{factor}": tensor for factor, tensor in _scale_inside(update).items()}
-        found[f"{prefix}.alpha"] = torch.tensor(float(_rank(update)))
+        module = f"{'diffusion_model.' if prefix is None else prefix}{name}"
+        found |= {f"{module}.{factor}": tensor for factor, tensor in _scale_inside(update).items()}
+        if prefix is None:
+            found[f"{module}.alpha"] = torch.tensor(float(_rank(update)))
     return found
 
 
-def kohya(native: Mapping[str, Update]) -> dict[str, Tensor]:
+def kohya(native: Mapping[str, Update], prefix: str | None = None) -> dict[str, Tensor]:
     """`lora_unet_<module with underscores>.lora_down.weight`, `.lora_up.weight` and a float32 `.alpha`.
 
     LoKr's scale is in its first factor, and its alpha is the rank: readers divide by that, or ignore alpha.
     """
     found = {}
     for name, update in native.items():
-        prefix = f"lora_unet_{name.replace('.', '_')}"
+        module = f"{'lora_unet_' if prefix is None else prefix}{name.replace('.', '_')}"
         if _DOWN in update.factors:
             factors, alpha = update.factors, update.scale * update.factors[_DOWN].shape[0]
         else:
             factors, alpha = _scale_inside(update), _rank(update)
-        found |= {f"{prefix}.{_KOHYA.get(factor, factor)}": tensor for factor, tensor in factors.items()}
-        found[f"{prefix}.alpha"] = torch.tensor(float(alpha))
+        found |= {f"{module}.{_KOHYA.get(factor, factor)}": tensor for factor, tensor in factors.items()}
+        found[f"{module}.alpha"] = torch.tensor(float(alpha))
     return found
 
 

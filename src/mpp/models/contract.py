@@ -1,7 +1,7 @@
 """The contract of a DiT family: all that the rest of mpp knows about a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Protocol, runtime_checkable
@@ -177,6 +177,19 @@ class NativeRule:
     parts: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Names:
+    """How a program names a model's modules in LoRA files.
+
+    Attributes:
+        rules: From diffusers' names; () where they are diffusers' own.
+        prefix: What stands before them; None: what the format has.
+    """
+
+    rules: tuple[NativeRule, ...] = ()
+    prefix: str | None = None
+
+
 @dataclass(kw_only=True, eq=False)
 class Architecture(ABC):
     """What mpp needs to know about a DiT family: its settings, what follows from them, and what it does.
@@ -200,6 +213,7 @@ class Architecture(ABC):
         boundaries: Sigmas, ascending, at or above which the next expert takes over; () with a single transformer.
         folders: Folder of each transformer in its diffusers pipeline, by expert; a lone transformer is called `""`.
         native: How the original implementation names the modules; () where they have diffusers' names.
+        named_by: How programs name them in LoRA files that name them otherwise than the original, by the format.
         guidance_scale: Guidance that samples are generated with unless told otherwise.
         steps: Sampling steps unless told otherwise.
         fps: Frames per second of the clips that it was trained on; None for models of images.
@@ -219,6 +233,7 @@ class Architecture(ABC):
     boundaries = ()
     folders = MappingProxyType({"": "transformer"})
     native = ()
+    named_by: ClassVar[Mapping[str, Names]] = MappingProxyType({})
     guidance_scale = 1.0
     steps = 30
     fps = None
@@ -232,6 +247,10 @@ class Architecture(ABC):
     def cache_settings(self) -> dict[str, object]:
         """The settings that shape what is cached, by name."""
         return {name: getattr(self, name) for name in self.cached_settings}
+
+    def names_in(self, format: str) -> Names:
+        """How modules are called in LoRA files of a format, `comfyui` or `kohya`."""
+        return self.named_by.get(format, Names(self.native))
 
     @abstractmethod
     def check(self) -> None:

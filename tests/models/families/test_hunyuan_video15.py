@@ -301,7 +301,7 @@ def test_published_targets_are_the_layers_of_the_blocks_that_reach_the_output(t2
     assert len(layers) - len(alive) == 4
 
 
-def test_native_names_are_those_of_comfyui(t2v):
+def test_names_in_comfyui_are_those_of_hunyuan_video_there(t2v):
     # ComfyUI holds HunyuanVideo 1.0 and 1.5 in one class, whose names comfy/lora.py relates to those of 1.0's files
     # like this; and those files diffusers can convert.
     comfy = {"_attn.qkv.": "_attn_qkv.", "_attn.proj.": "_attn_proj.", "mlp.0.": "mlp.fc1.", "mlp.2.": "mlp.fc2."}
@@ -312,7 +312,7 @@ def test_native_names_are_those_of_comfyui(t2v):
     }
     original = {}
     for layer in state:
-        (rule,) = (rule for rule in t2v.native if re.fullmatch(rule.pattern, layer))
+        (rule,) = (rule for rule in t2v.names_in("comfyui").rules if re.fullmatch(rule.pattern, layer))
         parts = [re.sub(rule.pattern, part, layer) for part in rule.parts] or [layer]
         name = re.sub(rule.pattern, rule.name, layer) + ".weight"
         (renamed,) = (name.replace(ours, theirs) for ours, theirs in comfy.items() if ours in name)
@@ -320,6 +320,22 @@ def test_native_names_are_those_of_comfyui(t2v):
     converted = convert_hunyuan_video_transformer_to_diffusers(original)
     assert converted.keys() == {f"{layer}.weight" for layer in state}
     assert all(torch.equal(converted[f"{layer}.weight"], weight) for layer, weight in state.items())
+
+
+def test_native_names_are_tencents(t2v):
+    """MMDoubleStreamBlock of hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py, and musubi-tuner's."""
+    streams = [f"{stream}_{layer}" for stream in ("img", "txt") for layer in (
+        "attn_q", "attn_k", "attn_v", "attn_proj", "mlp.fc1", "mlp.fc2",
+    )]  # fmt: skip
+    layers = [
+        layer
+        for layer, module in transformer().named_modules()
+        if isinstance(module, torch.nn.Linear) and re.match(r"transformer_blocks\.1\.(attn|ff)", layer)
+    ]
+    for rules in (t2v.native, t2v.names_in("kohya").rules):
+        names = [re.sub(rule.pattern, rule.name, layer) for layer in layers for rule in rules
+                 if re.fullmatch(rule.pattern, layer) and not rule.parts]  # fmt: skip
+        assert sorted(names) == sorted(f"double_blocks.1.{name}" for name in streams)
 
 
 def test_weights_of_the_other_task_and_step_distilled_ones_are_refused(folders, tmp_path):

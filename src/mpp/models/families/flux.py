@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Generation, ImageInputs, LatentSpec, NativeRule, Prompt
+from mpp.models.contract import Generation, ImageInputs, LatentSpec, Names, NativeRule, Prompt
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_text
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
@@ -174,6 +175,8 @@ class Flux(Family):
         *_rules("transformer_blocks", "double_blocks", _DOUBLE),
         *_rules("single_transformer_blocks", "single_blocks", _SINGLE),
     )
+    # ComfyUI takes diffusers' names for rows of its own layers (comfy/utils.py, flux_to_diffusers)
+    named_by = MappingProxyType({"comfyui": Names(prefix="transformer.")})
 
     def __post_init__(self) -> None:
         """What Kontext has of its own."""

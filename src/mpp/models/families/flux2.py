@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Generation, ImageInputs, LatentSpec, NativeRule, Prompt
+from mpp.models.contract import Generation, ImageInputs, LatentSpec, Names, NativeRule, Prompt
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 from mpp.models.text_limit import CAPTION, TextLimit, before_message
@@ -138,6 +139,8 @@ class Flux2(Family):
         NativeRule(r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
         NativeRule(r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
     )
+    # ComfyUI takes diffusers' names for rows of its own layers (comfy/utils.py, flux_to_diffusers)
+    named_by = MappingProxyType({"comfyui": Names(prefix="transformer.")})
 
     def __post_init__(self) -> None:
         """Dev and klein have texts of their own."""

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from transformers import AutoImageProcessor, CLIPTextModel, CLIPTokenizer, Llama
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning
-from mpp.models.contract import Generation, ImageInputs, LatentSpec, NativeRule, Prompt
+from mpp.models.contract import Generation, ImageInputs, LatentSpec, Names, NativeRule, Prompt
 from mpp.models.family import DType, Family, FamilyEncoders, output_pixels
 from mpp.models.padding import pad_with_mask
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
@@ -35,6 +36,10 @@ _HEAD_DIM = 128  # of the published models; single files do not state it
 _MARKER = "img_in.proj.weight"
 _EVERY = {"latent_concat": 2, "token_replace": 4}  # of the image's text tokens: HunyuanVideoImageToVideoPipeline
 _DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
+_RENAMED = {
+    "_attn_": "_attn.", "_mlp.fc1": "_mlp.0", "_mlp.fc2": "_mlp.2", "_mod.linear": "_mod.lin",
+    "modulation.linear": "modulation.lin",
+}  # fmt: skip
 _QKV = tuple(rf"transformer_blocks.\1.attn.to_{part}" for part in "qkv")
 _ADDED = tuple(rf"transformer_blocks.\1.attn.add_{part}_proj" for part in "qkv")
 _LINEAR1 = tuple(
@@ -111,6 +116,13 @@ def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return convert_hunyuan_video_transformer_to_diffusers(split)
 
 
+def _in_comfyui(name: str) -> str:
+    """What ComfyUI calls a layer of the original (comfy/supported_models.py, process_unet_state_dict)."""
+    for theirs, comfy in _RENAMED.items():
+        name = name.replace(theirs, comfy)
+    return name
+
+
 @dataclass(kw_only=True, eq=False)
 class HunyuanVideo(Family):
     """HunyuanVideo, text to video and both forms of image to video.
@@ -161,6 +173,9 @@ class HunyuanVideo(Family):
         NativeRule(_SINGLE + r"(?:attn\.to_[qkv]|proj_mlp)", r"single_blocks.\1.linear1", _LINEAR1),
         NativeRule(_SINGLE + r"proj_out", r"single_blocks.\1.linear2"),
         NativeRule(_SINGLE + r"norm\.linear", r"single_blocks.\1.modulation.linear"),
+    )
+    named_by = MappingProxyType(
+        {"comfyui": Names(tuple(NativeRule(rule.pattern, _in_comfyui(rule.name), rule.parts) for rule in native))}
     )
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -23,11 +24,14 @@ from transformers import AutoImageProcessor, ByT5Tokenizer, Qwen2_5_VLTextModel,
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Generation, ImageInputs, LatentSpec, NativeRule, Prompt
+from mpp.models.contract import Generation, ImageInputs, LatentSpec, Names, NativeRule, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.text_limit import CAPTION, TextLimit, before_message
 
+_BLOCK = r"transformer_blocks\.(\d+)\."
+_QKV = tuple(rf"transformer_blocks.\1.attn.to_{part}" for part in "qkv")
+_ADDED = tuple(rf"transformer_blocks.\1.attn.add_{part}_proj" for part in "qkv")
 # Private to diffusers: tests/models/test_private.py says when it changes.
 # (`encode_prompt` and `encode_image` need a pipeline, and that a VAE.)
 _text_states = HunyuanVideo15Pipeline._get_mllm_prompt_embeds  # noqa: SLF001
@@ -131,25 +135,32 @@ class HunyuanVideo15(Family):
     guidance_scale = 6.0  # scripts/convert_hunyuan_video1_5_to_diffusers.py saves it as the pipeline's guider
     steps = 50
     fps = 24.0  # its generate.py saves clips at 24
-    # ComfyUI's names, which both forms of its LoRA files need (comfy/lora.py). Tencent's own files have img_attn_q, _k
-    # and _v apart, img_attn_proj, img_mlp.fc1 and fc2; ComfyUI knows no layers for the first three.
+    # hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py, which musubi-tuner's model follows
     native = (
-        NativeRule(
-            r"transformer_blocks\.(\d+)\.attn\.to_[qkv]",
-            r"double_blocks.\1.img_attn.qkv",
-            tuple(rf"transformer_blocks.\1.attn.to_{part}" for part in "qkv"),
-        ),
-        NativeRule(
-            r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj",
-            r"double_blocks.\1.txt_attn.qkv",
-            tuple(rf"transformer_blocks.\1.attn.add_{part}_proj" for part in "qkv"),
-        ),
-        NativeRule(r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-        NativeRule(r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-        NativeRule(r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
-        NativeRule(r"transformer_blocks\.(\d+)\.ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
-        NativeRule(r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
-        NativeRule(r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
+        NativeRule(_BLOCK + r"attn\.to_([qkv])", r"double_blocks.\1.img_attn_\2"),
+        NativeRule(_BLOCK + r"attn\.add_([qkv])_proj", r"double_blocks.\1.txt_attn_\2"),
+        NativeRule(_BLOCK + r"attn\.to_out\.0", r"double_blocks.\1.img_attn_proj"),
+        NativeRule(_BLOCK + r"attn\.to_add_out", r"double_blocks.\1.txt_attn_proj"),
+        NativeRule(_BLOCK + r"ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.fc1"),
+        NativeRule(_BLOCK + r"ff\.net\.2", r"double_blocks.\1.img_mlp.fc2"),
+        NativeRule(_BLOCK + r"ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.fc1"),
+        NativeRule(_BLOCK + r"ff_context\.net\.2", r"double_blocks.\1.txt_mlp.fc2"),
+    )
+    named_by = MappingProxyType(  # ComfyUI holds it in the layers of HunyuanVideo
+        {
+            "comfyui": Names(
+                (
+                    NativeRule(_BLOCK + r"attn\.to_[qkv]", r"double_blocks.\1.img_attn.qkv", _QKV),
+                    NativeRule(_BLOCK + r"attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn.qkv", _ADDED),
+                    NativeRule(_BLOCK + r"attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+                    NativeRule(_BLOCK + r"attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+                    NativeRule(_BLOCK + r"ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
+                    NativeRule(_BLOCK + r"ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
+                    NativeRule(_BLOCK + r"ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
+                    NativeRule(_BLOCK + r"ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
+                )
+            )
+        }
     )
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import Qwen3Model
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning
-from mpp.models.contract import Generation, LatentSpec, NativeRule, Prompt
+from mpp.models.contract import Generation, LatentSpec, Names, NativeRule, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
@@ -94,6 +95,9 @@ class ZImage(Family):
         NativeRule(_BLOCK + r"feed_forward\.(w[123])", r"\1.feed_forward.\2"),
         NativeRule(_BLOCK + r"adaLN_modulation\.0", r"\1.adaLN_modulation.0"),
     )
+    # musubi-tuner's model has diffusers' names, and ComfyUI takes them for rows of its own layers
+    # (comfy/utils.py, z_image_to_diffusers)
+    named_by = MappingProxyType({"comfyui": Names(), "kohya": Names()})
 
     def expected_config(self) -> dict[str, object]:
         """The transformer's channels, and that it takes no images (Z-Image-Omni does)."""
