@@ -188,7 +188,11 @@ def test_a_run_has_its_record_and_all_that_was_said(made):
     ended = run_command("mpp.train", *words, cwd=made, path=path)
     assert ended.returncode == 0, ended.stderr
     log = (made / "told" / "train.log").read_text()
-    assert log.index("said before the run began") < log.index("masked prior preservation") < log.index("LoRA: ")
+    assert (
+        log.index("said before the run began")
+        < log.index("masked prior preservation")
+        < log.index("LoRA for diffusers: ")
+    )
     assert log.count("said before") == ended.stdout.count("said before")
     assert '- output_dir="told"' in (made / "told" / ".hydra" / "overrides.yaml").read_text()
     assert "rank: 16" in (made / "told" / ".hydra" / "config.yaml").read_text()

@@ -29,6 +29,7 @@ FOLLOWING = {  # what followed from other settings in 0.1.0, whose checkpoints d
     "data.seed": "${seed}",
     "callbacks.report.folder": "${output_dir}",
     "callbacks.checkpoints.folder": "${output_dir}",
+    "callbacks.checkpoints.exports": "${export}",
     "callbacks.samples.folder": "${output_dir}",
     "callbacks.samples.prompts": "${sampling}",
     "logger.csv.save_dir": "${output_dir}",

@@ -16,6 +16,7 @@ from mpp.config import CONFIG_DIR, build, build_all, check_config, command, plai
 from mpp.core.loss import MaskedPriorLoss
 from mpp.files import check_writable, remove_leftovers
 from mpp.jobs import begin_record, job_number, repeat_output
+from mpp.lora.export import program_of
 from mpp.recorded import followers, going_on
 from mpp.training.beginning import Beginning
 from mpp.training.callbacks import Checkpoints, is_finished
@@ -69,7 +70,7 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     if resumption is not None:
         resumption.check_base(architecture.identity().transformer)
         resumption.check_samples(data.training_set())
-    trainer, endings = build_trainer(cfg, data, folder)
+    trainer, endings = build_trainer(cfg, data, module, folder)
     if resumption is not None:
         resumption.check_processes(trainer.world_size)
     order = data.order(0, trainer.num_devices * trainer.num_nodes, limit=trainer.limit_train_batches)
@@ -83,7 +84,9 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     return trainer, module
 
 
-def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> tuple[lightning.Trainer, Endings]:
+def build_trainer(
+    cfg: DictConfig, data: LatentDataModule, module: MaskedPriorModule, folder: Path
+) -> tuple[lightning.Trainer, Endings]:
     """The Trainer with callbacks and loggers, and how it ends; no process is started yet.
 
     Raises:
@@ -103,6 +106,7 @@ def build_trainer(cfg: DictConfig, data: LatentDataModule, folder: Path) -> tupl
                 f"callbacks.checkpoints.folder={saver.folder}: a run is looked for in its output_dir={folder} when it "
                 "is resumed, sampled from or exported; leave this out, and set output_dir"
             )
+        saver.choose_formats(module)
     endings = Endings(savers[0].save if savers else lambda *_: False, folder)
     try:
         trainer = build(
@@ -164,7 +168,7 @@ def fit(
         ) from error
     if trainer.is_global_zero:
         for file in sorted(Path(trainer.default_root_dir).glob("lora*.safetensors")):  # with experts one each
-            log.info("LoRA: %s", file)
+            log.info("LoRA for %s: %s", program_of(file), file)
 
 
 def is_lost_process(error: RuntimeError) -> bool:

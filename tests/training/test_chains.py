@@ -12,6 +12,7 @@ from safetensors.torch import load, load_file
 
 from mpp.core import draws
 from mpp.lora.adapters import step_of_lora
+from mpp.lora.export import export_path
 from mpp.training.checkpoint import read_checkpoint
 from tests.helpers import logged, train
 
@@ -152,19 +153,24 @@ def test_what_a_kill_left_out_after_the_checkpoint_is_made_up_for(pipeline, prep
     random_ = random.Random(seed)
     settings = ["callbacks.checkpoints.every_n_steps=2", *OPTIMIZERS[random_.choice(list(OPTIMIZERS))]]
     train(pipeline, prepared, tmp_path, *settings)
-    files = [tmp_path / "lora.safetensors", tmp_path / "lora" / "step-000004.safetensors"]
+    loras = [tmp_path / "lora.safetensors", tmp_path / "lora" / "step-000004.safetensors"]
+    files = [*loras, *(export_path(file, "comfyui") for file in loras)]
     wanted = {file: file.read_bytes() for file in files}
     older = (tmp_path / "lora" / "step-000002.safetensors").read_bytes()
-    for file in random_.sample(files, random_.randint(1, 2)):
+    for file in random_.sample(files, random_.randint(1, 4)):
         damage = random_.choice([None, older, b"", wanted[file][:-7]])
         file.unlink() if damage is None else file.write_bytes(damage)
     more = random_.choice([0, 2])
     train(pipeline, prepared, tmp_path, *settings, f"trainer.max_steps={4 + more}", *again(1))
-    newest = tmp_path / "lora" / f"step-{4 + more:06d}.safetensors"
-    assert step_of_lora(files[0]) == step_of_lora(newest) == 4 + more
-    assert step_of_lora(files[1]) == 4
-    for one, two in ((load(wanted[files[1]]), load_file(files[1])), (load_file(files[0]), load_file(newest))):
-        assert all(torch.equal(one[name], two[name]) for name in one)
+    for end in (0, 2):  # for diffusers, for ComfyUI
+        newest = tmp_path / "lora" / f"step-{4 + more:06d}{'_comfyui' if end else ''}.safetensors"
+        assert step_of_lora(files[end]) == step_of_lora(newest) == 4 + more
+        assert step_of_lora(files[end + 1]) == 4
+        for one, two in (
+            (load(wanted[files[end + 1]]), load_file(files[end + 1])),
+            (load_file(files[end]), load_file(newest)),
+        ):
+            assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])

@@ -40,6 +40,7 @@ EXPECTED = {  # written from what each setting does; the longest key that leads 
     "callbacks": "applied", "callbacks.report.folder": "new", "callbacks.checkpoints.folder": "new",
     "callbacks.samples.folder": "new", "logger": "applied", "logger.tensorboard.save_dir": "new",
     "logger.csv.save_dir": "new", "logger.wandb.save_dir": "new", "logger.csv.version": "new", "sampling": "applied",
+    "export": "applied",
     "trainer": "applied", "trainer._target_": "refused", "trainer.precision": "refused",
     "trainer.gradient_clip_val": "refused", "trainer.gradient_clip_algorithm": "refused",
     "trainer.accumulate_grad_batches": "refused", "trainer.limit_train_batches": "refused",
@@ -72,9 +73,9 @@ _MADE = {"lightning.Trainer": ("logger", "callbacks", "plugins", "default_root_d
 @pytest.fixture(scope="module")
 def known():
     """Every key that any option of any group has."""
-    found = {
-        name for name in yaml.safe_load((CONFIG_DIR / "train.yaml").read_text()) if name not in ("defaults", "hydra")
-    }
+    root = yaml.safe_load((CONFIG_DIR / "train.yaml").read_text())
+    root = {name: value for name, value in root.items() if name not in ("defaults", "hydra")}
+    found = set(settings({n: completed(value) if isinstance(value, dict) else value for n, value in root.items()}))
     for group in GROUPS:
         found.add(group)
         for path in (CONFIG_DIR / group).glob("*.yaml"):

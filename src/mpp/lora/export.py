@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mpp import __version__
 from mpp.files import content_hash, is_out_of_space, sync, write_atomically, write_json
-from mpp.lora.files import PREFIX, LoraFile, attach, find_loras, merge, updates
+from mpp.lora.files import PREFIX, LoraFile, attach, find_loras, merge, read_lora, updates
 from mpp.lora.formats import cast, comfyui, kohya, to_native
 from mpp.models.contract import Architecture
 from mpp.models.experts import parts_of
@@ -29,6 +29,8 @@ from mpp.models.experts import parts_of
 log = logging.getLogger("mpp")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMATS = {"comfyui": comfyui, "kohya": kohya}  # with names of a program's own
+PROGRAMS = {"diffusers": "diffusers", "comfyui": "ComfyUI", "kohya": "kohya's tools"}
 _PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json"}
 
 
@@ -127,10 +129,8 @@ class Export:
 
     def _writer(self, lora: LoraFile, transformer: nn.Module, architecture: Architecture) -> Callable[[Path], object]:
         """Convert everything, and leave only the writing."""
-        sizes = {name: m.out_features for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
         config = attach(transformer, lora)
-        metadata = {"format": "pt", "mpp_export": json.dumps(self._record(lora), sort_keys=True)}
-        metadata |= {key: lora.metadata[key] for key in ("mpp",) if key in lora.metadata}
+        metadata = _metadata(lora, self.format, self.dtype)
         if self.format == "peft":
             tensors = {f"base_model.model.{name}": tensor for name, tensor in lora.tensors.items()}
         elif self.format == "diffusers":
@@ -138,25 +138,14 @@ class Export:
             described = lora.metadata.get(LORA_ADAPTER_METADATA_KEY)
             metadata |= {} if described is None else {LORA_ADAPTER_METADATA_KEY: described}
         try:
-            if self.format in ("comfyui", "kohya"):
-                names = architecture.names_in(self.format)
-                native = to_native(updates(transformer, lora), names.rules, sizes)
-                tensors = (comfyui if self.format == "comfyui" else kohya)(native, names.prefix)
+            if self.format in FORMATS:
+                tensors = by_program(self.format, transformer, lora.tensors, architecture)
             tensors = cast(tensors, None if self.dtype is None else _DTYPES[self.dtype])
         except ValueError as error:
             raise ValueError(f"export.format={self.format}, lora={lora.path}: {error}") from error
         if self.format == "peft":
             return partial(_write_peft, tensors, metadata, config)
         return partial(save_file, tensors, metadata=metadata)
-
-    def _record(self, lora: LoraFile) -> dict[str, object]:
-        """How the export was made; how the LoRA was made stands beside it under `mpp`."""
-        return {
-            "mpp": __version__,
-            "format": self.format or "merged",
-            "dtype": self.dtype,
-            "lora": {"file": lora.path.name, "sha256": content_hash(lora.path)},
-        }
 
     def _write_merged(self, architecture: Architecture, loras: Mapping[str, LoraFile], folder: Path) -> None:
         source, names = architecture.pretrained, architecture.folders
@@ -170,11 +159,76 @@ class Export:
                     log.warning("%s was trained on other weights (%s) than these", lora.path, lora.record["base"])
                 attach(transformer, lora)
                 merge(transformer)
-                merged[names[part]] = {**self._record(lora), "trained": lora.record}
+                merged[names[part]] = {**_record(lora, "merged", self.dtype), "trained": lora.record}
             transformer.save_pretrained(folder / names[part])
         for path in components:
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
         write_json(folder / "mpp_export.json", {"base": {"pretrained": source, "weights": base}, "merged": merged})
+
+
+def by_program(
+    format: str, transformer: nn.Module, tensors: Mapping[str, Tensor], architecture: Architecture
+) -> dict[str, Tensor]:
+    """A LoRA in the names of another program.
+
+    Args:
+        format: One of `FORMATS`.
+        transformer: With the adapter, which has the scales.
+        tensors: The adapter's, by PEFT's names.
+        architecture: The family, which knows the names.
+
+    Raises:
+        ValueError: The format cannot say it exactly.
+    """
+    layers = ((name.replace(".base_layer", ""), module) for name, module in transformer.named_modules())
+    sizes = {name: module.out_features for name, module in layers if isinstance(module, nn.Linear)}
+    names = architecture.names_in(format)
+    native = to_native(updates(transformer, tensors), names.rules, sizes)
+    return FORMATS[format](native, names.prefix)
+
+
+def write_beside(path: Path, format: str, transformer: nn.Module, architecture: Architecture) -> Path:
+    """Write a LoRA file for another program beside it, as `mpp.export` does.
+
+    Args:
+        path: The LoRA file that training wrote.
+        format: One of `FORMATS`.
+        transformer: The one that it was trained on, with the adapter.
+        architecture: The family.
+
+    Returns:
+        The file written.
+    """
+    lora = read_lora(path)
+    tensors = cast(by_program(format, transformer, lora.tensors, architecture), None)
+    target = export_path(path, format)
+    write_atomically(target, partial(save_file, tensors, metadata=_metadata(lora, format, None)))
+    return target
+
+
+def export_path(path: Path, format: str) -> Path:
+    """Where the export of a LoRA file lies unless told otherwise."""
+    return path.with_stem(f"{path.stem}_{format}")
+
+
+def program_of(file: Path) -> str:
+    """The program that a LoRA file which training wrote is for, by its name."""
+    return PROGRAMS[next((format for format in FORMATS if file.stem.endswith(f"_{format}")), "diffusers")]
+
+
+def _metadata(lora: LoraFile, format: str | None, dtype: str | None) -> dict[str, str]:
+    metadata = {"format": "pt", "mpp_export": json.dumps(_record(lora, format, dtype), sort_keys=True)}
+    return metadata | {key: lora.metadata[key] for key in ("mpp",) if key in lora.metadata}
+
+
+def _record(lora: LoraFile, format: str | None, dtype: str | None) -> dict[str, object]:
+    """How the export was made; how the LoRA was made stands beside it under `mpp`."""
+    return {
+        "mpp": __version__,
+        "format": format,
+        "dtype": dtype,
+        "lora": {"file": lora.path.name, "sha256": content_hash(lora.path)},
+    }
 
 
 def other_components(source: str, without: set[str]) -> list[Path]:

@@ -158,7 +158,7 @@ def attach(transformer: nn.Module, lora: LoraFile) -> PeftConfig:
 
 def _misfit(modules: Mapping[str, nn.Module], lora: LoraFile) -> str:
     """What the modules lack; told apart here because the loader logs a line per tensor."""
-    found = _by_module(lora)
+    found = _by_module(lora.tensors)
     missing = sorted(found.keys() - modules.keys())
     if missing:
         return f"it lacks {len(missing)} of the {len(found)} modules (first: {missing[0]})"
@@ -181,9 +181,9 @@ def _shape(factors: Mapping[str, Tensor]) -> tuple[int, int] | None:
     return math.prod(factors[up].shape[0] for up, _ in pairs), math.prod(factors[down].shape[1] for _, down in pairs)
 
 
-def _by_module(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
+def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in lora.tensors.items():
+    for key, tensor in tensors.items():
         module, factor = _split(key)
         factors.setdefault(module, {})[factor] = tensor
     return factors
@@ -198,10 +198,15 @@ def _restore_precision(transformer: nn.Module, lora: LoraFile) -> None:
             parameter.data = tensor.to(parameter.device)
 
 
-def updates(transformer: nn.Module, lora: LoraFile) -> dict[str, Update]:
-    """The update of each module, with the scale that PEFT gave it when the file was attached."""
+def updates(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Update]:
+    """The update of each module, with the scale that PEFT gave it.
+
+    Args:
+        transformer: With the adapter.
+        tensors: The adapter's, by PEFT's names.
+    """
     layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)}
-    return {name: Update(found, float(layers[name].scaling[ADAPTER])) for name, found in _by_module(lora).items()}
+    return {name: Update(found, float(layers[name].scaling[ADAPTER])) for name, found in _by_module(tensors).items()}
 
 
 def merge(transformer: nn.Module) -> None:

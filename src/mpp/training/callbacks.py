@@ -13,6 +13,9 @@ from PIL import Image
 from mpp.batching.datamodule import LatentDataModule
 from mpp.files import remove_leftovers
 from mpp.lora.adapters import lora_files, save_lora, step_of_lora
+from mpp.lora.export import export_path, write_beside
+from mpp.lora.exports import Exports
+from mpp.models.experts import parts_of
 from mpp.sampling.generation import generate, generation_name, save
 from mpp.sampling.prompts import Prompts, ReadyPrompt
 from mpp.training.endings import endings_of
@@ -29,19 +32,35 @@ class Checkpoints(Checkpoint):
             `lora/step-000500.safetensors` (each of them).
         every_n_steps: Optimizer steps between two saves, >= 1.
         keep_all: Also keep each checkpoint as `checkpoints/step-000500.ckpt`.
+        exports: Files for other programs, beside each LoRA.
 
     Raises:
         ValueError: `every_n_steps` is below 1.
     """
 
-    def __init__(self, folder: str, every_n_steps: int = 500, *, keep_all: bool = False) -> None:
+    def __init__(
+        self, folder: str, every_n_steps: int = 500, *, keep_all: bool = False, exports: Exports | None = None
+    ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"callbacks.checkpoints.every_n_steps must be at least 1, got {every_n_steps}")
         self.folder, self.every_n_steps, self.keep_all = Path(folder), every_n_steps, keep_all
+        self.exports = Exports([]) if exports is None else exports
+        self.formats: tuple[str, ...] | None = None
+        self._left_out: tuple[str, ...] = ()
         self._saved_at = 0
+
+    def choose_formats(self, module: MaskedPriorModule) -> None:
+        """Say for which programs files are written, before the transformer is loaded.
+
+        Raises:
+            ValueError: A format that is asked for cannot say the adapter.
+        """
+        self.formats, self._left_out = self.exports.chosen(module.architecture, module.adapter)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that had ended is not trained again, so what a kill left out at its end is made up for here."""
+        if self.formats is None:
+            self.choose_formats(pl_module)
         if is_finished(trainer, pl_module):
             if trainer.is_global_zero:
                 remove_leftovers(self.folder, older_than=0)
@@ -50,6 +69,9 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What was resumed from is saved already, all but what a kill right after it left out."""
+        if trainer.is_global_zero:
+            for line in self._left_out:
+                log.warning(line)
         self._saved_at = trainer.global_step
         if self._saved_at:
             self._complete(trainer, pl_module, self._saved_at)
@@ -96,7 +118,8 @@ class Checkpoints(Checkpoint):
     def _complete(self, trainer: Trainer, module: MaskedPriorModule, step: int) -> None:
         """Write the LoRA of a step that was resumed from, where it is not there or older."""
         for path in (self._lora_of(step), self.folder / "lora.safetensors"):
-            written = lora_files(path, module.transformer)
+            loras = lora_files(path, module.transformer)
+            written = loras + [export_path(lora, format) for lora in loras for format in self.formats]
             if trainer.is_global_zero and any((step_of_lora(file) or 0) < step for file in written):
                 self._write(trainer, module, path, steps=step)
 
@@ -104,7 +127,10 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             record = module.record() | ({} if steps is None else {"steps": steps})
             with module.evaluated_adapter() as state:
-                save_lora(path, module.transformer, state, record)
+                loras = save_lora(path, module.transformer, state, record)
+            for lora, (_, transformer) in zip(loras, parts_of(module.transformer), strict=True):
+                for format in self.formats:
+                    write_beside(lora, format, transformer, module.architecture)
 
 
 def is_finished(trainer: Trainer, module: MaskedPriorModule) -> bool:
