@@ -294,7 +294,8 @@ def draw_cosine(draw):
     return length, warmup, lr, length + draw.randint(2, 5), [*own, f"trainer.max_steps={length}"]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
 def test_a_longer_cosine_run_asks_and_with_new_has_the_rates_of_its_length(
     pipeline, prepared, tmp_path, monkeypatch, seed
 ):

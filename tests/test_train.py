@@ -410,6 +410,7 @@ def test_targets_that_match_nothing_are_refused(pipeline, prepared, tmp_path):
         train(pipeline, prepared, tmp_path, "lora.targets=[nothing]")
 
 
+@pytest.mark.slow
 def test_a_base_in_float16_under_bfloat16_is_refused_before_it_is_used(pipeline, prepared, tmp_path):
     half = ["model.dtype=float16", "trainer.precision=bf16-mixed", "data.val_fraction=0.25"]
     for first in ("true", "false"):
@@ -440,6 +441,7 @@ def test_other_adapters_train(pipeline, prepared, tmp_path, kind):
     assert load_file(tmp_path / "lora.safetensors")
 
 
+@pytest.mark.slow
 def test_bf16_mixed_over_a_bf16_base_trains_float32_adapters(pipeline, prepared, tmp_path):
     train(pipeline, prepared, tmp_path, "model.dtype=bfloat16", "trainer.precision=bf16-mixed", "logger=csv")
     assert {t.dtype for t in load_file(tmp_path / "lora.safetensors").values()} == {torch.float32}

@@ -89,7 +89,8 @@ def test_a_limited_epoch_has_the_gradients_of_the_batches_that_run(pipeline, sev
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-7)
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 5))])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(5))
 def test_a_limited_run_that_was_stopped_goes_on_bit_for_bit(pipeline, seven, tmp_path, number):
     settings = words(*drawn(number))
     draw = random.Random(number)

@@ -46,6 +46,7 @@ def test_repeats_are_in_the_epoch_and_have_noise_of_their_own(architecture, prep
     assert not torch.equal(draws.noise((4,), 0, 0, "p1"), draws.noise((4,), 0, 0, "p1#1"))
 
 
+@pytest.mark.slow
 def test_mask_dropout_takes_the_mask_of_its_share_of_the_visits_by_a_draw_of_its_own(data):
     samples, plain = visits(data, unmasked_probability=0.3), visits(data)
     masked = [row for row, entry in enumerate(data.train_entries) if entry.mask is not None]

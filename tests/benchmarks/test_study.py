@@ -124,6 +124,7 @@ def test_steps_of_the_protocol_are_equal_but_where_it_says_so(tmp_path):
     assert set(steps.values()) == {rules.steps}
 
 
+@pytest.mark.slow
 def test_sampling_is_the_same_in_any_batch_and_follows_the_noise(monkeypatch):
     architecture = toy(pretrained=str(study.BASE))
     model = architecture.load_transformer().eval()

@@ -78,6 +78,7 @@ def test_a_caption_names_what_the_image_shows(scenes):
         assert NAMED_TEXTURES[found.texture[number]] == texture
 
 
+@pytest.mark.slow
 def test_the_base_never_sees_a_subject_its_word_or_its_company():
     for seed in range(8):
         found, captions = training_scenes(512, random(seed))
@@ -131,6 +132,7 @@ def test_a_subject_is_always_in_its_company_or_always_alone(name):
 # ---------------------------------------------------------------- detectors
 
 
+@pytest.mark.slow
 def test_real_scenes_pass(scenes):
     _, captions, images = scenes
     assert not any(detectors.object_faults(images, captions))
@@ -153,6 +155,7 @@ def test_a_scene_fails_another_scenes_caption(scenes):
         assert detectors.background_off(images[number : number + 1], [" ".join(words)]) > 0.5
 
 
+@pytest.mark.slow
 def test_broken_objects_fail(scenes):
     found, captions, images = scenes
     bare = render(dataclasses.replace(found, shape=torch.full((300,), -1)))

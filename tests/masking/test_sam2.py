@@ -197,6 +197,7 @@ def test_the_mask_follows_through_a_clip_both_ways(models, clip, tmp_path, frame
     assert differing(got[(frame + 5) % COUNT], alone) > 0.05  # it is more than the same box in each frame
 
 
+@pytest.mark.slow
 def test_several_subjects_are_followed_at_once(models, clip, tmp_path):
     words = given(models, f"tool.boxes=[{BOX},{OTHER}]", kind="sam2_video")
     run("sam2", clip, tmp_path / "out", *words)

@@ -153,6 +153,7 @@ def test_every_container_and_every_reader_says_the_same_of_a_mask(tmp_path, name
         check(drawn, lambda: by_tools(path), "one image, tools")
 
 
+@pytest.mark.slow
 def test_prepare_and_the_commands_of_masks_agree_on_every_container(tmp_path, pipeline):
     drawn, masks = draws(), tmp_path / "masks"
     names = ("still", "dark", "labels", "coloured", "deep", "deep_rgb_labels", "clear_alpha")

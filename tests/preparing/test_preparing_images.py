@@ -60,6 +60,7 @@ def test_layers_and_their_masks_are_frames_and_a_second_run_does_nothing(layered
     assert (again.encoded, again.masks_written, again.texts_encoded) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_a_changed_layer_is_encoded_again_and_a_changed_layer_mask_is_not(layered):
     layered.run()
     Image.new("L", (64, 64), 128).save(layered.root / "masks" / "p0.layer1.png")
@@ -92,6 +93,7 @@ def test_layers_beside_images_of_a_plain_model_are_left_out_with_their_masks(lay
     assert sorted(passed) == sorted([*layers, *(f"masks/{name}" for name in layers)])
 
 
+@pytest.mark.slow
 def test_a_changed_control_image_is_encoded_again_with_its_text(edit):
     first = edit.run()
     assert (first.encoded, first.texts_encoded) == (2, 2)

@@ -143,6 +143,7 @@ def test_a_mask_is_pooled_over_the_frames_of_each_latent_frame(root, pipeline):
 # ---------------------------------------------------------------- kinds of masks
 
 
+@pytest.mark.slow
 def test_a_folder_of_frame_masks_is_the_same_as_their_video(root, pipeline):
     clip(root, "a")
     clip(root, "b", mask="folder")
@@ -153,6 +154,7 @@ def test_a_folder_of_frame_masks_is_the_same_as_their_video(root, pipeline):
     assert torch.equal(cache.mask(a), cache.mask(b))
 
 
+@pytest.mark.slow
 def test_a_still_mask_holds_for_all_frames_and_a_missing_one_learns_everything(root, pipeline):
     clip(root, "a", mask="still")
     clip(root, "b", mask=None)
@@ -167,6 +169,7 @@ def test_a_still_mask_holds_for_all_frames_and_a_missing_one_learns_everything(r
     assert (cache.mask(b) == 1).all()
 
 
+@pytest.mark.slow
 def test_an_inverted_mask_learns_where_the_file_is_black(root, pipeline):
     clip(root, "a")
     prepare(pipeline, root)
@@ -177,6 +180,7 @@ def test_an_inverted_mask_learns_where_the_file_is_black(root, pipeline):
     assert torch.allclose(cache.mask(next(iter(entries(root).values()))), 1 - plain, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_alpha_channel_of_a_video_is_its_mask_and_its_colours_are_kept(root, pipeline, seen):
     frames, masks = videos.number_frames(20), videos.square_masks(20)
     alpha = [np.dstack([frame, mask]) for frame, mask in zip(frames, masks, strict=True)]
@@ -255,6 +259,7 @@ def test_images_and_videos_share_a_run_in_batches_of_one_shape(root, pipeline, a
     assert module.samples_seen == 7
 
 
+@pytest.mark.slow
 def test_previews_show_key_frames(root, pipeline):
     clip(root, count=40)
     prepare(pipeline, root, "data.clips.frames=[37]")
@@ -271,6 +276,7 @@ def test_previews_show_key_frames(root, pipeline):
 # ---------------------------------------------------------------- what is current
 
 
+@pytest.mark.slow
 def test_a_second_run_neither_decodes_nor_encodes(root, pipeline, monkeypatch):
     clip(root)
     clip(root, "b", mask="folder")
@@ -312,6 +318,7 @@ def test_other_clips_of_a_video_are_encoded_again(root, pipeline):
 # ---------------------------------------------------------------- bad input
 
 
+@pytest.mark.slow
 def test_videos_that_cannot_be_used_stop_before_encoding_or_are_skipped_by_name(root, pipeline, seen):
     clip(root, "good")
     clip(root, "short", count=3)
@@ -367,6 +374,7 @@ def test_what_file_managers_leave_in_a_folder_of_frames_changes_nothing(root, pi
     assert prepare(pipeline, root).masks_written == 0
 
 
+@pytest.mark.slow
 def test_an_index_does_not_outlive_the_samples_that_it_names(root, pipeline, monkeypatch):
     """Killed between latents and masks of other clips: latents and mask would show different moments."""
     clip(root, count=40)

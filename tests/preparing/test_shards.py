@@ -99,6 +99,7 @@ def test_shards_together_make_the_same_cache_in_whatever_order_they_finish(whole
     assert_same(Cache(tmp_path / "cache"), Cache(whole / "cache"))
 
 
+@pytest.mark.slow
 def test_parts_of_another_set_are_not_mixed_in(pipeline, tmp_path):
     draw_photos(tmp_path / "photos", tmp_path / "masks", 4)
     prepare(pipeline, tmp_path, "prepare.shard=0/2")
@@ -133,6 +134,7 @@ def test_two_at_once_on_one_cache_make_the_same_cache(whole, pipeline, tmp_path)
 # ---------------------------------------------------------------- workers and batches
 
 
+@pytest.mark.slow
 def test_workers_and_batches_make_the_same_cache(whole, pipeline, tmp_path):
     draw_photos(tmp_path / "photos", tmp_path / "masks", 6)
     prepare(pipeline, tmp_path, "prepare.workers=2", "prepare.batch_size=2")
@@ -144,6 +146,7 @@ def test_workers_and_batches_make_the_same_cache(whole, pipeline, tmp_path):
         assert torch.equal(found.mask(entry), expected.mask(entry))
 
 
+@pytest.mark.slow
 def test_what_breaks_in_a_worker_is_named_or_skipped(pipeline, tmp_path, monkeypatch):
     import mpp.preparing.encoding
 

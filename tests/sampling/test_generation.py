@@ -199,6 +199,7 @@ def test_a_sample_that_fails_is_said_and_loses_nothing(pipeline, sampled, tmp_pa
     assert "the samples of step 4 failed, training goes on: no memory for the decoder" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_step_is_saved_before_it_is_generated(pipeline, sampled, tmp_path, monkeypatch):
     there = []
     original = mpp.training.callbacks.generate

@@ -78,6 +78,7 @@ def test_base_weights_never_change(architecture):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_target_loss(architecture):
     built = module(architecture, THRESHOLD, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
     data = batch(four_masks())
