@@ -3,8 +3,8 @@
 ComfyUI in its order. First it renames the state of a model whose layers it calls otherwise: Comfy-Org/ComfyUI
 `comfy/supported_models.py`, `process_unet_state_dict`. Then it lists the keys that a file may use, those of all models
 and those of one: `comfy/lora.py`, `model_lora_keys_unet`, with `comfy/utils.py`, `flux_to_diffusers` and
-`z_image_to_diffusers`. Arithmetic: `comfy/weight_adapter/lora.py` and `lokr.py`, `calculate_weight`; there is no other
-information in a file that it reads.
+`z_image_to_diffusers`. Arithmetic: `comfy/weight_adapter/lora.py` and `lokr.py`, `calculate_weight`, with `base.py`,
+`weight_decompose`; there is no other information in a file that it reads.
 
 kohya's tools (sd-scripts, musubi-tuner: `networks/lora.py`) call a module by its name in their model, with underscores.
 Their models are the originals; musubi-tuner's Z-Image has diffusers' layers (`zimage/zimage_model.py`).
@@ -113,7 +113,7 @@ def kohya_map(shapes, family=None):
     return {"lora_unet_" + name.replace(".", "_"): place for name, place in found.items()}
 
 
-def deltas(shapes, file, family=None, read_by=key_map):
+def deltas(shapes, file, family=None, read_by=key_map, state=None):
     """What is added to the weight of each module; every tensor of the file must be read.
 
     Raises:
@@ -127,6 +127,11 @@ def deltas(shapes, file, family=None, read_by=key_map):
                 assert (name, rows.start) not in written, f"{name} twice"
                 written.add((name, rows.start))
                 assert delta.shape == (rows.stop - rows.start, shapes[name][1]), key
+                scale = take(file, read, f"{key}.dora_scale")
+                if scale is not None:
+                    weight = state[f"{name}.weight"][rows].float()
+                    norm = weight.norm(dim=1, keepdim=True) + torch.finfo(weight.dtype).eps
+                    delta = (weight + delta) * (scale / norm) - weight
                 found.setdefault(name, torch.zeros(shapes[name]))[rows] += delta
     assert read == set(file), f"not loaded: {sorted(set(file) - read)[:3]}"
     return found
@@ -177,6 +182,6 @@ def apply(state, file, family=None, read_by=key_map):
         if name.endswith(".weight") and tensor.ndim == 2
     }
     merged = dict(state)
-    for name, delta in deltas(shapes, file, family, read_by).items():
+    for name, delta in deltas(shapes, file, family, read_by, state).items():
         merged[f"{name}.weight"] = state[f"{name}.weight"] + delta
     return merged

@@ -23,7 +23,8 @@ def held(file):
 def test_each_file_is_what_mpp_export_makes_of_the_lora_beside_it(pipeline, prepared, architecture, tmp_path, seed):
     draw = random.Random(seed)
     formats = draw.sample(["comfyui", "kohya"], draw.randint(1, 2))
-    kind, rank, alpha = draw.choice(["lora", "rslora"]), draw.randint(1, 6), draw.randint(1, 9)
+    rank, alpha = draw.randint(1, 6), draw.randint(1, 9)
+    kind = draw.choice(["lora", "rslora", "lokr", *(["dora"] if formats == ["comfyui"] else [])])
     words = [f"lora={kind}", f"lora.rank={rank}", f"lora.alpha={alpha}", f"export.formats=[{','.join(formats)}]"]
     train(pipeline, prepared, tmp_path / "run", "trainer.max_steps=2", "callbacks.checkpoints.every_n_steps=1", *words)
     names = {"lora.safetensors", *(f"lora_{format}.safetensors" for format in formats)}
@@ -39,9 +40,10 @@ def test_each_file_is_what_mpp_export_makes_of_the_lora_beside_it(pipeline, prep
 def test_what_a_format_cannot_say_is_left_out_and_said_or_refused_where_it_is_asked_for(
     pipeline, prepared, tmp_path, caplog, monkeypatch
 ):
-    train(pipeline, prepared, tmp_path / "run", "lora=dora", "trainer.max_steps=1")
+    unlike = ["lora=lokr", "lora.targets=[to_q,proj_out]"]  # of which the original has no name
+    train(pipeline, prepared, tmp_path / "run", *unlike, "trainer.max_steps=1")
     assert [path.name for path in (tmp_path / "run").glob("*.safetensors")] == ["lora.safetensors"]
-    assert "there will be no LoRA file for ComfyUI: this is a DoRA" in caplog.text
+    assert "there will be no LoRA file for ComfyUI: 1 modules have no known name" in caplog.text
     monkeypatch.setattr("mpp.models.family.Family.load_transformer", lambda self: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"export.formats: kohya: this is a DoRA.*merge=true"):
         train(pipeline, prepared, tmp_path / "other", "lora=dora", "export.formats=[kohya]")
@@ -59,6 +61,14 @@ def test_nothing_is_written_where_nothing_is_asked_for(pipeline, prepared, tmp_p
 def test_every_family_says_its_default_targets_to_both_programs(variant, built):
     arch = architecture_of(variant, built(variant))
     assert Exports(["comfyui", "kohya"]).chosen(arch, Adapter(rank=2)) == (("comfyui", "kohya"), ())
+
+
+@pytest.mark.parametrize("variant", parameters())
+def test_a_dora_is_said_to_comfyui_alone(variant, built):
+    arch = architecture_of(variant, built(variant))
+    assert Exports().chosen(arch, Adapter(kind="dora", rank=2)) == (("comfyui",), ())
+    with pytest.raises(ValueError, match="kohya's tools do not read"):
+        Exports(["kohya"]).chosen(arch, Adapter(kind="dora", rank=2))
 
 
 @pytest.mark.parametrize("variant", parameters())

@@ -129,7 +129,7 @@ def test_diffusers_importer_gives_the_trained_output(variant, arch, seen, tmp_pa
 
 # Without a single file there is no independent way from the original's names to diffusers'.
 @pytest.mark.parametrize("variant", parameters(of=lambda v: v.single_file), indirect=True)
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", "lokr", "dora"])
 def test_comfyui_on_the_original_file_gives_the_merged_model(variant, tmp_path, kind):
     assert_merged_on_the_original(variant, tmp_path, kind, "comfyui")
 
@@ -353,14 +353,38 @@ def test_lokr_has_its_scale_whichever_factor_is_decomposed(write, decomposed):
     torch.testing.assert_close(got["x.o"], 1.75 * torch.kron(*whole))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_dora_of_some_parts_of_a_fused_layer_leaves_the_other_rows(seed):
+    random = torch.Generator().manual_seed(seed)
+    found, rules, sizes = uneven()
+    weights = {name: torch.randn(size, 7, generator=random) for name, size in sizes.items()}
+    wanted = {name: torch.zeros(size, 7) for name, size in sizes.items()}
+    for name, update in found.items():
+        magnitude = torch.rand(sizes[name], 1, generator=random) + 0.5
+        adapted = weights[name] + update.scale * update.factors["lora_B.weight"] @ update.factors["lora_A.weight"]
+        wanted[name] = magnitude * adapted / adapted.norm(dim=1, keepdim=True) - weights[name]
+        scale = magnitude * weights[name].norm(dim=1, keepdim=True) / adapted.norm(dim=1, keepdim=True)
+        found[name] = Update({**update.factors, "dora_scale": scale}, update.scale)
+    file = comfyui(to_native(found, rules, sizes, lambda name: weights[name].norm(dim=1)))
+    fused = {"m.0.qkv": [f"b.0.{part}" for part in "qkv"], "m.0.out_proj": ["b.0.o"]}
+    state = {f"{name}.weight": torch.cat([weights[part] for part in parts]) for name, parts in fused.items()}
+    layers = {name: tuple(state[f"{name}.weight"].shape) for name in fused}
+    got = comfy_reference.deltas(layers, file, state=state)
+    for name, parts in fused.items():
+        torch.testing.assert_close(got[name], torch.cat([wanted[part] for part in parts]), rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_said_exactly_is_refused_with_what_works():
     found, rules, sizes = uneven()
     lokr = {"b.0.q": Update({"lokr_w1": torch.ones(2, 1), "lokr_w2": torch.ones(3, 7)}, 1.0)}
     with pytest.raises(ValueError, match=r"b.0.q, b.0.k, b.0.v as one layer \(m.0.qkv\).*merge=true"):
         to_native(lokr, rules, sizes)
-    dora = {"b.0.o": Update({**found["b.0.o"].factors, "lora_magnitude_vector": torch.ones(3)}, 1.0)}
-    with pytest.raises(ValueError, match=r"DoRA.*export.format=diffusers.*merge=true"):
-        to_native(dora, rules, sizes)
+    dora = {
+        name: Update({**update.factors, "dora_scale": torch.ones(sizes[name], 1)}, 1.0)
+        for name, update in found.items()
+    }
+    with pytest.raises(ValueError, match=r"kohya's tools do not read; export.format=comfyui.*merge=true"):
+        kohya(to_native({"b.0.o": dora["b.0.o"]}, rules, sizes))
     bias = {"b.0.o": Update({**found["b.0.o"].factors, "lora_B.bias": torch.ones(3)}, 1.0)}
     with pytest.raises(ValueError, match=r"b.0.o has .*lora_B.bias"):
         to_native(bias, rules, sizes)

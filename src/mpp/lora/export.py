@@ -95,6 +95,10 @@ class Export:
                 attach(skeleton[part], lora)
             write_folder(targets[""], partial(self._write_merged, architecture, loras))
             return [targets[""]]
+        if self.format in FORMATS and any(lora.is_dora for lora in loras.values()):
+            skeleton = dict(parts_of(architecture.load_transformer()))  # its norms are a part of the file
+            for lora in loras.values():
+                _check_base(lora, architecture.identity().transformer)
         writers = {part: self._writer(lora, skeleton[part], architecture) for part, lora in loras.items()}
         for part, target in targets.items():
             (write_folder if self._is_folder else write_atomically)(target, writers[part])
@@ -155,8 +159,7 @@ class Export:
         for part, transformer in parts_of(architecture.load_transformer()):
             if part in loras:
                 lora = loras[part]
-                if None not in (lora.record.get("base"), base) and lora.record["base"] != base:
-                    log.warning("%s was trained on other weights (%s) than these", lora.path, lora.record["base"])
+                _check_base(lora, base)
                 attach(transformer, lora)
                 merge(transformer)
                 merged[names[part]] = {**_record(lora, "merged", self.dtype), "trained": lora.record}
@@ -164,6 +167,11 @@ class Export:
         for path in components:
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
         write_json(folder / "mpp_export.json", {"base": {"pretrained": source, "weights": base}, "merged": merged})
+
+
+def _check_base(lora: LoraFile, base: str | None) -> None:
+    if None not in (lora.record.get("base"), base) and lora.record["base"] != base:
+        log.warning("%s was trained on other weights (%s) than these", lora.path, lora.record["base"])
 
 
 def by_program(
@@ -180,10 +188,16 @@ def by_program(
     Raises:
         ValueError: The format cannot say it exactly.
     """
-    layers = ((name.replace(".base_layer", ""), module) for name, module in transformer.named_modules())
-    sizes = {name: module.out_features for name, module in layers if isinstance(module, nn.Linear)}
+    named = ((name.replace(".base_layer", ""), module) for name, module in transformer.named_modules())
+    layers = {name: module for name, module in named if isinstance(module, nn.Linear)}
+    sizes = {name: layer.out_features for name, layer in layers.items()}
     names = architecture.names_in(format)
-    native = to_native(updates(transformer, tensors), names.rules, sizes)
+
+    def norms(name: str) -> Tensor:
+        return layers[name].weight.detach().float().norm(dim=1).to(device)
+
+    device = next(iter(tensors.values())).device
+    native = to_native(updates(transformer, tensors), names.rules, sizes, norms)
     return FORMATS[format](native, names.prefix)
 
 

@@ -19,6 +19,7 @@ from mpp.lora.adapters import ADAPTER, adapter_state
 
 PREFIX = "transformer."
 _TENSOR = re.compile(r"(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector|lokr_[a-z0-9_]+)")
+_MAGNITUDE, DORA_SCALE = "lora_magnitude_vector", "dora_scale"
 _FOREIGN = ("diffusion_model.", "lora_unet_", "base_model.model.", "lycoris_")
 
 
@@ -39,6 +40,11 @@ class LoraFile:
     metadata: Mapping[str, str]
 
     @property
+    def is_dora(self) -> bool:
+        """Whether it has magnitudes, which other programs count by the norms of the base."""
+        return any(name.endswith(_MAGNITUDE) for name in self.tensors)
+
+    @property
     def record(self) -> dict[str, Any]:
         """How mpp made it; {} for files of others."""
         found = _json(self.metadata.get("mpp"))
@@ -50,7 +56,8 @@ class Update:
     """What an adapter adds to one layer's weight: the scale times the product of the factors.
 
     Attributes:
-        factors: By PEFT's names: `lora_A.weight` and `lora_B.weight`, or `lokr_w1`, `lokr_w2_a`, ...
+        factors: By PEFT's names: `lora_A.weight` and `lora_B.weight`, or `lokr_w1`, `lokr_w2_a`, ...; of a DoRA also
+            `dora_scale`, `(rows, 1)`, by which the adapted weight over the norm of the base's rows is multiplied.
         scale: As trained: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
     """
 
@@ -206,7 +213,27 @@ def updates(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
         tensors: The adapter's, by PEFT's names.
     """
     layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)}
-    return {name: Update(found, float(layers[name].scaling[ADAPTER])) for name, found in _by_module(tensors).items()}
+    return {
+        name: Update(_by_norms(found, layers[name]), float(layers[name].scaling[ADAPTER]))
+        for name, found in _by_module(tensors).items()
+    }
+
+
+def _by_norms(factors: Mapping[str, Tensor], layer: BaseTunerLayer) -> dict[str, Tensor]:
+    """A DoRA's magnitude as other programs have it: by the norms of the base's rows, not of the adapted ones.
+
+    DoRA's weight is `m * (W + sBA) / |W + sBA|` by rows (arXiv 2402.09353); ComfyUI makes
+    `dora_scale * (W + sBA) / |W|` of its file (comfy/weight_adapter/base.py, weight_decompose). All others stay.
+    """
+    magnitude = factors.get(_MAGNITUDE)
+    if magnitude is None:
+        return dict(factors)
+    base = layer.get_base_layer().weight.detach().float()
+    down, up = (factors[name].to(base.device, torch.float32) for name in ("lora_A.weight", "lora_B.weight"))
+    adapted = base + float(layer.scaling[ADAPTER]) * (up @ down)
+    scale = magnitude.to(base.device, torch.float32).flatten() * base.norm(dim=1) / adapted.norm(dim=1)
+    others = {name: tensor for name, tensor in factors.items() if name != _MAGNITUDE}
+    return {**others, DORA_SCALE: scale[:, None].to(magnitude.device)}
 
 
 def merge(transformer: nn.Module) -> None:

@@ -4,7 +4,7 @@ What the names and alpha mean:
 
 - ComfyUI: Comfy-Org/ComfyUI `comfy/lora.py` (`diffusion_model.<module>`, and diffusers' names where a model has both)
   and `comfy/weight_adapter/{lora,lokr}.py`: W + alpha / rank * B @ A, without alpha W + B @ A; LoKr applies alpha only
-  if a factor is decomposed. The file's metadata is not read.
+  if a factor is decomposed; DoRA is `dora_scale * (W + B @ A) / |W|`. The file's metadata is not read.
 - kohya's tools: `networks/lora.py` of sd-scripts and musubi-tuner (`lora_unet_<module_with_underscores>`).
 - diffusers: `loaders/lora_conversion_utils.py`. The readers of `diffusion_model.` names take `lora_A` and `lora_B`;
   those of FLUX.2 and HunyuanVideo fail on an alpha. The readers of `lora_unet_` names take `lora_down`, `lora_up` and
@@ -15,12 +15,12 @@ and to those that do not.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from mpp.lora.files import Update
+from mpp.lora.files import DORA_SCALE, Update
 from mpp.models.contract import NativeRule
 
 _DOWN, _UP = "lora_A.weight", "lora_B.weight"
@@ -28,13 +28,19 @@ _KOHYA = {_DOWN: "lora_down.weight", _UP: "lora_up.weight"}
 _INSTEAD = "export.format=diffusers, export.format=peft and merge=true can"
 
 
-def to_native(found: Mapping[str, Update], rules: Sequence[NativeRule], sizes: Mapping[str, int]) -> dict[str, Update]:
+def to_native(
+    found: Mapping[str, Update],
+    rules: Sequence[NativeRule],
+    sizes: Mapping[str, int],
+    norms: Callable[[str], Tensor] | None = None,
+) -> dict[str, Update]:
     """The same updates by a program's module names, several of diffusers' layers fused into one where it has one.
 
     Args:
         found: By diffusers' module names.
         rules: The program's names; none: they are diffusers'.
         sizes: Output features of diffusers' modules.
+        norms: Of the rows of a module's weight, which a DoRA of a part of a fused layer needs.
 
     Raises:
         ValueError: An update that these formats cannot say exactly, or a module without native name.
@@ -62,7 +68,7 @@ def to_native(found: Mapping[str, Update], rules: Sequence[NativeRule], sizes: M
             f"{len(nameless)} modules have no known name in the original implementation (first: {nameless[0]}), so "
             f"this format cannot hold them; {_INSTEAD}"
         )
-    return native | {name: _fuse(name, share, stacks[name], sizes) for name, share in shares.items()}
+    return native | {name: _fuse(name, share, stacks[name], sizes, norms) for name, share in shares.items()}
 
 
 def comfyui(native: Mapping[str, Update], prefix: str | None = None) -> dict[str, Tensor]:
@@ -84,6 +90,8 @@ def kohya(native: Mapping[str, Update], prefix: str | None = None) -> dict[str, 
 
     LoKr's scale is in its first factor, and its alpha is the rank: readers divide by that, or ignore alpha.
     """
+    if any(DORA_SCALE in update.factors for update in native.values()):
+        raise ValueError(f"this is a DoRA, which kohya's tools do not read; export.format=comfyui, {_INSTEAD}")
     found = {}
     for name, update in native.items():
         module = f"{'lora_unet_' if prefix is None else prefix}{name.replace('.', '_')}"
@@ -112,12 +120,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
 
 
 def _check(module: str, update: Update) -> None:
-    names = set(update.factors)
-    if "lora_magnitude_vector" in names:
-        raise ValueError(
-            "this is a DoRA, which this format cannot say exactly: ComfyUI divides by the norm of the base weight "
-            f"instead of the adapted one, and diffusers' reader drops the magnitudes; {_INSTEAD}"
-        )
+    names = set(update.factors) - {DORA_SCALE}
     if names != {_DOWN, _UP} and not all(name.startswith("lokr_w") for name in names):
         raise ValueError(f"{module} has {', '.join(sorted(names))}, which this format cannot say; {_INSTEAD}")
 
@@ -130,7 +133,13 @@ def _native_name(module: str, rules: Sequence[NativeRule]) -> tuple[str, tuple[s
     return None
 
 
-def _fuse(name: str, share: Mapping[str, Update], parts: Sequence[str], sizes: Mapping[str, int]) -> Update:
+def _fuse(
+    name: str,
+    share: Mapping[str, Update],
+    parts: Sequence[str],
+    sizes: Mapping[str, int],
+    norms: Callable[[str], Tensor] | None,
+) -> Update:
     """One update of a layer that stacks the outputs of `parts`: each has its rows, its ranks and its scale."""
     assert set(share) <= set(parts), f"the rule of {name} leaves out {set(share) - set(parts)}"
     if any(_DOWN not in update.factors for update in share.values()):
@@ -139,6 +148,9 @@ def _fuse(name: str, share: Mapping[str, Update], parts: Sequence[str], sizes: M
             f"LoKr of the whole, so this format cannot say it; {_INSTEAD}"
         )
     present = [part for part in parts if part in share]
+    scales = []
+    if any(DORA_SCALE in update.factors for update in share.values()):  # rows without one stay as they are
+        scales = [share[part].factors[DORA_SCALE] if part in share else norms(part)[:, None] for part in parts]
     down = torch.cat([share[part].factors[_DOWN] for part in present])
     up = down.new_zeros(sum(sizes[part] for part in parts), down.shape[0])
     column = 0
@@ -147,7 +159,7 @@ def _fuse(name: str, share: Mapping[str, Update], parts: Sequence[str], sizes: M
         block = _times(share[part].factors[_UP], share[part].scale)
         up[row : row + block.shape[0], column : column + block.shape[1]] = block
         column += block.shape[1]
-    return Update({_DOWN: down, _UP: up}, 1.0)
+    return Update({_DOWN: down, _UP: up} | ({DORA_SCALE: torch.cat(scales)} if scales else {}), 1.0)
 
 
 def _scale_inside(update: Update) -> dict[str, Tensor]:
