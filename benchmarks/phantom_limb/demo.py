@@ -46,6 +46,7 @@ def train(job: Job, folder: Path) -> None:
         f"model.pretrained={BASE}",
         f"data.cache_dir={job.cache}",
         f"output_dir={folder}",
+        "export.formats=[]",  # no other program has the toy model
         f"trainer.max_steps={job.steps}",
         *job.settings,
     ]

@@ -196,6 +196,7 @@ def train(job: Job, base: Path, folder: Path) -> tuple[MaskedPriorModule, float]
         f"model.pretrained={base}",
         f"data.cache_dir={job.cache}",
         f"output_dir={folder}",
+        "export.formats=[]",  # no other program has the toy model
         f"seed={job.seed}",
         f"trainer.max_steps={job.steps}",
         f"callbacks.checkpoints.every_n_steps={job.steps}",
