@@ -16,6 +16,8 @@ from tests.masking.files import levels, read_video, run, save, write_video
 from tests.masking.test_segment import SHAPE, resized, scene, seen
 from tests.masking.tiny_models import SIDE
 
+pytestmark = pytest.mark.slow
+
 COUNT = 18  # frames; more than the 16 that the model looks back to
 BOX, OTHER = [0.1, 0.15, 0.5, 0.7], [0.2, 0.6, 0.9, 0.95]
 
