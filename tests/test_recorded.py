@@ -242,6 +242,21 @@ def test_another_cache_is_refused_by_what_it_holds_and_one_that_moved_is_taken(r
     assert "is not there; where the run's cache has moved, type data.cache_dir=FOLDER besides" in refused(run)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_older_versions_accepted_of_a_validation_goes_on_and_is_refused_only_when_typed(run, seed):
+    """Recorded settings without effect are nobody's wish now; what is typed besides is."""
+    draw = random.Random(seed)
+    recorded, typed = draw.sample(["val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"], 2)
+    content = last(run)
+    content["mpp"]["config"]["trainer"][recorded] = draw.randint(2, 9)
+    torch.save(content, run / "checkpoints" / "last.ckpt")
+    steps = content["global_step"] + 1
+    with pytest.raises(ValueError, match=f"^trainer.{typed}=3: without effect"):
+        go_on(run, f"trainer.max_steps={steps}", f"trainer.{typed}=3")
+    go_on(run, f"trainer.max_steps={steps}")
+    assert last(run)["global_step"] == steps
+
+
 def test_switches_are_for_runs_that_go_on(pipeline, prepared, tmp_path):
     with pytest.raises(ValueError, match="resume_lr=new is for a run that goes on; say which, with resume=FOLDER"):
         train(pipeline, prepared, tmp_path, "resume_lr=new")

@@ -125,16 +125,17 @@ def kill_after(monkeypatch, batches):
     monkeypatch.setattr(MaskedPriorModule, "training_step", step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("killed_after", "accumulate", "batch_size", "workers"),
     [
-        pytest.param(6, 2, 1, 0, marks=pytest.mark.slow),
-        pytest.param(3, 1, 2, 0, marks=pytest.mark.slow),
-        pytest.param(9, 2, 1, 0, marks=pytest.mark.slow),
-        pytest.param(4, 1, 2, 0, marks=pytest.mark.slow),
-        pytest.param(6, 1, 2, 2, marks=pytest.mark.slow),
-        pytest.param(12, 3, 1, 0, marks=pytest.mark.slow),
-        pytest.param(8, 1, 2, 0, marks=pytest.mark.slow),
+        (6, 2, 1, 0),
+        (3, 1, 2, 0),
+        (9, 2, 1, 0),
+        (4, 1, 2, 0),
+        (6, 1, 2, 2),
+        (12, 3, 1, 0),
+        (8, 1, 2, 0),
     ],
 )
 def test_a_killed_run_resumes_bit_for_bit(
@@ -163,14 +164,8 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert ends[0]["mpp"]["samples_seen"] == ends[1]["mpp"]["samples_seen"]
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        pytest.param(3, marks=pytest.mark.slow),
-        pytest.param(4, marks=pytest.mark.slow),
-        pytest.param(5, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 4, 5])
 def test_a_finished_run_can_be_lengthened_bit_for_bit(pipeline, prepared, tmp_path, steps):
     train(pipeline, prepared, tmp_path / "straight", "trainer.max_steps=9")
     train(pipeline, prepared, tmp_path / "longer", f"trainer.max_steps={steps}")
@@ -179,9 +174,8 @@ def test_a_finished_run_can_be_lengthened_bit_for_bit(pipeline, prepared, tmp_pa
     assert all(torch.equal(straight[name], longer[name]) for name in straight)
 
 
-@pytest.mark.parametrize(
-    "optimizer", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("prodigy", "schedulefree"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["prodigy", "schedulefree"])
 def test_other_optimizers_train_and_resume(pipeline, prepared, tmp_path, optimizer):
     pytest.importorskip({"prodigy": "prodigyopt", "schedulefree": "schedulefree"}[optimizer])
     lr = [f"optimizer={optimizer}", "optimizer.lr=1.0" if optimizer == "prodigy" else "optimizer.lr=1e-3"]

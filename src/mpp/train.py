@@ -66,7 +66,9 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     data.setup()
     check_preservation(module.loss, data)
     if not data.val_entries or settings["trainer"].get("limit_val_batches") == 0:
-        check_validation(settings, plain_values(OmegaConf.load(CONFIG_DIR / "trainer" / "default.yaml")))
+        recorded = resumption.record.get("config") if resumption else None
+        defaults = {"trainer": plain_values(OmegaConf.load(CONFIG_DIR / "trainer" / "default.yaml"))}
+        check_validation(settings, recorded or defaults)
     if resumption is not None:
         resumption.check_base(architecture.identity().transformer)
         resumption.check_samples(data.training_set())

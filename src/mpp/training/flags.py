@@ -209,14 +209,14 @@ def check_validation(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> N
 
     Args:
         settings: All of a run's settings as plain values.
-        usual: The flags as `configs/trainer/default.yaml` has them.
+        usual: Those that nobody has asked for: the defaults; of a run that goes on, the recorded ones.
 
     Raises:
         ValueError: Names each of them, with what makes a validation.
     """
     flags = ("val_check_interval", "check_val_every_n_epoch", "limit_val_batches", "num_sanity_val_steps")
-    set_here = {f"trainer.{name}": (settings["trainer"].get(name), usual.get(name)) for name in flags}
-    set_here["val_sigmas"] = settings["val_sigmas"], None
+    set_here = {f"trainer.{name}": (settings["trainer"].get(name), usual["trainer"].get(name)) for name in flags}
+    set_here["val_sigmas"] = settings["val_sigmas"], usual.get("val_sigmas")
     off = settings["trainer"].get("limit_val_batches") == 0
     useless = [
         f"{name}={value}"
