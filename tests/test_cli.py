@@ -21,6 +21,7 @@ COMMANDS = ("prepare", "train", "sample", "export", "report", "masks")
     ("command", "typed", "meant"),
     [
         ("sample", "lora=a.safetensors", 'lora_path="a.safetensors"'),
+        ("sample", "lora=[a b:0.8, 'c,d:1']", "lora_path=[\"a b:0.8\",'c,d:1']"),
         ("export", "lora=runs/a=b", 'export.lora="runs/a=b"'),
         ("export", "lora_path=a", 'export.lora="a"'),
         ("export", "++merge=true", "++export.merge=true"),
@@ -56,11 +57,26 @@ def test_any_name_is_typed_as_it_is(command):
     ours = ["null", "", '"a"', "'a b'", "''"]  # words of the grammar, which keep their meaning
     for _ in range(600):
         key, name = draws.choice(sorted(cli.PATHS)), drawn_name(draws)
-        if name in ours or name[0] == name[-1] in "'\"" or "${" in name:
+        several = key in cli.LISTS and name[0] + name[-1] == "[]"
+        if name in ours or name[0] == name[-1] in "'\"" or "${" in name or several:
             continue
         (word,) = cli.overrides(command, [f"{key}={name}"])
         assert parser.parse_override(word).value() == name
         assert cli.overrides(command, [word]) == [word]
+
+
+def test_several_files_are_typed_as_a_list():
+    draws, parser = random.Random(0), OverridesParser.create()
+    for _ in range(600):
+        names = [drawn_name(draws).strip() for _ in range(draws.randint(1, 4))]
+        if any(not n or set(n) & set("\"'") or "${" in n or n == "null" for n in names):
+            continue
+        names = [name.replace(",", "") or "a" for name in names]
+        key = draws.choice(["lora_path", "model.loras"])
+        typed = ", ".join(draws.choice([name, f"'{name}'"]) if name[-1] != "\\" else name for name in names)
+        (word,) = cli.overrides("sample", [f"{key}=[{typed}]"])
+        assert parser.parse_override(word).value() == names
+        assert cli.overrides("sample", [word]) == [word]
 
 
 def test_quotes_null_interpolations_and_sweeps_keep_their_meaning():

@@ -3,6 +3,7 @@
 It knows words alone: nothing is imported for it, and no folder is made.
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -33,9 +34,10 @@ PATHS = frozenset(  # settings that are one file or folder, by the last word of 
     {
         *("cache_dir", "output_dir", "export_dir", "save_dir", "sub_dir", "image_dir", "mask_dir", "control_dir"),
         *("val_image_dir", "val_mask_dir", "val_control_dir", "manifest", "folder", "input", "output", "preview"),
-        *("pretrained", "pretrained_low", "resume", "ckpt_path", "lora_path", "export.lora"),
+        *("pretrained", "pretrained_low", "resume", "ckpt_path", "lora_path", "export.lora", "loras"),
     }
 )
+LISTS = frozenset({"lora_path", "loras"})  # those of them that may be several: [FILE:0.8, FILE2]
 _HELP = "hydra.help.template=${explained_settings:}"  # made by mpp.config, from the classes
 
 
@@ -65,9 +67,18 @@ def _full(command: str, word: str, *, sweep: bool) -> str:
         return word
     key = SHORT.get(command, {}).get(typed[2], typed[2])
     several = sweep and re.search(r",|^\w+\(", typed[3])
-    if not several and {key, key.rpartition(".")[2]} & PATHS:
+    names = {key, key.rpartition(".")[2]}
+    if not several and names & LISTS and typed[3][:1] == "[" and typed[3][-1:] == "]" and not os.path.exists(typed[3]):
+        return f"{typed[1]}{key}=[{','.join(quoted(path) for path in _items(typed[3][1:-1]))}]"
+    if not several and names & PATHS:
         return f"{typed[1]}{key}={quoted(typed[3])}"
     return f"{typed[1]}{key}={typed[3]}"
+
+
+def _items(text: str) -> list[str]:
+    """What stands between commas, unless those are within quotes."""
+    found = re.findall(r"""\s*((?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,'"]|['"])+?)\s*(?:,|$)""", text)
+    return [item for item in found if item]
 
 
 def quoted(path: str) -> str:

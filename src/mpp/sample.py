@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from mpp.cache.format import Cache
 from mpp.config import build, check_config, command, device_of
-from mpp.lora.files import attach, find_loras
+from mpp.lora.stack import Stack, check_loras, load_base
 from mpp.models.experts import parts_of
 from mpp.sampling.generation import generate, generation_name, save
 
@@ -27,19 +27,17 @@ def run(cfg: DictConfig) -> list[Path]:
         raise ValueError("sampling.prompts is empty; give prompts, e.g. sampling.prompts='[a photo of ohwx]'")
     architecture.check()
     prompts.check(architecture)
+    check_loras(architecture)
     skeleton = dict(parts_of(architecture.skeleton()))
-    loras = find_loras(Path(cfg.lora_path), list(skeleton)) if cfg.lora_path is not None else {}
-    for part, lora in loras.items():
-        attach(skeleton[part], lora)
+    loras = Stack.read(cfg.lora_path, architecture, skeleton)
+    loras.attach(skeleton)
     folder = Path(cfg.output_dir)
     encoders = architecture.load_encoders(device)
     cache = Cache(folder / "embeddings")
     prompts.encode(architecture, encoders, cache, architecture.identity(fetch=True))
     encoders.release()
-    transformer = architecture.load_transformer()
-    for part, model in parts_of(transformer):
-        if part in loras:
-            attach(model, loras[part])
+    transformer = load_base(architecture)
+    loras.attach(dict(parts_of(transformer)))
     transformer.to(device).eval()
     kind = torch.device(device).type
     low = next((p.dtype for p in transformer.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)

@@ -17,6 +17,7 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.files import check_writable, remove_leftovers
 from mpp.jobs import begin_record, job_number, repeat_output
 from mpp.lora.export import program_of
+from mpp.lora.stack import base_fingerprint, check_loras
 from mpp.recorded import followers, going_on
 from mpp.training.beginning import Beginning
 from mpp.training.callbacks import Checkpoints, is_finished
@@ -63,6 +64,7 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     )
     data = build(cfg.data, architecture=architecture)
     architecture.check()
+    check_loras(architecture)
     data.setup()
     check_preservation(module.loss, data)
     if not data.val_entries or settings["trainer"].get("limit_val_batches") == 0:
@@ -70,7 +72,7 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         defaults = {"trainer": plain_values(OmegaConf.load(CONFIG_DIR / "trainer" / "default.yaml"))}
         check_validation(settings, recorded or defaults)
     if resumption is not None:
-        resumption.check_base(architecture.identity().transformer)
+        resumption.check_base(base_fingerprint(architecture))
         resumption.check_samples(data.training_set())
     trainer, endings = build_trainer(cfg, data, module, folder)
     if resumption is not None:

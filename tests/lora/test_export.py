@@ -318,11 +318,13 @@ def test_files_that_are_no_lora_of_this_model_are_refused_by_name(pipeline, tmp_
     refuse({"blocks.0.weight": torch.ones(2)}, "is no LoRA: it holds blocks.0.weight")
     refuse({"transformer.blocks.0.attn1.to_q.weight": torch.ones(2)}, "is no LoRA")
     refuse({}, "is no LoRA: it holds nothing")
-    refuse({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2)}, "another tool's names")
-    refuse({"transformer.blocks.lora_A.weight": torch.ones(2, 64)}, "its blocks is no layer with weights")
+    refuse({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2)}, "half a LoRA")
+    refuse({"transformer.blocks.lora_A.weight": torch.ones(2, 64)}, r"lacks 1 of the 1 modules \(first: blocks\)")
     wide = {k: torch.cat([v, v], dim=1) if k.endswith("lora_A.weight") else v for k, v in good.items()}
     refuse(wide, r"made for other, does not fit this .*to_[kqv] is \(64, 64\), the LoRA's \(64, 128\)", described=True)
-    refuse({k: v for k, v in good.items() if "0.attn1.to_q.lora_A" not in k}, "disagree on 1 ", described=True)
+    refuse({k: v for k, v in good.items() if "0.attn1.to_q.lora_A" not in k}, "is half a LoRA", described=True)
+    whole = {k: v for k, v in good.items() if "0.attn1.to_q" not in k}
+    refuse(whole, "tensors and its configuration of PEFT are about different modules", described=True)
     deep = {k: torch.cat([v, v], dim=int("lora_B" in k)) for k, v in good.items()}
     refuse(deep, "does not fit this .*size mismatch", described=True)
     broken = {k: v * float("inf") for k, v in good.items()}

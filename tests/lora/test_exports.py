@@ -40,7 +40,7 @@ def test_each_file_is_what_mpp_export_makes_of_the_lora_beside_it(pipeline, prep
 def test_what_a_format_cannot_say_is_left_out_and_said_or_refused_where_it_is_asked_for(
     pipeline, prepared, tmp_path, caplog, monkeypatch
 ):
-    unlike = ["lora=lokr", "lora.targets=[to_q,proj_out]"]  # of which the original has no name
+    unlike = ["lora.targets=[to_q,patch_embedding]"]  # a convolution, which is no layer of LoRA files
     train(pipeline, prepared, tmp_path / "run", *unlike, "trainer.max_steps=1")
     assert [path.name for path in (tmp_path / "run").glob("*.safetensors")] == ["lora.safetensors"]
     assert "there will be no LoRA file for ComfyUI: 1 modules have no known name" in caplog.text

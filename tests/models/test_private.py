@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from diffusers.utils import peft_utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -42,6 +43,7 @@ CALLED = [  # class in diffusers or itself, name, parameters that calls rely on
     ("QwenImageLayeredPipeline", "_encode_vae_image", "self, image, generator"),
     ("QwenImageEditPipeline", "_encode_vae_image", "self, image, generator"),
     ("QwenImageEditPlusPipeline", "_encode_vae_image", "self, image, generator"),
+    (peft_utils, "_create_lokr_config", "state_dict, metadata"),
     (DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model", "module, params_and_buffers_to_ignore"),
     (subprocess_script, "_launch_process_observer", "child_processes"),
     (ConfigLoaderImpl, "_apply_overrides_to_config", "overrides, cfg"),

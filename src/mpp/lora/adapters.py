@@ -227,14 +227,18 @@ def save_lora(
     """
     written = lora_files(path, transformer)
     for target, (part, model) in zip(written, parts_of(transformer), strict=True):
-        config = model.peft_config[ADAPTER].to_dict()
-        described = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
         record = {**provenance, "expert": part} if part else dict(provenance)
         metadata = {
             "format": "pt",
-            LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True, default=str),
+            LORA_ADAPTER_METADATA_KEY: described(model.peft_config[ADAPTER].to_dict()),
             "mpp": json.dumps(record, sort_keys=True, default=str),
         }
         tensors = {f"transformer.{name}": v.detach().cpu().contiguous() for name, v in part_state(state, part).items()}
         write_atomically(target, partial(save_file, tensors, metadata=metadata))
     return written
+
+
+def described(config: Mapping[str, object]) -> str:
+    """PEFT's configuration as diffusers' loader looks for it in a file."""
+    entries = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    return json.dumps(entries, indent=2, sort_keys=True, default=str)

@@ -21,8 +21,12 @@ from torch import Tensor, nn
 
 from mpp import __version__
 from mpp.files import content_hash, is_out_of_space, sync, write_atomically, write_json
-from mpp.lora.files import PREFIX, LoraFile, attach, find_loras, merge, read_lora, updates
+from mpp.lora.adapters import described
+from mpp.lora.files import PREFIX, LoraFile, attach, merge, read_own, updates
 from mpp.lora.formats import cast, comfyui, kohya, to_native
+from mpp.lora.meaning import PEFT_FILES
+from mpp.lora.reading import find_loras
+from mpp.lora.stack import base_fingerprint, load_base
 from mpp.models.contract import Architecture
 from mpp.models.experts import parts_of
 
@@ -31,7 +35,6 @@ log = logging.getLogger("mpp")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = {"comfyui": comfyui, "kohya": kohya}  # with names of a program's own
 PROGRAMS = {"diffusers": "diffusers", "comfyui": "ComfyUI", "kohya": "kohya's tools"}
-_PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Export:
     """What is exported, and how.
 
     Args:
-        lora: A LoRA file of mpp or diffusers, or the output folder of a run.
+        lora: A LoRA file of any program, or the output folder of a run.
         format: `diffusers`, `comfyui`, `kohya` or `peft`; None with `merge`.
         merge: Write the base model with the LoRA merged into it, as a diffusers folder.
         output: File (`.safetensors`), or folder for `peft` and `merge`; None: beside the LoRA. With several experts,
@@ -88,7 +91,7 @@ class Export:
         """
         architecture.check()
         skeleton = dict(parts_of(architecture.skeleton()))
-        loras = find_loras(Path(self.lora), list(skeleton))
+        loras = find_loras(Path(self.lora), architecture, skeleton)
         targets = self._targets(loras)
         if self.merge:
             for part, lora in loras.items():
@@ -96,9 +99,9 @@ class Export:
             write_folder(targets[""], partial(self._write_merged, architecture, loras))
             return [targets[""]]
         if self.format in FORMATS and any(lora.is_dora for lora in loras.values()):
-            skeleton = dict(parts_of(architecture.load_transformer()))  # its norms are a part of the file
+            skeleton = dict(parts_of(load_base(architecture)))  # its norms are a part of the file
             for lora in loras.values():
-                _check_base(lora, architecture.identity().transformer)
+                _check_base(lora, base_fingerprint(architecture))
         writers = {part: self._writer(lora, skeleton[part], architecture) for part, lora in loras.items()}
         for part, target in targets.items():
             (write_folder if self._is_folder else write_atomically)(target, writers[part])
@@ -128,7 +131,7 @@ class Export:
             raise ValueError(f"{target} is there already; choose another export.output, or set overwrite=true")
         if target.resolve() == Path(self.lora).resolve():
             raise ValueError(f"{target} is the LoRA itself; choose another export.output")
-        if target.is_dir() != self._is_folder or (self._is_folder and set(os.listdir(target)) - _PEFT_FILES):
+        if target.is_dir() != self._is_folder or (self._is_folder and set(os.listdir(target)) - set(PEFT_FILES)):
             raise ValueError(f"{target} holds other things than an exported LoRA; choose another export.output")
 
     def _writer(self, lora: LoraFile, transformer: nn.Module, architecture: Architecture) -> Callable[[Path], object]:
@@ -139,8 +142,8 @@ class Export:
             tensors = {f"base_model.model.{name}": tensor for name, tensor in lora.tensors.items()}
         elif self.format == "diffusers":
             tensors = {PREFIX + name: tensor for name, tensor in lora.tensors.items()}
-            described = lora.metadata.get(LORA_ADAPTER_METADATA_KEY)
-            metadata |= {} if described is None else {LORA_ADAPTER_METADATA_KEY: described}
+            said = lora.metadata.get(LORA_ADAPTER_METADATA_KEY)
+            metadata[LORA_ADAPTER_METADATA_KEY] = said or described(lora.described)
         try:
             if self.format in FORMATS:
                 tensors = by_program(self.format, transformer, lora.tensors, architecture)
@@ -154,9 +157,9 @@ class Export:
     def _write_merged(self, architecture: Architecture, loras: Mapping[str, LoraFile], folder: Path) -> None:
         source, names = architecture.pretrained, architecture.folders
         components = other_components(source, set(names.values()))
-        base = architecture.identity().transformer
+        base = base_fingerprint(architecture)
         merged = {}
-        for part, transformer in parts_of(architecture.load_transformer()):
+        for part, transformer in parts_of(load_base(architecture)):
             if part in loras:
                 lora = loras[part]
                 _check_base(lora, base)
@@ -213,7 +216,7 @@ def write_beside(path: Path, format: str, transformer: nn.Module, architecture: 
     Returns:
         The file written.
     """
-    lora = read_lora(path)
+    lora = read_own(path)
     tensors = cast(by_program(format, transformer, lora.tensors, architecture), None)
     target = export_path(path, format)
     write_atomically(target, partial(save_file, tensors, metadata=_metadata(lora, format, None)))

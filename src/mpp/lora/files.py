@@ -1,26 +1,26 @@
-"""LoRA files with diffusers' names: read, put on a transformer, merged into it."""
+"""A LoRA as it is read: put on a transformer, merged into it, its updates."""
 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from mpp.lora.adapters import ADAPTER, adapter_state
+from mpp.lora.adapters import ADAPTER
 
 PREFIX = "transformer."
-_TENSOR = re.compile(r"(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector|lokr_[a-z0-9_]+)")
+_TENSOR = re.compile(r"(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector|lokr_[a-z0-9_]+|hada_[a-z0-9_]+)")
 _MAGNITUDE, DORA_SCALE = "lora_magnitude_vector", "dora_scale"
-_FOREIGN = ("diffusion_model.", "lora_unet_", "base_model.model.", "lycoris_")
+DIFFERENCES = {"diff": "weight", "diff_b": "bias"}  # what files call them, and of what they are
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,31 @@ class LoraFile:
 
     Attributes:
         path: Where it was read from.
-        tensors: By PEFT's names, such as `blocks.0.attn1.to_q.lora_A.weight`.
-        described: The PEFT configuration; None where the file says none: every scale is 1, as diffusers has it.
+        tensors: By PEFT's names, such as `blocks.0.attn1.to_q.lora_A.weight`, in float32.
+        described: The PEFT configuration.
         metadata: The file's own metadata as it stands.
+        differences: What is added to whole weights besides, by their names.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
-    described: Mapping[str, Any] | None
+    described: Mapping[str, Any]
     metadata: Mapping[str, str]
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_dora(self) -> bool:
         """Whether it has magnitudes, which other programs count by the norms of the base."""
         return any(name.endswith(_MAGNITUDE) for name in self.tensors)
 
+    def adapter_alone(self) -> "LoraFile":
+        """Without the differences of whole weights."""
+        return replace(self, differences={})
+
     @property
     def record(self) -> dict[str, Any]:
         """How mpp made it; {} for files of others."""
-        found = _json(self.metadata.get("mpp"))
-        return found if isinstance(found, dict) else {}
+        return json_of(self.metadata.get("mpp"))
 
 
 @dataclass(frozen=True)
@@ -65,112 +70,91 @@ class Update:
     scale: float
 
 
-def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA file as `save_lora` and diffusers' `save_lora_weights` write it.
-
-    Raises:
-        ValueError: Not there, damaged, no LoRA, or one with another tool's names.
-    """
-    if not path.is_file():
-        raise ValueError(f"lora={path} is not there; give a LoRA file, or the output folder of a run")
-    try:
-        with safe_open(path, "pt") as handle:
-            metadata = handle.metadata() or {}
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"lora={path} is not a complete .safetensors file ({error})") from error
-    foreign = next((key for key in tensors if key.startswith(_FOREIGN)), None)
-    if foreign is not None:
-        raise ValueError(
-            f"lora={path} has another tool's names ({foreign}); give the file that training wrote, whose names begin "
-            f"with {PREFIX}"
-        )
-    odd = next((k for k in tensors if not k.startswith(PREFIX) or not _TENSOR.fullmatch(k)), None)
-    if odd is not None or not tensors:
-        raise ValueError(f"lora={path} is no LoRA: it holds {odd or 'nothing'}; give the file that training wrote")
-    broken = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
-    if broken is not None:
-        raise ValueError(f"lora={path}: {broken} holds values that are not finite; the training has diverged")
-    described = _json(metadata.get(LORA_ADAPTER_METADATA_KEY))
-    if described is not None:
-        described = {k.removeprefix(PREFIX): v for k, v in described.items() if k.startswith(PREFIX)}
-    return LoraFile(path, {k.removeprefix(PREFIX): v for k, v in tensors.items()}, described or None, metadata)
+def read_own(path: Path) -> LoraFile:
+    """A LoRA file that was just written by `save_lora`."""
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata()
+        tensors = {key.removeprefix(PREFIX): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    return LoraFile(path, tensors, {}, metadata)
 
 
-def find_loras(path: Path, parts: Sequence[str]) -> dict[str, LoraFile]:
-    """The LoRA of each expert; of a lone transformer, which is called `""`, the one.
+def attach(transformer: nn.Module, lora: LoraFile, *, name: str = ADAPTER, strength: float = 1.0) -> PeftConfig:
+    """Put a LoRA on a transformer by PEFT, in float32; on the meta device its shapes and scales only.
 
     Args:
-        path: A file, or the output folder of a run.
-        parts: The model's transformers.
-
-    Raises:
-        ValueError: The folder lacks one, the file does not say for which expert it is, or as `read_lora`.
-    """
-    if path.is_dir():
-        files = {part: path / (f"lora_{part}.safetensors" if part else "lora.safetensors") for part in parts}
-        missing = [file.name for file in files.values() if not file.is_file()]
-        if missing:
-            there = ", ".join(sorted(p.name for p in path.glob("*.safetensors"))) or "no .safetensors file"
-            raise ValueError(
-                f"lora={path} holds {there}, but this model config needs {', '.join(missing)}; name a file, or choose "
-                "the model config that it was trained with"
-            )
-        return {part: read_lora(file) for part, file in files.items()}
-    lora = read_lora(path)
-    if list(parts) == [""]:
-        return {"": lora}
-    expert = lora.record.get("expert") or path.stem.rpartition("_")[2]
-    if expert not in parts:
-        raise ValueError(
-            f"lora={path} does not say which expert it is for; end its name in "
-            f"{' or '.join(f'_{part}.safetensors' for part in parts)}"
-        )
-    return {expert: lora}
-
-
-def attach(transformer: nn.Module, lora: LoraFile) -> PeftConfig:
-    """Put a LoRA on a transformer by diffusers' own loader; on the meta device its shapes and scales only.
+        transformer: With other adapters, perhaps.
+        lora: What is put on it.
+        name: The adapter's.
+        strength: By which its scale is multiplied.
 
     Returns:
         The adapter's configuration.
 
     Raises:
-        ValueError: The transformer lacks its modules, or they have other sizes.
+        ValueError: The transformer lacks its modules, they have other sizes, a strength that its kind has not, or
+            differences of whole weights, which no adapter can say.
     """
-    misfit = _misfit(dict(transformer.named_modules()), lora)
+    if lora.differences:
+        raise ValueError(
+            f"lora={lora.path} holds differences of {len(lora.differences)} whole weights, which can only be a part of "
+            "the base: model.loras=[FILE]"
+        )
+    check_strength(lora, strength)
+    misfit = _misfit(transformer, lora)
     if not misfit:
         try:
-            transformer.load_lora_adapter(
-                dict(lora.tensors),
-                prefix=None,
-                metadata=None if lora.described is None else dict(lora.described),
-                adapter_name=ADAPTER,
-                low_cpu_mem_usage=True,
-            )
-        except (RuntimeError, TypeError, ValueError) as error:
-            misfit = " ".join(str(error).split())[:300]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of several adapters in a model
+                warnings.simplefilter("error", RuntimeWarning)  # of modules that tensors and configuration differ in
+                _inject(transformer, lora, name)
+        except RuntimeWarning:
+            misfit = "its tensors and its configuration of PEFT are about different modules"
+        except Exception as error:  # noqa: BLE001 (PEFT raises whatever it meets in a foreign or damaged configuration)
+            misfit = " ".join(str(error).split())[:300] or type(error).__name__
     if misfit:
         made_for = f", made for {lora.record['family']}," if "family" in lora.record else ""
         raise ValueError(
             f"lora={lora.path}{made_for} does not fit this {type(transformer).__name__}: {misfit}; choose the model "
             "config that it was trained with"
         )
-    odd = sorted(adapter_state(transformer).keys() ^ lora.tensors.keys())
+    odd = sorted(get_peft_model_state_dict(transformer, adapter_name=name).keys() ^ lora.tensors.keys())
     if odd:
         raise ValueError(f"lora={lora.path}: its tensors and its metadata disagree on {len(odd)} (first: {odd[0]})")
-    _restore_precision(transformer, lora)
-    return transformer.peft_config[ADAPTER]
+    for parameter, tensor in _parameters(transformer, lora, name):
+        parameter.data = tensor.to(parameter.device)  # PEFT casts it to the base's precision
+    for layer in (m for m in transformer.modules() if isinstance(m, BaseTunerLayer) and name in m.scaling):
+        layer.scaling[name] *= strength
+        if not math.isfinite(layer.scaling[name]):
+            raise ValueError(f"lora={lora.path} has a scale of {layer.scaling[name]}; its metadata is damaged")
+    return transformer.peft_config[name]
 
 
-def _misfit(modules: Mapping[str, nn.Module], lora: LoraFile) -> str:
-    """What the modules lack; told apart here because the loader logs a line per tensor."""
-    found = _by_module(lora.tensors)
+def _inject(transformer: nn.Module, lora: LoraFile, name: str) -> None:
+    config, tensors = PeftConfig.from_peft_type(**lora.described), dict(lora.tensors)
+    inject_adapter_in_model(config, transformer, adapter_name=name, low_cpu_mem_usage=True, state_dict=tensors)
+    set_peft_model_state_dict(transformer, tensors, adapter_name=name, low_cpu_mem_usage=True)
+
+
+def check_strength(lora: LoraFile, strength: float) -> None:
+    """Refuse a strength that its kind has not.
+
+    Raises:
+        ValueError: It is a DoRA, whose directions and norms programs scale differently.
+    """
+    if lora.is_dora and strength != 1:
+        raise ValueError(f"lora={lora.path} is a DoRA, for which programs differ in what a strength is; use it at 1")
+
+
+def _misfit(transformer: nn.Module, lora: LoraFile) -> str:
+    """What the transformer lacks; told apart here because PEFT leaves out what it does not find."""
+    modules, found = dict(transformer.named_modules()), _by_module(lora.tensors)
     missing = sorted(found.keys() - modules.keys())
     if missing:
         return f"it lacks {len(missing)} of the {len(found)} modules (first: {missing[0]})"
     for name, factors in found.items():
         weight, shape = getattr(modules[name], "weight", None), _shape(factors)
+        if "hada_w2_a" in factors and shape != (factors["hada_w2_a"].shape[0], factors["hada_w2_b"].shape[1]):
+            return f"the two products of its LoHa of {name} have different sizes"
         if weight is None:
             return f"its {name} is no layer with weights"
         if weight.ndim == 2 and shape is not None and tuple(weight.shape) != shape:
@@ -181,6 +165,7 @@ def _misfit(modules: Mapping[str, nn.Module], lora: LoraFile) -> str:
 def _shape(factors: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """Output and input features of the layer that the factors are for; None if they are not all there."""
     pairs = [("lora_B.weight", "lora_A.weight")] if "lora_A.weight" in factors else []
+    pairs = [("hada_w1_a", "hada_w1_b")] if "hada_w1_a" in factors else pairs
     for name in () if pairs else ("lokr_w1", "lokr_w2"):
         pairs.append((name, name) if name in factors else (f"{name}_a", f"{name}_b"))
     if not all(name in factors for pair in pairs for name in pair):
@@ -196,25 +181,28 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return factors
 
 
-def _restore_precision(transformer: nn.Module, lora: LoraFile) -> None:
-    """PEFT casts a loaded adapter to the base's dtype: over a bf16 base that rounds what was trained in float32."""
-    for name, parameter in transformer.named_parameters():
-        key = name.replace(f".{ADAPTER}", "")
+def _parameters(transformer: nn.Module, lora: LoraFile, name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The adapter's parameters with what they hold; none on the meta device."""
+    for full, parameter in transformer.named_parameters():
+        key = full.replace(f".{name}", "")
         tensor = lora.tensors.get(key, lora.tensors.get(key.removesuffix(".weight")))  # DoRA's file has no .weight
-        if tensor is not None and not parameter.is_meta:
-            parameter.data = tensor.to(parameter.device)
+        if f".{name}" in full and tensor is not None and not parameter.is_meta:
+            yield parameter, tensor
 
 
-def updates(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Update]:
+def updates(transformer: nn.Module, tensors: Mapping[str, Tensor], *, magnitudes: bool = False) -> dict[str, Update]:
     """The update of each module, with the scale that PEFT gave it.
 
     Args:
         transformer: With the adapter.
         tensors: The adapter's, by PEFT's names.
+        magnitudes: Leave a DoRA's as PEFT has them.
     """
     layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)}
     return {
-        name: Update(_by_norms(found, layers[name]), float(layers[name].scaling[ADAPTER]))
+        name: Update(
+            dict(found) if magnitudes else _by_norms(found, layers[name]), float(layers[name].scaling[ADAPTER])
+        )
         for name, found in _by_module(tensors).items()
     }
 
@@ -259,8 +247,10 @@ def _split(key: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _json(text: str | None) -> Any:  # noqa: ANN401
+def json_of(text: str | None) -> dict[str, Any]:
+    """A record in a file's metadata; {} where it is none."""
     try:
-        return None if text is None else json.loads(text)
-    except json.JSONDecodeError:
-        return None
+        found = None if text is None else json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -54,7 +54,7 @@ def to_native(
     stacks: dict[str, tuple[str, ...]] = {}
     nameless = []
     for module, update in found.items():
-        named = _native_name(module, rules)
+        named = native_name(module, rules)
         if named is None:
             nameless.append(module)
         elif named[1]:
@@ -125,7 +125,8 @@ def _check(module: str, update: Update) -> None:
         raise ValueError(f"{module} has {', '.join(sorted(names))}, which this format cannot say; {_INSTEAD}")
 
 
-def _native_name(module: str, rules: Sequence[NativeRule]) -> tuple[str, tuple[str, ...]] | None:
+def native_name(module: str, rules: Sequence[NativeRule]) -> tuple[str, tuple[str, ...]] | None:
+    """A program's name of a module of diffusers', and the modules that it keeps as one under that name, if several."""
     for rule in rules:
         match = re.fullmatch(rule.pattern, module)
         if match is not None:

@@ -201,6 +201,8 @@ class Architecture(ABC):
         lora_targets: Modules that adapters attach to by default: names, or one regex over full names.
         latents: Shape of the latents.
         sigma: Training law of sigma.
+        loras: LoRAs that belong to the base, such as those that make it fast or undo that: frozen, below what is
+            trained, on for teacher and student; files of any program with a strength, `FILE:1.0`.
 
     Attributes:
         family: Name of what its caches hold, e.g. `wan`, `wan_i2v`: variants that cache other things differ in it.
@@ -223,6 +225,7 @@ class Architecture(ABC):
     lora_targets: str | Sequence[str]
     latents: LatentSpec
     sigma: SigmaLaw
+    loras: str | Sequence[str] = ()
 
     family: ClassVar[str]
     conditioning: ClassVar[type[Conditioning]]
@@ -239,7 +242,8 @@ class Architecture(ABC):
     fps = None
 
     def __post_init__(self) -> None:
-        """Targets read from YAML are a list."""
+        """What is read from YAML is a list; one LoRA may stand alone."""
+        self.loras = (self.loras,) if isinstance(self.loras, str) else tuple(self.loras)
         if not isinstance(self.lora_targets, str):
             self.lora_targets = tuple(self.lora_targets)
 

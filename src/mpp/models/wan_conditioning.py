@@ -23,6 +23,14 @@ NATIVE = (
     NativeRule(r"blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.o"),
     NativeRule(r"blocks\.(\d+)\.ffn\.net\.0\.proj", r"blocks.\1.ffn.0"),
     NativeRule(r"blocks\.(\d+)\.ffn\.net\.2", r"blocks.\1.ffn.2"),
+    NativeRule(r"blocks\.(\d+)\.attn1\.norm_([qk])", r"blocks.\1.self_attn.norm_\2"),
+    NativeRule(r"blocks\.(\d+)\.attn2\.norm_([qk])", r"blocks.\1.cross_attn.norm_\2"),
+    NativeRule(r"blocks\.(\d+)\.attn2\.norm_added_k", r"blocks.\1.cross_attn.norm_k_img"),
+    NativeRule(r"blocks\.(\d+)\.norm2", r"blocks.\1.norm3"),
+    NativeRule(r"condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
+    NativeRule(r"condition_embedder\.(time|text)_embedder\.linear_2", r"\1_embedding.2"),
+    NativeRule(r"condition_embedder\.time_proj", "time_projection.1"),
+    NativeRule("proj_out", "head.head"),
 )
 
 

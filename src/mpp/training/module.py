@@ -17,6 +17,7 @@ from mpp.batching.batch import Batch
 from mpp.batching.datamodule import LatentDataModule
 from mpp.core.loss import LossSums, MaskedPriorLoss
 from mpp.lora.adapters import Adapter, adapter_state, inject, load_adapter_state
+from mpp.lora.stack import base_fingerprint, load_base
 from mpp.models.contract import Architecture
 from mpp.training import metrics
 from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, settled
@@ -123,7 +124,7 @@ class MaskedPriorModule(LightningModule):
         """
         if self.transformer is not None:
             return
-        transformer = self.architecture.load_transformer()
+        transformer = load_base(self.architecture)
         inject(transformer, self.adapter, self.architecture.lora_targets, seed=self.seed)
         if self.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -134,7 +135,7 @@ class MaskedPriorModule(LightningModule):
             frozen = [name for name, p in transformer.named_parameters(prefix="transformer") if not p.requires_grad]
             frozen += [name for name, _ in transformer.named_buffers(prefix="transformer")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)  # noqa: SLF001
-        self._base = self.architecture.identity().transformer
+        self._base = base_fingerprint(self.architecture)
         self.transformer = transformer.train()
         passes = WholePasses(self.architecture, self.transformer, self.teacher)
         self.step = MaskedPriorStep(self.architecture, self.loss, passes)

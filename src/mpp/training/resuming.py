@@ -59,7 +59,7 @@ RULES = (  # the first that covers a key holds
     Rule("data.require_mask data.strict_masks data.strict_sources", "applied", "checks before the start"),
     Rule("data.cache_dir data.preservation.cache_dir data.on_empty_mask", "applied",
          "a cache may move; the samples must be those that the run began with"),
-    Rule("model.pretrained model.pretrained.* model.pretrained_low model.vae model.text_encoder", "applied",
+    Rule("model.pretrained model.pretrained.* model.pretrained_low model.loras model.vae model.text_encoder", "applied",
          "weights may move; they are compared by their fingerprints"),
     Rule("optimizer.lr", "resume_lr", "the checkpoint goes on with its own rate"),
     Rule("schedule schedule.*", "resume_schedule", "the rate of every step follows from it"),

@@ -1,0 +1,136 @@
+"""Several LoRAs over a base, each with a strength: as adapters for samples, or merged into a base to train on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from mpp.files import content_hash
+from mpp.lora.adapters import ADAPTER
+from mpp.lora.files import LoraFile, attach, merge
+from mpp.lora.reading import asked, find_loras
+from mpp.models.contract import Architecture
+from mpp.models.experts import parts_of
+
+
+@dataclass(frozen=True)
+class Stack:
+    """LoRAs in the order in which they were asked for.
+
+    Attributes:
+        loras: What each entry has for the model's transformers, and its strength.
+    """
+
+    loras: tuple[tuple[Mapping[str, LoraFile], float], ...]
+
+    @classmethod
+    def read(
+        cls, entries: str | Sequence[str] | None, architecture: Architecture, parts: Mapping[str, nn.Module]
+    ) -> "Stack":
+        """Read them.
+
+        Args:
+            entries: Files or folders as `find_loras` takes them, with or without strength: `FILE:0.8`.
+            architecture: The family.
+            parts: Its transformers, perhaps without weights, and without adapters.
+
+        Raises:
+            ValueError: As `asked` and `find_loras`.
+        """
+        entries = [] if entries is None else [entries] if isinstance(entries, str) else entries
+        wanted = [asked(entry) for entry in entries]
+        return cls(tuple((find_loras(path, architecture, parts), strength) for path, strength in wanted))
+
+    def attach(self, parts: Mapping[str, nn.Module]) -> None:
+        """Put them on as adapters that are all on, or off together.
+
+        Raises:
+            ValueError: One does not fit, or they are of several kinds, which PEFT cannot hold at once.
+        """
+        for part, transformer in parts.items():
+            own = [(found[part], strength) for found, strength in self.loras if part in found]
+            kinds = {str(lora.described.get("peft_type", "LORA")) for lora, _ in own}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"lora={', '.join(str(lora.path) for lora, _ in own)} are of several kinds "
+                    f"({', '.join(sorted(kinds))}), which cannot be switched together; make all but one a part of the "
+                    "base: model.loras=[FILE:1.0]"
+                )
+            names = [ADAPTER if number == 0 else f"lora_{number}" for number in range(len(own))]
+            for name, (lora, strength) in zip(names, own, strict=True):
+                attach(transformer, lora, name=name, strength=strength)
+            for layer in transformer.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    layer.set_adapter([name for name in names if name in layer.scaling], inference_mode=True)
+
+    def merge(self, parts: Mapping[str, nn.Module]) -> None:
+        """Add them to the weights, one after the other; computed in float32, and rounded once for each.
+
+        Raises:
+            ValueError: One does not fit.
+        """
+        for found, strength in self.loras:
+            for part, lora in found.items():
+                _add_differences(parts[part], lora, strength)
+                if lora.tensors:
+                    attach(parts[part], lora.adapter_alone(), strength=strength)
+                    merge(parts[part])
+
+    def fingerprint(self) -> str:
+        """What tells one stack from another, whatever the files are called."""
+        return "".join(
+            f"+{content_hash(lora.path)[:16]}@{strength:g}" for found, strength in self.loras for lora in found.values()
+        )
+
+
+@torch.no_grad()
+def _add_differences(transformer: nn.Module, lora: LoraFile, strength: float) -> None:
+    for name, difference in lora.differences.items():
+        module, _, last = name.rpartition(".")
+        weight = getattr(transformer.get_submodule(module), last, None)
+        if weight is None or weight.shape != difference.shape:
+            there = "none" if weight is None else tuple(weight.shape)
+            raise ValueError(
+                f"lora={lora.path} has a difference of {name} in the shape {tuple(difference.shape)}, the model has "
+                f"{there}; choose the model config that it was trained with"
+            )
+        if not weight.is_meta:
+            weight.copy_(weight.float() + strength * difference.to(weight.device))
+
+
+def load_base(architecture: Architecture) -> nn.Module:
+    """The frozen transformer with the LoRAs that belong to it (`model.loras`) in its weights.
+
+    Raises:
+        ValueError: One of them does not fit.
+    """
+    transformer = architecture.load_transformer()
+    parts = dict(parts_of(transformer))
+    Stack.read(architecture.loras, architecture, parts).merge(parts)
+    return transformer.requires_grad_(False)
+
+
+def base_fingerprint(architecture: Architecture) -> str | None:
+    """The fingerprint of what `load_base` gives; None where the weights are not at hand on this machine."""
+    weights = architecture.identity().transformer
+    if weights is None or not architecture.loras:
+        return weights
+    return weights + Stack.read(architecture.loras, architecture, dict(parts_of(architecture.skeleton()))).fingerprint()
+
+
+def check_loras(architecture: Architecture) -> None:
+    """Refuse LoRAs of the base that do not fit, before any weights are loaded.
+
+    Raises:
+        ValueError: One is not there, or does not fit.
+    """
+    parts = dict(parts_of(architecture.skeleton()))
+    stack = Stack.read(architecture.loras, architecture, parts)
+    for number, (found, strength) in enumerate(stack.loras):
+        for part, lora in found.items():
+            _add_differences(parts[part], lora, strength)
+            if lora.tensors:
+                attach(parts[part], lora.adapter_alone(), name=f"lora_{number}", strength=strength)
+                parts = dict(parts_of(architecture.skeleton()))
