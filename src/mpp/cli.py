@@ -12,7 +12,7 @@ SHORT = {  # by command: what may be typed for a longer key
     "prepare": {"data": "source@data"},  # sources are a group apart from the caches that training reads
     "sample": {"lora": "lora_path"},  # a group of the training configs, of which Hydra would look for one
     "export": {"lora": "export.lora", "lora_path": "export.lora"}
-    | {name: f"export.{name}" for name in ("merge", "overwrite")},
+    | {name: f"export.{name}" for name in ("format", "merge", "overwrite")},
     "report": {"data.cache_dir": "report.cache_dir"}
     | {name: f"report.{name}" for name in ("output", "limit", "scanned")},
     "masks": {
@@ -34,7 +34,7 @@ PATHS = frozenset(  # settings that are one file or folder, by the last word of 
     {
         *("cache_dir", "output_dir", "export_dir", "save_dir", "sub_dir", "image_dir", "mask_dir", "control_dir"),
         *("val_image_dir", "val_mask_dir", "val_control_dir", "manifest", "folder", "input", "output", "preview"),
-        *("pretrained", "pretrained_low", "resume", "ckpt_path", "lora_path", "export.lora", "loras"),
+        *("pretrained", "pretrained_low", "resume", "ckpt_path", "lora_path", "export.lora", "lora.init", "loras"),
     }
 )
 LISTS = frozenset({"lora_path", "loras"})  # those of them that may be several: [FILE:0.8, FILE2]

@@ -18,6 +18,7 @@ from mpp.files import check_writable, remove_leftovers
 from mpp.jobs import begin_record, job_number, repeat_output
 from mpp.lora.export import program_of
 from mpp.lora.stack import base_fingerprint, check_loras
+from mpp.lora.starting import Start
 from mpp.recorded import followers, going_on
 from mpp.training.beginning import Beginning
 from mpp.training.callbacks import Checkpoints, is_finished
@@ -65,6 +66,7 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     data = build(cfg.data, architecture=architecture)
     architecture.check()
     check_loras(architecture)
+    module.start = None if resumption else Start.read(module.adapter, architecture)
     data.setup()
     check_preservation(module.loss, data)
     if not data.val_entries or settings["trainer"].get("limit_val_batches") == 0:

@@ -34,6 +34,7 @@ class Adapter:
         alpha: Scale numerator, > 0; the update is scaled by alpha / rank.
         targets: Module names, or one regex over full module names; None: the family's default.
         dropout: Dropout on the adapter's input, in [0, 1).
+        init: A LoRA that the run starts from, of any program: a file, or the output folder of a run; None: a fresh one.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -44,6 +45,7 @@ class Adapter:
     alpha: float = 16
     targets: str | Sequence[str] | None = None
     dropout: float = 0.0
+    init: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""

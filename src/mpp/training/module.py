@@ -18,6 +18,7 @@ from mpp.batching.datamodule import LatentDataModule
 from mpp.core.loss import LossSums, MaskedPriorLoss
 from mpp.lora.adapters import Adapter, adapter_state, inject, load_adapter_state
 from mpp.lora.stack import base_fingerprint, load_base
+from mpp.lora.starting import Start
 from mpp.models.contract import Architecture
 from mpp.training import metrics
 from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, settled
@@ -46,6 +47,7 @@ class MaskedPriorModule(LightningModule):
         followers: Settings of it that followed from others, by key, for runs that go on from its checkpoints.
         renew_rates: When going on, begin with the learning rate of `optimizer` and `schedule`, not the checkpoint's.
         held_after: Optimizer steps after which the learning rate stays what it is; None: the schedule alone decides.
+        start: What the adapter is filled with where a run begins; None: it starts without effect.
 
     Raises:
         ValueError: A prior without an adapter, or no adapter at all.
@@ -68,6 +70,7 @@ class MaskedPriorModule(LightningModule):
         followers: Mapping[str, str] | None = None,
         renew_rates: bool = False,
         held_after: int | None = None,
+        start: Start | None = None,
     ) -> None:
         super().__init__()
         if adapter is None:
@@ -85,7 +88,7 @@ class MaskedPriorModule(LightningModule):
         self.seed, self.val_sigmas = seed, val_sigmas
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
         self.provenance, self.followers = dict(provenance or {}), dict(followers or {})
-        self.renew_rates, self.held_after = renew_rates, held_after
+        self.renew_rates, self.held_after, self.start = renew_rates, held_after, start
         self.transformer: nn.Module | None = None
         self.step: MaskedPriorStep | None = None  # with the transformer
         self.train_metrics, self.val_metrics = LossMetrics(loss), LossMetrics(loss)
@@ -126,6 +129,8 @@ class MaskedPriorModule(LightningModule):
             return
         transformer = load_base(self.architecture)
         inject(transformer, self.adapter, self.architecture.lora_targets, seed=self.seed)
+        if self.start is not None:
+            self.start.fill(transformer)
         if self.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if self.compile_blocks:
