@@ -391,7 +391,7 @@ def test_a_trained_run_is_exported_by_its_folder(pipeline, prepared, tmp_path, c
     assert file == tmp_path / "run" / "lora_kohya.safetensors"
     again = config("export", ["model=tiny_wan", f"lora_path={file}", "export.fromat=kohya", "export.format=1"][:2])
     again.export.format = "koya"
-    with pytest.raises(ValueError, match="export.format should be 'diffusers', 'comfyui', 'kohya' or 'peft'"):
+    with pytest.raises(ValueError, match="export.format should be 'diffusers', 'comfyui', 'kohya', 'peft' or 'original'"):
         mpp.export.run(again)
 
 

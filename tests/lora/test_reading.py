@@ -384,3 +384,46 @@ def mutated(tensors, drawn, folder):  # noqa: PLR0912 (a change each)
     if drawn.random() < 0.1:
         del content[drawn.randrange(len(content)) :]
     return bytes(content)
+
+
+# ---------------------------------------------------------------- into the original's own file
+
+
+@pytest.mark.parametrize(
+    "kind", ["lora", *(pytest.param(k, marks=pytest.mark.slow) for k in ("rslora", "dora", "lokr"))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_into_the_original_file_changes_what_the_lora_changes(original, tmp_path, kind, dtype):
+    arch, state, _ = original
+    base = tmp_path / "base.safetensors"
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, base, metadata={"of": "them"})
+    before, arch.pretrained = arch.pretrained, str(base)
+    try:
+        transformer, _ = trained(arch.load_transformer(), tmp_path, arch.lora_targets, kind=kind)
+        (written,) = export(arch, tmp_path, merge=True, format="original")
+        assert written == tmp_path / "lora_merged.safetensors"
+        with pytest.raises(ValueError, match="is there already"):
+            export(arch, tmp_path, merge=True, format="original")
+        merge(transformer)
+        wanted = transformer.state_dict()
+        old, new = load_file(base), load_file(written)
+        assert {n: (t.shape, t.dtype) for n, t in new.items()} == {n: (t.shape, t.dtype) for n, t in old.items()}
+        changed = [name for name in new if not torch.equal(new[name], old[name])]
+        assert changed
+        assert all(name.endswith(".weight") and new[name].ndim == 2 for name in changed)
+        arch.pretrained = str(written)
+        for name, tensor in arch.load_transformer().state_dict().items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6)
+    finally:
+        arch.pretrained = before
+
+
+def test_merging_into_the_original_asks_for_its_file(pipeline, tmp_path):
+    arch = tiny(pipeline)
+    trained(arch.load_transformer(), tmp_path, arch.lora_targets)
+    with pytest.raises(ValueError, match="set model.pretrained to it, a .safetensors file, got"):
+        export(arch, tmp_path, merge=True, format="original")
+    two = experts(pipeline, tmp_path / "two")
+    trained(two.load_transformer(), tmp_path, two.lora_targets)
+    with pytest.raises(ValueError, match="one expert at a time"):
+        export(two, tmp_path, merge=True, format="original")

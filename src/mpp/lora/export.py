@@ -25,6 +25,7 @@ from mpp.lora.adapters import described
 from mpp.lora.files import PREFIX, LoraFile, attach, merge, read_own, updates
 from mpp.lora.formats import cast, comfyui, kohya, to_native
 from mpp.lora.meaning import PEFT_FILES
+from mpp.lora.original import merged_original
 from mpp.lora.reading import find_loras
 from mpp.lora.stack import base_fingerprint, load_base
 from mpp.models.contract import Architecture
@@ -43,8 +44,9 @@ class Export:
 
     Args:
         lora: A LoRA file of any program, or the output folder of a run.
-        format: `diffusers`, `comfyui`, `kohya` or `peft`; None with `merge`.
-        merge: Write the base model with the LoRA merged into it, as a diffusers folder.
+        format: `diffusers`, `comfyui`, `kohya` or `peft`; with `merge` None, or `original`.
+        merge: Write the base model with the LoRA merged into it, as a diffusers folder; with `original` as one file
+            like `model.pretrained`, which must be one.
         output: File (`.safetensors`), or folder for `peft` and `merge`; None: beside the LoRA. With several experts,
             the expert's name is added.
         dtype: Of the exported LoRA's tensors: `float32`, `bfloat16` or `float16`; None: as they are.
@@ -55,7 +57,7 @@ class Export:
     """
 
     lora: str | None = None
-    format: Literal["diffusers", "comfyui", "kohya", "peft"] | None = None
+    format: Literal["diffusers", "comfyui", "kohya", "peft", "original"] | None = None
     merge: bool = False
     output: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -65,10 +67,10 @@ class Export:
         """Refuse settings that do not go together."""
         if self.lora is None:
             raise ValueError("lora=... is missing: give a LoRA file, or the output folder of a run")
-        if self.merge == (self.format is not None):
+        if self.merge != (self.format in (None, "original")):
             raise ValueError(
                 "choose one: export.format=diffusers, comfyui, kohya or peft for a LoRA file, or merge=true for a "
-                "whole model"
+                "whole model, as one file of the original's names with export.format=original"
             )
         if self.merge and self.dtype is not None:
             raise ValueError("export.dtype is for LoRA files; a merged model has the precision of model.dtype")
@@ -77,7 +79,7 @@ class Export:
 
     @property
     def _is_folder(self) -> bool:
-        return self.merge or self.format == "peft"
+        return (self.merge and self.format is None) or self.format == "peft"
 
     def run(self, architecture: Architecture) -> list[Path]:
         """Write the files.
@@ -92,7 +94,15 @@ class Export:
         architecture.check()
         skeleton = dict(parts_of(architecture.skeleton()))
         loras = find_loras(Path(self.lora), architecture, skeleton)
+        if self.format == "original" and len(skeleton) > 1:
+            raise ValueError("export.format=original is for one expert at a time; choose its model config")
         targets = self._targets(loras)
+        if self.format == "original":
+            _check_base(lora := loras[""], base_fingerprint(architecture))
+            tensors, metadata = merged_original(lora, architecture, skeleton[""])
+            metadata |= {"mpp_export": json.dumps(_record(lora, self.format, None), sort_keys=True)}
+            write_atomically(targets[""], partial(save_file, tensors, metadata=metadata))
+            return [targets[""]]
         if self.merge:
             for part, lora in loras.items():
                 attach(skeleton[part], lora)
@@ -112,7 +122,7 @@ class Export:
         end = "" if self._is_folder else ".safetensors"
         if self.merge:
             beside = Path(self.lora, "lora") if Path(self.lora).is_dir() else Path(self.lora).with_suffix("")
-            targets = {"": Path(self.output or f"{beside}_merged")}
+            targets = {"": Path(self.output or f"{beside}_merged{end}")}
         elif self.output is None:
             targets = {p: lora.path.with_name(f"{lora.path.stem}_{self.format}{end}") for p, lora in loras.items()}
         else:
