@@ -190,6 +190,24 @@ class Names:
     prefix: str | None = None
 
 
+@dataclass(frozen=True)
+class ModelId:
+    """What other programs call a model in the metadata of LoRA files.
+
+    The names are musubi-tuner's where it has the model, so that LoRAs of both are listed together: variants that share
+    one there share it here.
+
+    Attributes:
+        architecture: For ModelSpec, which adds `/lora` (musubi-tuner's utils/sai_model_spec.py).
+        implementation: Address of the original's code (the same file).
+        version: For `ss_base_model_version` (musubi-tuner's dataset/architectures.py, the names in full).
+    """
+
+    architecture: str
+    implementation: str
+    version: str
+
+
 @dataclass(kw_only=True, eq=False)
 class Architecture(ABC):
     """What mpp needs to know about a DiT family: its settings, what follows from them, and what it does.
@@ -206,6 +224,7 @@ class Architecture(ABC):
 
     Attributes:
         family: Name of what its caches hold, e.g. `wan`, `wan_i2v`: variants that cache other things differ in it.
+        model_id: What other programs call it.
         conditioning: The record type its caches hold.
         images: Which images it sees besides noisy latents.
         cached_settings: Names of the settings that shape what is cached; a cache belongs to them.
@@ -228,6 +247,7 @@ class Architecture(ABC):
     loras: str | Sequence[str] = ()
 
     family: ClassVar[str]
+    model_id: ClassVar[ModelId]
     conditioning: ClassVar[type[Conditioning]]
     images = ImageInputs()
     cached_settings = ()

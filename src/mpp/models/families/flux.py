@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Generation, ImageInputs, LatentSpec, Names, NativeRule, Prompt
+from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_text
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
@@ -165,6 +165,8 @@ class Flux(Family):
     guidance: float = 1.0
 
     family = "flux"
+    # Kontext's LoRAs are FLUX.1's to musubi-tuner. Its only text to image is sd-scripts', which calls it `flux1`
+    model_id = ModelId("Flux.1-dev", "https://github.com/black-forest-labs/flux", "flux1")
     conditioning = FluxConditioning
     transformer_class = FluxTransformer2DModel
     single_file = SingleFile("double_blocks.0.img_attn.qkv.weight", _config, _convert)
@@ -185,6 +187,7 @@ class Flux(Family):
             raise ValueError(f"model.text_length must be 1 to {_LONGEST_TEXT} for FLUX.1, got {self.text_length}")
         if self.kontext:
             self.family = "flux_kontext"
+            self.model_id = replace(self.model_id, version="flux_kontext")
             self.images = ImageInputs(least=1, most=1)
             self.cached_settings = ("text_length", "auto_resize")
             self.guidance_scale = 2.5  # the example in FluxKontextPipeline

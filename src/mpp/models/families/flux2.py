@@ -23,7 +23,7 @@ from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Generation, ImageInputs, LatentSpec, Names, NativeRule, Prompt
+from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 from mpp.models.text_limit import CAPTION, TextLimit, before_message
@@ -148,6 +148,13 @@ class Flux2(Family):
         if self.text not in _TEXT:
             raise ValueError(f"model.text must be one of {', '.join(_TEXT)}, got {self.text!r}")
         self.family = "flux2" if self.text == "mistral" else "flux2_klein"
+
+    @property
+    def model_id(self) -> ModelId:
+        """Klein's sizes differ in the transformer alone: the width of its text, three layers of Qwen3 4B or 8B."""
+        klein = "9b" if self.transformer_config()["joint_attention_dim"] > 3 * 2560 else "4b"
+        name, version = ("dev", "dev") if self.text == "mistral" else (f"klein-{klein}", f"klein_{klein}")
+        return ModelId(f"Flux.2-{name}", "https://github.com/black-forest-labs/flux2", f"flux_2_{version}")
 
     def expected_config(self) -> dict[str, object]:
         """The transformer's channels, and whether it embeds guidance (dev does, klein does not)."""

@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, CLIPTextModel, CLIPTokenizer, Llama
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning
-from mpp.models.contract import Generation, ImageInputs, LatentSpec, Names, NativeRule, Prompt
+from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
 from mpp.models.family import DType, Family, FamilyEncoders, output_pixels
 from mpp.models.padding import pad_with_mask
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
@@ -153,6 +153,8 @@ class HunyuanVideo(Family):
     guidance: float | None = 1.0
 
     family = "hunyuan_video"
+    # image to video too, of which musubi-tuner has none: the adapted layers are the same
+    model_id = ModelId("hunyuan-video", "https://github.com/Tencent/HunyuanVideo", "hunyuan_video")
     conditioning = HunyuanVideoConditioning
     transformer_class = HunyuanVideoTransformer3DModel
     text_components = ("text_encoder", "text_encoder_2")

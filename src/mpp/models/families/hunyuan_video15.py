@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, ByT5Tokenizer, Qwen2_5_VLTextModel,
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Generation, ImageInputs, LatentSpec, Names, NativeRule, Prompt
+from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.text_limit import CAPTION, TextLimit, before_message
@@ -128,6 +128,7 @@ class HunyuanVideo15(Family):
     task: Literal["t2v", "i2v"] = "t2v"
 
     family = "hunyuan_video15"
+    model_id = ModelId("hunyuan-video-1.5", "https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5", "hunyuan_video_1_5")
     conditioning = HunyuanVideo15Conditioning
     transformer_class = HunyuanVideo15Transformer3DModel
     text_components = ("text_encoder", "text_encoder_2")

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, Qwen2_5_VLForConditionalGeneration
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning
-from mpp.models.contract import Generation, LatentSpec, Prompt
+from mpp.models.contract import Generation, LatentSpec, ModelId, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.text_limit import TextLimit, before_caption
@@ -70,6 +70,7 @@ class Kandinsky5(Family):
     text_length: int = 512
 
     family = "kandinsky5"
+    model_id = ModelId("Kandinsky-5", "https://github.com/kandinskylab/kandinsky-5", "kandinsky5")
     conditioning = Kandinsky5Conditioning
     transformer_class = Kandinsky5Transformer3DModel
     text_components = ("text_encoder", "text_encoder_2")

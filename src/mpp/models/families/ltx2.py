@@ -26,7 +26,7 @@ from transformers import Gemma3ForConditionalGeneration
 
 from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.conditioning import Conditioning
-from mpp.models.contract import Generation, LatentSpec, Prompt
+from mpp.models.contract import Generation, LatentSpec, ModelId, Prompt
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 from mpp.models.weights import loading, resolve_folder
@@ -106,6 +106,8 @@ class LTX2(Family):
     fps: float = 24.0
 
     family = "ltx2"
+    # musubi-tuner has none: as its fork for LTX-2 has it (github.com/AkaneTendo25/musubi-tuner)
+    model_id = ModelId("LTX2", "https://github.com/Lightricks/LTX-2", "ltx2_v1")
     conditioning = LTX2Conditioning
     transformer_class = LTX2VideoTransformer3DModel
     single_file = SingleFile("patchify_proj.weight", _config, _convert)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from mpp.models import qwen
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Generation, ImageInputs, Prompt
+from mpp.models.contract import Generation, ImageInputs, ModelId, Prompt
 from mpp.models.family import captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.text_limit import TextLimit
 
 _FAMILIES = {"text": "qwen_image", "edit": "qwen_image_edit", "edit_plus": "qwen_image_edit_plus"}
+_IDS = {"text": "Qwen-Image", "edit": "Qwen-Image-Edit", "edit_plus": "Qwen-Image-Edit-Plus"}
 _CONTROLS = {"text": (0, 0), "edit": (1, 1), "edit_plus": (1, 3)}
 
 
@@ -78,6 +79,9 @@ class QwenImage(qwen.QwenFamily):
             raise ValueError(f"model.control_pixels must be at least 1024 (32x32), got {self.control_pixels}")
         self.family = _FAMILIES[self.task]
         least, most = _CONTROLS[self.task]
+        name = "Qwen-Image-Edit-2511" if self.zero_cond_t else _IDS[self.task]
+        version = "qwen_image_edit" if most else "qwen_image"
+        self.model_id = ModelId(name, "https://github.com/QwenLM/Qwen-Image", version)
         self.images = ImageInputs(least, most, in_text=most > 0)
         if most:
             self.cached_settings = ("text_length", "control_pixels")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpp.models import qwen
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Generation, ImageInputs, LatentSpec, Prompt
+from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Prompt
 from mpp.models.family import captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.text_limit import TextLimit
@@ -69,6 +69,7 @@ class QwenImageLayered(qwen.QwenFamily):
     drop_base_frame: bool = False
 
     family = "qwen_image_layered"
+    model_id = ModelId("Qwen-Image-Layered", "https://github.com/QwenLM/Qwen-Image-Layered", "qwen_image_layered")
     conditioning = LayeredConditioning
     images = ImageInputs(first_frame=True)
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Architecture, Generation, Identity, LatentSpec, Prompt
+from mpp.models.contract import Architecture, Generation, Identity, LatentSpec, ModelId, Prompt
 from mpp.models.padding import pad_text
 from mpp.models.weights import fingerprint_if_present, resolve_folder
 
@@ -54,6 +54,7 @@ class Toy(Architecture):
     text_length: int = 8
 
     family = "toy"
+    model_id = ModelId("mpp-toy", "mpp", "mpp_toy")  # a name that nobody else has
     conditioning = ToyConditioning
     steps = 20
 

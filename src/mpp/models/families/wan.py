@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Tensors
-from mpp.models.contract import Generation, Identity, ImageInputs, LatentSpec, Prompt
+from mpp.models.contract import Generation, Identity, ImageInputs, LatentSpec, ModelId, Prompt
 from mpp.models.experts import Experts
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_text
@@ -96,6 +96,10 @@ class Wan(Family):
             self.text_components = ("text_encoder", "image_encoder")
         kinds = ("wan_i2v_clip" if self.clip_dim else "wan_i2v") if self.image_to_video else "wan"
         self.family = kinds.replace("wan", "wan_ti2v") if self.expand_timesteps else kinds
+        # one name for 2.1 and 2.2 A14B, as in musubi-tuner; it has no TI2V-5B, which gets a name of that form
+        self.model_id = ModelId("wan2.1", "https://github.com/Wan-Video/Wan2.1", "wan")
+        if self.expand_timesteps:
+            self.model_id = ModelId("wan2.2-ti2v-5b", "https://github.com/Wan-Video/Wan2.2", "wan_2_2_ti2v_5b")
         # Wan2.1 generate.py, Wan2.2 wan_{t2v,i2v}_A14B.py and wan_ti2v_5B.py
         self.guidance_scale = 5.0 if self.expert is None else 3.5 if self.image_to_video else _GUIDANCE[self.expert]
         self.fps = 24.0 if self.expand_timesteps else 16.0  # sample_fps in Wan2.2's wan/configs

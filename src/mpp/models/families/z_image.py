@@ -14,7 +14,7 @@ from transformers import Qwen3Model
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning
-from mpp.models.contract import Generation, LatentSpec, Names, NativeRule, Prompt
+from mpp.models.contract import Generation, LatentSpec, ModelId, Names, NativeRule, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
@@ -80,6 +80,7 @@ class ZImage(Family):
     text_length: int = 512
 
     family = "z_image"
+    model_id = ModelId("Z-Image", "https://github.com/Tongyi-MAI/Z-Image", "z_image")
     conditioning = ZImageConditioning
     transformer_class = ZImageTransformer2DModel
     single_file = SingleFile("x_embedder.weight", _config, convert_z_image_transformer_checkpoint_to_diffusers)
