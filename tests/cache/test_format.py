@@ -3,15 +3,20 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpp.cache.format import Cache, CacheIdentity, write_tensors
+from mpp.cache.format import Cache, CacheIdentity, Notes, write_tensors
 from mpp.models.contract import Identity, LatentSpec
 from mpp.models.families.wan import WanConditioning
+from mpp.sources.captions import CaptionVariants
+from mpp.sources.source import FolderSource
 from tests import helpers
+
+OLD = Path(__file__).parents[1] / "fixtures" / "v0"
 
 
 @pytest.fixture
@@ -163,3 +168,33 @@ def test_tensors_survive_writing_exactly(tmp_path):
     tensor = torch.randn(3, 4).t()
     write_tensors(tmp_path / "x.safetensors", {"x": tensor}, {"source": "y"})
     assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], tensor)
+
+
+# ---------------------------------------------------------------- notes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_notes_know_the_trigger_words_of_all_datasets(tmp_path, seed):
+    draw = random.Random(seed)
+    words = [draw.choice([None, "zarp", "sks  dog", "ohwx"]) for _ in range(draw.randint(1, 4))]
+    own = draw.choice([None, "zarp", "qux"])
+    settings = {"image_dir": "photos"} if draw.random() < 0.5 else {}
+    if not settings:  # a dataset that says no trigger has that of all
+        settings["datasets"] = {
+            f"d{n}": {"image_dir": f"p{n}", **({"caption_variants": {"trigger": word}} if word else {})}
+            for n, word in enumerate(words)
+        }
+    source = FolderSource(cache_dir=str(tmp_path), caption_variants=CaptionVariants(trigger=own), **settings)
+    cache = Cache(tmp_path)
+    cache.write_notes(Notes(source.sources_record()))
+    given = [word or own for word in words] if "datasets" in settings else [own]
+    assert cache.notes().triggers == list(dict.fromkeys(word.replace("  ", " ") for word in given if word))
+
+
+def test_notes_of_earlier_versions_know_them_as_well_and_empty_ones_none():
+    assert Notes().triggers == []
+    assert Cache(OLD / "cache").notes().triggers == []
+    sources = Cache(OLD / "cache").notes().sources
+    assert Notes({**sources, "caption_variants": {**sources["caption_variants"], "trigger": "zarp"}}).triggers == [
+        "zarp"
+    ]

@@ -109,6 +109,13 @@ class Notes:
     unused: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
 
+    @property
+    def triggers(self) -> list[str]:
+        """The trigger words that captions were prepared with, each once; of several datasets those of all."""
+        datasets = self.sources.get("datasets") or {"": self.sources}
+        found = [(settings.get("caption_variants") or {}).get("trigger") for settings in datasets.values()]
+        return list(dict.fromkeys(" ".join(word.split()) for word in found if word))
+
 
 def text_name(caption: str, seen: Sequence[str] = ()) -> str:
     """File name of a caption's embeddings, together with the images that the text encoder saw."""
