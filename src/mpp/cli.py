@@ -38,6 +38,9 @@ PATHS = frozenset(  # settings that are one file or folder, by the last word of 
     }
 )
 LISTS = frozenset({"lora_path", "loras"})  # those of them that may be several: [FILE:0.8, FILE2]
+_TEXTS = re.compile(  # settings that are a text, or a file besides true and false
+    r"export\.metadata\.(title|author|license|description|tags|trigger_phrase|usage_hint|thumbnail)"
+)
 _HELP = "hydra.help.template=${explained_settings:}"  # made by mpp.config, from the classes
 
 
@@ -70,7 +73,8 @@ def _full(command: str, word: str, *, sweep: bool) -> str:
     names = {key, key.rpartition(".")[2]}
     if not several and names & LISTS and typed[3][:1] == "[" and typed[3][-1:] == "]" and not os.path.exists(typed[3]):
         return f"{typed[1]}{key}=[{','.join(quoted(path) for path in _items(typed[3][1:-1]))}]"
-    if not several and names & PATHS:
+    text = _TEXTS.fullmatch(key) and typed[3] not in ("true", "false")
+    if not several and (text or names & PATHS):
         return f"{typed[1]}{key}={quoted(typed[3])}"
     return f"{typed[1]}{key}={typed[3]}"
 
