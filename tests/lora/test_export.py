@@ -17,6 +17,7 @@ import mpp.export
 import mpp.lora.export
 from mpp.lora.adapters import Adapter, adapter_state, inject, save_lora
 from mpp.lora.export import Export
+from mpp.lora.metadata import Metadata
 from mpp.models.contract import Generation
 from mpp.models.experts import parts_of
 from tests.families import parameters
@@ -300,6 +301,7 @@ def test_settings_that_do_not_go_together_are_refused():
         ({"lora": "x"}, "choose one: export.format=.* or merge=true"),
         ({"lora": "x", "format": "peft", "merge": True}, "choose one"),
         ({"lora": "x", "merge": True, "dtype": "bfloat16"}, "the precision of model.dtype"),
+        ({"lora": "x", "merge": True, "metadata": Metadata(title="a")}, "export.metadata is for LoRA files"),
         ({"lora": "x", "format": "kohya", "output": "x.pt"}, "must end in .safetensors"),
     ]:
         with pytest.raises(ValueError, match=message):

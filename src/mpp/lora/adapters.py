@@ -1,7 +1,7 @@
 """Adapters by PEFT: inject, switch off and restore, adapter-only state, LoRA files."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +13,11 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpp.core import draws
 from mpp.files import write_atomically
+from mpp.lora.metadata import save_file
 from mpp.models.experts import parts_of
 
 ADAPTER = "default"  # PEFT's and diffusers' name for a model's only adapter
@@ -217,12 +217,23 @@ def step_of_lora(file: Path) -> int | None:
 
 
 def save_lora(
-    path: Path, transformer: nn.Module, state: Mapping[str, Tensor], provenance: Mapping[str, object]
+    path: Path,
+    transformer: nn.Module,
+    state: Mapping[str, Tensor],
+    provenance: Mapping[str, object],
+    describe: Callable[[str], Mapping[str, str]] = lambda _: {},
 ) -> list[Path]:
     """Write a LoRA file in diffusers' format, atomically; with experts one file each, `NAME_EXPERT.safetensors`.
 
     Keys are `transformer.<module>.lora_A.weight` and so on; rank, alpha and kind stand in the metadata where
     diffusers' loader looks for them, and how the file was made under `mpp`.
+
+    Args:
+        path: The file.
+        transformer: With the adapter.
+        state: The adapter's tensors, as `adapter_state` gives them.
+        provenance: How it was made.
+        describe: From an expert to more metadata, for other programs.
 
     Returns:
         The files written.
@@ -234,6 +245,7 @@ def save_lora(
             "format": "pt",
             LORA_ADAPTER_METADATA_KEY: described(model.peft_config[ADAPTER].to_dict()),
             "mpp": json.dumps(record, sort_keys=True, default=str),
+            **describe(part),
         }
         tensors = {f"transformer.{name}": v.detach().cpu().contiguous() for name, v in part_state(state, part).items()}
         write_atomically(target, partial(save_file, tensors, metadata=metadata))

@@ -6,17 +6,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpp import __version__
@@ -25,8 +24,10 @@ from mpp.lora.adapters import described
 from mpp.lora.files import PREFIX, LoraFile, attach, merge, read_own, updates
 from mpp.lora.formats import cast, comfyui, kohya, to_native
 from mpp.lora.meaning import PEFT_FILES
+from mpp.lora.metadata import Facts, Metadata, describe, kept, network_module, save_file
 from mpp.lora.original import merged_original
 from mpp.lora.reading import find_loras
+from mpp.lora.record import base_name
 from mpp.lora.stack import base_fingerprint, load_base
 from mpp.models.contract import Architecture
 from mpp.models.experts import parts_of
@@ -51,6 +52,7 @@ class Export:
             the expert's name is added.
         dtype: Of the exported LoRA's tensors: `float32`, `bfloat16` or `float16`; None: as they are.
         overwrite: Replace LoRA files that are there. A merged model is never replaced.
+        metadata: What the file says of the LoRA, in place of what the LoRA's own says; a thumbnail is an image file.
 
     Raises:
         ValueError: Settings that do not go together.
@@ -62,6 +64,7 @@ class Export:
     output: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False
+    metadata: Metadata = field(default_factory=Metadata)
 
     def __post_init__(self) -> None:
         """Refuse settings that do not go together."""
@@ -76,6 +79,10 @@ class Export:
             raise ValueError("export.dtype is for LoRA files; a merged model has the precision of model.dtype")
         if self.output is not None and not self._is_folder and Path(self.output).suffix != ".safetensors":
             raise ValueError(f"export.output={self.output} must end in .safetensors")
+        if self.merge and self.metadata != Metadata():
+            raise ValueError("export.metadata is for LoRA files; a merged model says what it was made of by itself")
+        if self.metadata.thumbnail is True:
+            raise ValueError("export.metadata.thumbnail=true is for training; name an image file here")
 
     @property
     def _is_folder(self) -> bool:
@@ -147,7 +154,7 @@ class Export:
     def _writer(self, lora: LoraFile, transformer: nn.Module, architecture: Architecture) -> Callable[[Path], object]:
         """Convert everything, and leave only the writing."""
         config = attach(transformer, lora)
-        metadata = _metadata(lora, self.format, self.dtype)
+        metadata = _metadata(lora, self.format, self.dtype, architecture, self.metadata)
         if self.format == "peft":
             tensors = {f"base_model.model.{name}": tensor for name, tensor in lora.tensors.items()}
         elif self.format == "diffusers":
@@ -214,7 +221,7 @@ def by_program(
     return FORMATS[format](native, names.prefix)
 
 
-def write_beside(path: Path, format: str, transformer: nn.Module, architecture: Architecture) -> Path:
+def write_beside(path: Path, format: str, transformer: nn.Module, architecture: Architecture, said: Metadata) -> Path:
     """Write a LoRA file for another program beside it, as `mpp.export` does.
 
     Args:
@@ -222,6 +229,7 @@ def write_beside(path: Path, format: str, transformer: nn.Module, architecture: 
         format: One of `FORMATS`.
         transformer: The one that it was trained on, with the adapter.
         architecture: The family.
+        said: What the user says of it.
 
     Returns:
         The file written.
@@ -229,7 +237,7 @@ def write_beside(path: Path, format: str, transformer: nn.Module, architecture: 
     lora = read_own(path)
     tensors = cast(by_program(format, transformer, lora.tensors, architecture), None)
     target = export_path(path, format)
-    write_atomically(target, partial(save_file, tensors, metadata=_metadata(lora, format, None)))
+    write_atomically(target, partial(save_file, tensors, metadata=_metadata(lora, format, None, architecture, said)))
     return target
 
 
@@ -243,9 +251,27 @@ def program_of(file: Path) -> str:
     return PROGRAMS[next((format for format in FORMATS if file.stem.endswith(f"_{format}")), "diffusers")]
 
 
-def _metadata(lora: LoraFile, format: str | None, dtype: str | None) -> dict[str, str]:
-    metadata = {"format": "pt", "mpp_export": json.dumps(_record(lora, format, dtype), sort_keys=True)}
-    return metadata | {key: lora.metadata[key] for key in ("mpp",) if key in lora.metadata}
+def _metadata(
+    lora: LoraFile, format: str | None, dtype: str | None, architecture: Architecture, said: Metadata
+) -> dict[str, str]:
+    """What the LoRA's own file says or, where that is an older one or another program's, what is known of it."""
+    record, part = lora.record, lora.record.get("expert", "")
+    described = kept(lora.metadata) or describe(architecture, *_known(lora), part=part)
+    metadata = {"format": "pt", "mpp_export": json.dumps(_record(lora, format, dtype or _dtype(lora)), sort_keys=True)}
+    if record:
+        metadata["mpp"] = json.dumps(said.record(record), sort_keys=True)
+    return metadata | said.over(described | network_module(format, described), part=part)
+
+
+def _dtype(lora: LoraFile) -> str:
+    return str(next(iter(lora.tensors.values())).dtype).removeprefix("torch.")
+
+
+def _known(lora: LoraFile) -> tuple[dict[str, Any], Facts]:
+    """What a file says of its adapter and its run."""
+    adapter = {name: (lora.described or {}).get(key) for name, key in (("rank", "r"), ("alpha", "lora_alpha"))}
+    folder = base_name(str(lora.record.get("config", {}).get("output_dir") or ""))
+    return {"adapter": adapter, **lora.record}, Facts(folder or lora.path.stem)
 
 
 def _record(lora: LoraFile, format: str | None, dtype: str | None) -> dict[str, object]:

@@ -1,11 +1,12 @@
 """Which files for other programs training writes beside each LoRA."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mpp.lora.adapters import Adapter, adapter_state, inject, part_state
 from mpp.lora.export import FORMATS, PROGRAMS, by_program
+from mpp.lora.metadata import Metadata
 from mpp.models.contract import Architecture
 from mpp.models.experts import parts_of
 
@@ -16,12 +17,14 @@ class Exports:
 
     Args:
         formats: `comfyui`, `kohya`, both, or []; None: comfyui, where it can say the adapter.
+        metadata: What all files say of the LoRA.
 
     Raises:
         ValueError: An unknown format.
     """
 
     formats: Sequence[Literal["comfyui", "kohya"]] | None = None
+    metadata: Metadata = field(default_factory=Metadata)
 
     def __post_init__(self) -> None:
         """Refuse unknown formats."""

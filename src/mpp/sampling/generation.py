@@ -117,7 +117,7 @@ def strip(pair: Pair) -> Image.Image:
     rows = [("base", pair.base)] + ([("LoRA", pair.lora)] if pair.lora is not None else [])
     single = len(pair.base) == 1
     shown = pair.frames.shown(len(pair.base), _SHOWN_FRAMES)
-    images = [(label, [_image(pixels[number]) for number in shown]) for label, pixels in rows]
+    images = [(label, [frame_image(pixels[number]) for number in shown]) for label, pixels in rows]
     width, height = images[0][1][0].size
     columns = len(images) if single else max(len(row) for _, row in images)
     lines = 1 if single else len(images)
@@ -131,7 +131,7 @@ def strip(pair: Pair) -> Image.Image:
     return sheet
 
 
-def _image(frame: Float[Tensor, "channels height width"]) -> Image.Image:
+def frame_image(frame: Float[Tensor, "channels height width"]) -> Image.Image:
     """RGB, a transparent frame over a checkerboard."""
     array = (frame * 255).round().byte().permute(1, 2, 0).numpy()
     if array.shape[2] == 3:

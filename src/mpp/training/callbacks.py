@@ -1,6 +1,9 @@
 """What a run saves and shows on its way: checkpoints, the LoRA, samples, the losses."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,12 @@ from mpp.files import remove_leftovers
 from mpp.lora.adapters import lora_files, save_lora, step_of_lora
 from mpp.lora.export import export_path, write_beside
 from mpp.lora.exports import Exports
+from mpp.lora.metadata import Facts, describe
 from mpp.models.experts import parts_of
-from mpp.sampling.generation import generate, generation_name, save
+from mpp.sampling.generation import frame_image, generate, generation_name, save
 from mpp.sampling.prompts import Prompts, ReadyPrompt
 from mpp.training.endings import endings_of
+from mpp.training.facts import facts_of
 from mpp.training.module import MaskedPriorModule
 
 log = logging.getLogger("mpp")
@@ -48,6 +53,21 @@ class Checkpoints(Checkpoint):
         self.formats: tuple[str, ...] | None = None
         self._left_out: tuple[str, ...] = ()
         self._saved_at = 0
+        self._sample: Image.Image | None = None  # the newest one
+        self._facts: Facts | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a thumbnail of samples that there are none of, before the transformer is loaded.
+
+        Raises:
+            ValueError: As above.
+        """
+        del pl_module, stage
+        generations = [callback for callback in trainer.callbacks if isinstance(callback, Generations)]
+        if self.exports.metadata.thumbnail is True and not any(found.prompts.prompts for found in generations):
+            raise ValueError(
+                "export.metadata.thumbnail=true shows a sample; set sampling.prompts, or name an image file"
+            )
 
     def choose_formats(self, module: MaskedPriorModule) -> None:
         """Say for which programs files are written, before the transformer is loaded.
@@ -123,14 +143,28 @@ class Checkpoints(Checkpoint):
             if trainer.is_global_zero and any((step_of_lora(file) or 0) < step for file in written):
                 self._write(trainer, module, path, steps=step)
 
+    def illustrate(self, trainer: Trainer, module: MaskedPriorModule, sample: Image.Image) -> None:
+        """Show a sample in the files of the step at hand, which were saved before it was there, and in later ones."""
+        self._sample = sample
+        if self.exports.metadata.thumbnail is True and trainer.global_step == self._saved_at > 0:
+            for path in (self._lora_of(self._saved_at), self.folder / "lora.safetensors"):
+                self._write(trainer, module, path)
+
     def _write(self, trainer: Trainer, module: MaskedPriorModule, path: Path, steps: int | None = None) -> None:
         if trainer.is_global_zero:
-            record = module.record() | ({} if steps is None else {"steps": steps})
+            record, said = module.record() | ({} if steps is None else {"steps": steps}), self.exports.metadata
+            self._facts = self._facts or facts_of(trainer, self.folder, said)
+            facts = replace(self._facts, date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+
+            def described(part: str) -> Mapping[str, str]:
+                found = describe(module.architecture, record, facts, part=part)
+                return said.over(found, part=part, image=self._sample)
+
             with module.evaluated_adapter() as state:
-                loras = save_lora(path, module.transformer, state, record)
+                loras = save_lora(path, module.transformer, state, said.record(record), described)
             for lora, (_, transformer) in zip(loras, parts_of(module.transformer), strict=True):
                 for format in self.formats:
-                    write_beside(lora, format, transformer, module.architecture)
+                    write_beside(lora, format, transformer, module.architecture, said)
 
 
 def is_finished(trainer: Trainer, module: MaskedPriorModule) -> bool:
@@ -214,7 +248,7 @@ class Generations(Checkpoint):
     def _generate_own(self, trainer: Trainer, module: MaskedPriorModule, folder: Path) -> None:
         """This process's prompts."""
         endings = endings_of(trainer)
-        share = list(enumerate(self._ready))[trainer.global_rank :: trainer.world_size]
+        share, first = list(enumerate(self._ready))[trainer.global_rank :: trainer.world_size], None
         encoders = module.architecture.load_encoders(module.device)
         try:
             with module.evaluated_adapter(), trainer.precision_plugin.forward_context():
@@ -231,8 +265,11 @@ class Generations(Checkpoint):
                         bases=self._bases,
                     )
                     save(pair, folder)
+                    first = pair if number == 0 else first  # of the first process, which saves
         finally:
             encoders.release()
+        for saver in [callback for callback in trainer.callbacks if first and isinstance(callback, Checkpoints)]:
+            saver.illustrate(trainer, module, frame_image(first.lora[0]))
 
 
 class LossBar(TQDMProgressBar):
