@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -393,7 +394,9 @@ def test_a_trained_run_is_exported_by_its_folder(pipeline, prepared, tmp_path, c
     assert file == tmp_path / "run" / "lora_kohya.safetensors"
     again = config("export", ["model=tiny_wan", f"lora_path={file}", "export.fromat=kohya", "export.format=1"][:2])
     again.export.format = "koya"
-    with pytest.raises(ValueError, match="export.format should be 'diffusers', 'comfyui', 'kohya', 'peft' or 'original'"):
+    with pytest.raises(
+        ValueError, match="export.format should be 'diffusers', 'comfyui', 'kohya', 'peft' or 'original'"
+    ):
         mpp.export.run(again)
 
 
@@ -415,3 +418,24 @@ def test_the_command_takes_lora_and_answers_bad_input_in_one_line(pipeline, tmp_
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("error: lora=nowhere.safetensors is not there")
     assert "Traceback" not in failed.stderr
+
+
+def test_diffusers_fuses_both_experts_as_the_guide_says(pipeline, tmp_path):
+    two = experts(pipeline, tmp_path / "pipeline")
+    model = trained(two, tmp_path, kind="rslora", alpha=7)
+    fresh = two.load_transformer()
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=None,
+        transformer=fresh["high"], transformer_2=fresh["low"],
+    )  # fmt: skip
+    lines = (Path(__file__).parents[2] / "docs" / "export.md").read_text().split("```python\n")
+    guide = next(text.split("```")[0] for text in lines if "lora_low" in text).replace("outputs/mychar", str(tmp_path))
+    exec(guide, {"pipe": pipe})
+    pipe.unload_lora_weights()
+    wanted = merged_by_peft(model)
+    base = two.load_transformer()
+    for part in ("high", "low"):
+        state, before = fresh[part].state_dict(), base[part].state_dict()
+        assert any(not torch.equal(state[name], before[name]) for name in before)
+        for name, tensor in wanted[part].items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
