@@ -288,6 +288,12 @@ def captions_of(prompts: Sequence[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
+def exact_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of an input that must not be rounded: float32 where autocast takes it, else the dtype of the weights."""
+    kind = device.type
+    return torch.float32 if kind != "meta" and torch.is_autocast_enabled(kind) else weights
+
+
 def output_pixels(frames: Any) -> Float[Tensor, "frames channels height width"]:  # noqa: ANN401
     """The first sample of a pipeline's output as `(frames, channels, height, width)` in [0, 1] on the CPU."""
     if isinstance(frames, Tensor) or (isinstance(frames, list) and isinstance(frames[0], Tensor)):

@@ -258,7 +258,7 @@ def test_guidance_is_the_pipelines_and_runs_only_with_a_negative(t2v, monkeypatc
 
 
 @pytest.mark.parametrize(("dtype", "timestep"), [(torch.float32, 487.3), (torch.bfloat16, 488)])
-def test_timesteps_are_in_the_weights_dtype(arch, variant, dtype, timestep):
+def test_without_autocast_timesteps_are_in_the_weights_dtype(arch, variant, dtype, timestep):
     # In any other the transformer's time embedding raises over bf16 weights.
     model = arch.load_transformer().to(dtype)
     seen = calls_of(model)
@@ -268,6 +268,28 @@ def test_timesteps_are_in_the_weights_dtype(arch, variant, dtype, timestep):
     assert {t.dtype for t in seen[0].values() if isinstance(t, torch.Tensor) and t.is_floating_point()} == {dtype}
     assert seen[0]["timestep"].item() == pytest.approx(timestep)
     assert torch.isfinite(prediction).all()
+
+
+def test_sigmas_that_coincide_in_bf16_give_different_predictions_under_autocast(t2v):
+    drawn = torch.rand(2, 64, generator=torch.Generator().manual_seed(0))
+    first = drawn[0]
+    second = (first * 1000 + 0.25 + 0.5 * drawn[1]) / 1000
+    coincide = (first * 1000).bfloat16() == (second * 1000).bfloat16()
+    pairs = torch.stack([first[coincide], second[coincide]])[:, :4]
+    assert pairs.shape == (2, 4)
+    exact, model = t2v.load_transformer().eval(), t2v.load_transformer().to(torch.bfloat16).eval()
+    embeddings = []
+    model.time_embed.register_forward_hook(lambda module, args, output: embeddings.append(output))
+    text, latents = texts(t2v, PLAIN), noise()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = torch.stack([t2v.velocity(model, latents, s[None], text).float() for s in pairs.flatten()])
+    with torch.no_grad():
+        want = torch.stack([t2v.velocity(exact, latents, s[None], text) for s in pairs.flatten()])
+    assert {e.dtype for e in embeddings} == {torch.bfloat16}
+    apart, wanted = got[:4] - got[4:], want[:4] - want[4:]
+    assert (apart.flatten(1).abs().amax(1) > 0).all()
+    # in the direction of float32: that of rounding alone is near 0
+    assert torch.nn.functional.cosine_similarity(apart.flatten(), wanted.flatten(), dim=0) > 0.5
 
 
 def test_float32_adapters_train_over_bf16_weights_under_autocast(arch, variant):

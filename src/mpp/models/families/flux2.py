@@ -24,7 +24,7 @@ from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 from mpp.core.flow import LinearShift, SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
-from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
+from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of, exact_dtype
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 from mpp.models.text_limit import CAPTION, TextLimit, before_message
 
@@ -194,10 +194,8 @@ class Flux2(Family):
     ) -> Float[Tensor, "b c f h w"]:
         """Predicted `noise - latents`; reference images are further tokens whose output is dropped."""
         weights = transformer.x_embedder.weight.dtype
-        # The model rounds timesteps to its input's dtype before it multiplies them by 1000; autocast takes float32
-        # input over bfloat16 weights, and so keeps them exact.
-        kind = noisy.device.type
-        dtype = torch.float32 if kind != "meta" and torch.is_autocast_enabled(kind) else weights
+        # the model rounds timesteps to its input's dtype before it multiplies them by 1000
+        dtype = exact_dtype(weights, noisy.device)
         images = [noisy[:, :, 0], *(conditioning.controls or ())]
         tokens = [_pack(image).to(dtype) for image in images]
         firsts = [image[:1] for image in images]  # the model takes one sample's positions for all

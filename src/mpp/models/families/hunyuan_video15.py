@@ -25,7 +25,7 @@ from transformers import AutoImageProcessor, ByT5Tokenizer, Qwen2_5_VLTextModel,
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
-from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.family import Family, FamilyEncoders, captions_of, exact_dtype
 from mpp.models.padding import pad_with_mask
 from mpp.models.text_limit import CAPTION, TextLimit, before_message
 
@@ -210,8 +210,8 @@ class HunyuanVideo15(Family):
         """Predicted `noise - latents`.
 
         The transformer takes noisy latents, the first frame's latents and a mask of the frames given as channels,
-        zeros for text to video. Timesteps are 1000 * sigma in the weights' dtype, as in the pipeline: the time
-        embedding refuses any other.
+        zeros for text to video. Timesteps are 1000 * sigma, under autocast in float32, as musubi-tuner's are; else in
+        the weights' dtype, as in the pipeline: the time embedding refuses any other.
         """
         dtype = transformer.x_embedder.proj.weight.dtype
         given, mask = torch.zeros_like(noisy), torch.zeros_like(noisy[:, :1])
@@ -223,7 +223,7 @@ class HunyuanVideo15(Family):
             given[:, :, :1], mask[:, :, :1] = conditioning.image_latents, 1
         (prediction,) = transformer(
             hidden_states=torch.cat([noisy, given, mask], 1).to(dtype),
-            timestep=(sigma.float() * 1000).to(dtype),
+            timestep=(sigma.float() * 1000).to(exact_dtype(dtype, noisy.device)),
             encoder_hidden_states=conditioning.text.to(dtype),
             encoder_attention_mask=conditioning.text_mask,
             encoder_hidden_states_2=conditioning.glyphs.to(dtype),
