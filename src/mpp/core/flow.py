@@ -83,6 +83,10 @@ class EmpiricalShift:
         return math.exp(slope * self.num_steps + at_200 - 200 * slope)
 
 
+# Of `stretched_logit_normal`: the 0.5 % and 99.9 % points of the normal law, and the least sigma
+_STRETCH_FROM, _STRETCH_TO, _LEAST = -2.5758, 3.0902, 1e-3
+
+
 @dataclass(frozen=True)
 class SigmaLaw:
     """Distribution of the training sigma, given by its quantile function.
@@ -92,30 +96,39 @@ class SigmaLaw:
     gives), so an expert that serves part of the range sees the same law there. Being a quantile function it turns
     one uniform number per sample into one sigma, without rejection.
 
+    `stretched_logit_normal` is LTX-2's (Lightricks' `ShiftedLogitNormalTimestepSampler`, packages/ltx-trainer), which
+    reaches low noise however large the shift: with `t` the shifted logit-normal and `a`, `b` its 0.5 % and 99.9 %
+    points, `x = (t - a) / (b - a)`; where `x < e = 0.001` it is reflected to `2 e - x`; what is above 1 is 1; and a
+    share of the draws is uniform in `[e, 1]` instead.
+
     Args:
-        distribution: `uniform` or `logit_normal`.
-        mean: Mean of logit(t), logit-normal only.
-        std: Standard deviation of logit(t), > 0, logit-normal only.
+        distribution: `uniform`, `logit_normal` or `stretched_logit_normal`.
+        mean: Mean of logit(t), for the logit-normal ones.
+        std: Standard deviation of logit(t), > 0, for the logit-normal ones.
         shift: A factor > 0, or a rule from tokens to a factor (`LinearShift`, `EmpiricalShift`). Above 1 moves
             towards noise.
         min_sigma: Lower end of the range, in [0, 1).
         max_sigma: Upper end, in (min_sigma, 1].
+        uniform_share: Share of uniform draws in `stretched_logit_normal`, in [0, 1].
 
     Raises:
         ValueError: A setting is out of its range.
     """
 
-    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    distribution: Literal["uniform", "logit_normal", "stretched_logit_normal"] = "uniform"
     mean: float = 0.0
     std: float = 1.0
     shift: float | Shift = 1.0
     min_sigma: float = 0.0
     max_sigma: float = 1.0
+    uniform_share: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        if self.distribution not in ("uniform", "logit_normal"):
-            raise ValueError(f"sigma.distribution must be uniform or logit_normal, got {self.distribution!r}")
+        if self.distribution not in ("uniform", "logit_normal", "stretched_logit_normal"):
+            raise ValueError(
+                f"sigma.distribution must be uniform, logit_normal or stretched_logit_normal, got {self.distribution!r}"
+            )
         if not self.std > 0:
             raise ValueError(f"sigma.std must be greater than 0, got {self.std}")
         if isinstance(self.shift, int | float) and not self.shift > 0:
@@ -124,6 +137,13 @@ class SigmaLaw:
             raise ValueError(
                 f"sigma.min_sigma and sigma.max_sigma must satisfy 0 <= min < max <= 1, "
                 f"got {self.min_sigma} and {self.max_sigma}"
+            )
+        if not 0 <= self.uniform_share <= 1:
+            raise ValueError(f"sigma.uniform_share must be in [0, 1], got {self.uniform_share}")
+        if self.distribution == "stretched_logit_normal" and self.max_sigma <= _LEAST:
+            raise ValueError(
+                f"sigma.max_sigma must be greater than {_LEAST}, the least sigma of stretched_logit_normal, "
+                f"got {self.max_sigma}"
             )
 
     def quantile(self, uniform: Float[Tensor, " n"], tokens: int) -> Float[Tensor, " n"]:
@@ -136,6 +156,8 @@ class SigmaLaw:
         ends = torch.tensor([self.min_sigma, self.max_sigma], dtype=torch.float64)
         low, high = self.cdf(ends, tokens)
         level = low + (high - low) * uniform.double()
+        if self.distribution == "stretched_logit_normal":
+            return self._bisected(level, tokens).clamp(self.min_sigma, self.max_sigma)
         if self.distribution == "logit_normal":
             level = torch.sigmoid(self.mean + self.std * torch.special.ndtri(level))
         factor = self._factor(tokens)
@@ -156,10 +178,39 @@ class SigmaLaw:
     def cdf(self, sigma: Float[Tensor, " n"], tokens: int) -> Float[Tensor, " n"]:
         """Share of the unrestricted law (without min and max sigma) at or below each sigma, float64."""
         factor = self._factor(tokens)
+        if self.distribution == "stretched_logit_normal":
+            return self._stretched_cdf(sigma.double(), factor)
         level = sigma.double() / (factor - (factor - 1) * sigma.double())  # inverse of the shift
         if self.distribution == "logit_normal":
             return torch.special.ndtr((torch.logit(level) - self.mean) / self.std)
         return level
+
+    def _stretched_cdf(self, sigma: Float[Tensor, " n"], factor: float) -> Float[Tensor, " n"]:
+        """The mixture's; at sigma 1 lies what the stretch leaves above it."""
+        mirrored = 2 * _LEAST - sigma
+        logit_normal = self._below(sigma, factor) - self._below(mirrored, factor)
+        mixed = self.uniform_share * (sigma - _LEAST) / (1 - _LEAST) + (1 - self.uniform_share) * logit_normal
+        return torch.where(sigma < _LEAST, 0.0, torch.where(sigma < 1, mixed, 1.0))
+
+    def _below(self, level: Float[Tensor, " n"], factor: float) -> Float[Tensor, " n"]:
+        """Share of the stretched law, before it is reflected, at or below each level up to 1.
+
+        With odds `t / (1 - t) = factor * y`, which keeps precision where `t` and its points are all close to 1.
+        """
+        factor = factor * math.exp(self.mean)
+        low, high = math.exp(self.std * _STRETCH_FROM), math.exp(self.std * _STRETCH_TO)
+        odds = low * (1 + factor * high) + level * (high - low)
+        odds = odds.clamp_min(0) / (1 + factor * (high - level * (high - low)))
+        return torch.special.ndtr(odds.log() / self.std)
+
+    def _bisected(self, level: Float[Tensor, " n"], tokens: int) -> Float[Tensor, " n"]:
+        """The least sigma whose share reaches each level: the mixture has no quantile function in closed form."""
+        low, high = torch.full_like(level, _LEAST), torch.ones_like(level)
+        for _ in range(54):  # to the last bit of float64
+            middle = (low + high) / 2
+            short = self.cdf(middle, tokens) < level
+            low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+        return high
 
     def _factor(self, tokens: int) -> float:
         return self.shift if isinstance(self.shift, int | float) else self.shift(tokens)

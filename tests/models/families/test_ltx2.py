@@ -106,6 +106,12 @@ def test_nothing_of_the_sound_reaches_the_video(arch, encoders):
         assert not torch.equal(arch.velocity(model, noise(), sigma, record), before)
 
 
+def test_large_clips_are_trained_at_low_noise(arch):
+    levels = torch.tensor([0.01, 0.05, 0.25, 0.5])
+    want = torch.tensor([0.08, 0.36, 0.81, 0.91], dtype=torch.float64)
+    torch.testing.assert_close(arch.sigma.quantile(levels, 12_288), want, rtol=0, atol=5e-3)
+
+
 def test_sampling_leaves_the_transformer_as_it_was(arch, encoders):
     model = arch.load_transformer().eval()
     arch.generate(model, encoders, record_of(arch, encoders, SHORT), None, generation())

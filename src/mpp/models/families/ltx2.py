@@ -99,9 +99,9 @@ class LTX2(Family):
         r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
     )
     latents: LatentSpec = LatentSpec(channels=128, spatial_stride=32, temporal_stride=8, patch=(1, 1, 1))
-    # towards noise, more so for larger clips: packages/ltx-trainer/src/ltx_trainer/timestep_samplers.py, without its
-    # stretch to the ends and its tenth of uniform draws
-    sigma: SigmaLaw = SigmaLaw("logit_normal", shift=LinearShift(1024, 0.95, 4096, 2.05))
+    # towards noise, more so for larger clips: packages/ltx-trainer/src/ltx_trainer/timestep_samplers.py. Later versions
+    # hold the shift beyond 4096 tokens, because their float32 divides by 0 for huge clips.
+    sigma: SigmaLaw = SigmaLaw("stretched_logit_normal", shift=LinearShift(1024, 0.95, 4096, 2.05))
     text_length: int = 1024
     fps: float = 24.0
 
