@@ -323,10 +323,14 @@ def refused(folder, match, variant="WAN 2.1 T2V", read=False):
             cache.latents(entry), cache.mask(entry), cache.conditioning(entry, model(variant).conditioning)
 
 
-def test_families_that_musubi_does_not_have_are_refused(tmp_path):
+def test_families_that_are_not_read_are_refused_with_the_way(tmp_path):
     for name in ("LTX-2", "WAN 2.2 TI2V-5B T2V", "HunyuanVideo I2V concat", "FLUX.1 dev"):
+        with pytest.raises(ValueError, match=r"know \w+, of which musubi-tuner has none; .* `python -m mpp.prepare`"):
+            MusubiCache(tmp_path, model(name))
+    # ARCHITECTURE_FLUX_KONTEXT and ARCHITECTURE_KANDINSKY5 of musubi-tuner's dataset/architectures.py
+    for name, short in (("FLUX.1 Kontext", "fk"), ("Kandinsky 5 T2V Lite", "k5")):
         with pytest.raises(
-            ValueError, match=r"musubi-tuner has no caches of \w+; prepare with `python -m mpp.prepare`"
+            ValueError, match=rf"of which musubi-tuner has caches \({short}\); .* `python -m mpp.prepare`"
         ):
             MusubiCache(tmp_path, model(name))
 

@@ -206,9 +206,10 @@ def test_no_two_keys_make_one_name(tmp_path):
 # ---------------------------------------------------------------- bad input
 
 
-def test_families_that_musubi_does_not_have_are_refused(prepared, tmp_path):
-    with pytest.raises(ValueError, match="export=musubi: musubi-tuner has no caches of ltx2"):
-        export_musubi(Cache(prepared), model("LTX-2"), tmp_path)
+def test_families_that_are_not_written_are_refused(prepared, tmp_path):
+    for name, theirs in (("LTX-2", "has none"), ("Kandinsky 5 T2V Lite", r"has caches \(k5\)")):
+        with pytest.raises(ValueError, match=f"export=musubi do not know .*, of which musubi-tuner {theirs}"):
+            export_musubi(Cache(prepared), model(name), tmp_path)
 
 
 def test_a_cache_of_another_model_is_refused(prepared, tmp_path):

@@ -28,7 +28,7 @@ class MusubiCache:
         architecture: The model that trains.
 
     Raises:
-        ValueError: musubi-tuner has no such architecture.
+        ValueError: Caches of the architecture are not read.
 
     Attributes:
         format: How the model's samples are stored.
@@ -37,13 +37,8 @@ class MusubiCache:
     """
 
     def __init__(self, folder: str | Path, architecture: Architecture) -> None:
-        form = format_of(architecture)
-        if form is None:
-            raise ValueError(
-                f"data.layout=musubi: musubi-tuner has no caches of {architecture.family}; prepare with "
-                "`python -m mpp.prepare`, and train with data.layout=mpp"
-            )
-        self.folder, self.architecture, self.format = Path(folder).expanduser(), architecture, form
+        self.format = format_of(architecture)
+        self.folder, self.architecture = Path(folder).expanduser(), architecture
         self.left_out: tuple[str, ...] = ()
         self.baked: Counter[tuple[float, float]] = Counter()
 

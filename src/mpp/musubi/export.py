@@ -79,13 +79,11 @@ def export_musubi(cache: Cache, architecture: Architecture, folder: str | Path) 
         folder: Where the files go. What an earlier export of the same samples wrote is replaced.
 
     Raises:
-        ValueError: musubi-tuner has no such architecture, the cache is another model's, empty or damaged, its samples
+        ValueError: The architecture's are not written, the cache is another model's, empty or damaged, its samples
             cannot be named, or the folder holds latents of others, which musubi-tuner would train on too.
         OSError: The folder cannot be written.
     """
     form, folder = format_of(architecture), Path(folder).expanduser()
-    if form is None:
-        raise ValueError(f"export=musubi: musubi-tuner has no caches of {architecture.family}")
     cache.identity().check(CacheIdentity.of(architecture, architecture.identity()), cache.folder)
     entries = list(cache.entries())
     if not entries:

@@ -18,9 +18,20 @@ from mpp.musubi.contents import CONTROLS, Contents, MusubiFormat, control_conten
 _HUNYUAN15_SCALE = 1.03682  # VAE_SCALING_FACTOR of its hunyuan_video_1_5_vae.py
 
 
-def format_of(architecture: Architecture) -> MusubiFormat | None:
-    """How a model's samples are stored; None where musubi-tuner has no such architecture."""
-    form = _FORMATS.get(architecture.family)
+def format_of(architecture: Architecture) -> MusubiFormat:
+    """How a model's samples are stored.
+
+    Raises:
+        ValueError: They are neither read nor written, whether musubi-tuner has caches of the family or not.
+    """
+    family = architecture.family
+    form = _FORMATS.get(family)
+    if form is None:
+        theirs = f"has caches ({_UNREAD[family]})" if family in _UNREAD else "has none"
+        raise ValueError(
+            f"data.layout=musubi and export=musubi do not know {family}, of which musubi-tuner {theirs}; prepare a "
+            "cache with `python -m mpp.prepare` and train on it with data.layout=mpp"
+        )
     return form(architecture) if callable(form) else form
 
 
@@ -200,3 +211,6 @@ _FORMATS = {
     "qwen_image_layered": _QWEN_LAYERED,
     "z_image": _Z_IMAGE,
 }
+
+# short names of the architectures that musubi-tuner has besides: its dataset/architectures.py
+_UNREAD = {"flux_kontext": "fk", "kandinsky5": "k5"}
