@@ -3,8 +3,8 @@
 ComfyUI in its order. First it renames the state of a model whose layers it calls otherwise: Comfy-Org/ComfyUI
 `comfy/supported_models.py`, `process_unet_state_dict`. Then it lists the keys that a file may use, those of all models
 and those of one: `comfy/lora.py`, `model_lora_keys_unet`, with `comfy/utils.py`, `flux_to_diffusers` and
-`z_image_to_diffusers`. Arithmetic: `comfy/weight_adapter/lora.py` and `lokr.py`, `calculate_weight`, with `base.py`,
-`weight_decompose`; there is no other information in a file that it reads.
+`z_image_to_diffusers`. Arithmetic: `comfy/weight_adapter/lora.py`, `lokr.py` and `loha.py`, `calculate_weight`,
+with `base.py`, `weight_decompose`; there is no other information in a file that it reads.
 
 kohya's tools (sd-scripts, musubi-tuner: `networks/lora.py`) call a module by its name in their model, with underscores.
 Their models are the originals; musubi-tuner's Z-Image has diffusers' layers (`zimage/zimage_model.py`).
@@ -121,7 +121,7 @@ def deltas(shapes, file, family=None, read_by=key_map, state=None):
     """
     found, read, written = {}, set(), set()
     for key, (name, rows) in read_by(shapes, family).items():
-        for adapter in (lora, lokr):
+        for adapter in (lora, lokr, loha):
             delta = adapter(key, file, read)
             if delta is not None:
                 assert (name, rows.start) not in written, f"{name} twice"
@@ -172,6 +172,15 @@ def lokr(key, file, read):
     alpha = take(file, read, f"{key}.alpha")
     scale = 1.0 if alpha is None or rank is None else alpha.item() / rank
     return scale * torch.kron(*factors)
+
+
+def loha(key, file, read):
+    """W + alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), by elements; alpha / rank is 1 without alpha."""
+    w1_a, w1_b, w2_a, w2_b = (take(file, read, f"{key}.hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    if w1_a is None:
+        return None
+    alpha = take(file, read, f"{key}.alpha")
+    return (1.0 if alpha is None else alpha.item() / w1_b.shape[0]) * (w1_a @ w1_b) * (w2_a @ w2_b)
 
 
 def apply(state, file, family=None, read_by=key_map):

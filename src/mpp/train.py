@@ -152,6 +152,7 @@ def fit(
     """Fit, after one validation of the untrained adapter to compare with."""
     # Points in the log are counted in optimizer steps across epochs, so short epochs lose none.
     warnings.filterwarnings("ignore", message="The number of training batches")
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start")  # layers of LoKr and LoHa
     warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`")  # Lightning 2.6, torch 2.13
     try:
         if validate_first and checkpoint is None and data.val_entries:

@@ -26,7 +26,7 @@ from tests.families.base import architecture as of_variant
 from tests.helpers import architecture as tiny
 from tests.helpers import config, randomise_adapter, train
 
-KINDS = ["lora", "rslora", "dora", "lokr"]
+KINDS = ["lora", "rslora", "dora", "lokr", "loha"]
 
 
 def trained(arch, folder, *, transformer=None, record=None, **settings):

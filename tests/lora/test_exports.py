@@ -24,7 +24,7 @@ def test_each_file_is_what_mpp_export_makes_of_the_lora_beside_it(pipeline, prep
     draw = random.Random(seed)
     formats = draw.sample(["comfyui", "kohya"], draw.randint(1, 2))
     rank, alpha = draw.randint(1, 6), draw.randint(1, 9)
-    kind = draw.choice(["lora", "rslora", "lokr", *(["dora"] if formats == ["comfyui"] else [])])
+    kind = draw.choice(["lora", "rslora", "lokr", "loha", *(["dora"] if formats == ["comfyui"] else [])])
     words = [f"lora={kind}", f"lora.rank={rank}", f"lora.alpha={alpha}", f"export.formats=[{','.join(formats)}]"]
     train(pipeline, prepared, tmp_path / "run", "trainer.max_steps=2", "callbacks.checkpoints.every_n_steps=1", *words)
     names = {"lora.safetensors", *(f"lora_{format}.safetensors" for format in formats)}
@@ -61,6 +61,13 @@ def test_nothing_is_written_where_nothing_is_asked_for(pipeline, prepared, tmp_p
 def test_every_family_says_its_default_targets_to_both_programs(variant, built):
     arch = architecture_of(variant, built(variant))
     assert Exports(["comfyui", "kohya"]).chosen(arch, Adapter(rank=2)) == (("comfyui", "kohya"), ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", parameters())
+def test_every_family_says_a_loha_to_both_programs(variant, built):
+    arch = architecture_of(variant, built(variant))
+    assert Exports(["comfyui", "kohya"]).chosen(arch, Adapter(kind="loha", rank=2)) == (("comfyui", "kohya"), ())
 
 
 @pytest.mark.parametrize("variant", parameters())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mpp.lora.adapters import Adapter, adapter_state, inject, save_lora
 from mpp.lora.export import Export
-from mpp.lora.files import Update
+from mpp.lora.files import Update, attach, read_lora
 from mpp.lora.formats import comfyui, kohya, to_native
 from mpp.models.contract import NativeRule
 from mpp.models.experts import parts_of
@@ -129,7 +129,7 @@ def test_diffusers_importer_gives_the_trained_output(variant, arch, seen, tmp_pa
 
 # Without a single file there is no independent way from the original's names to diffusers'.
 @pytest.mark.parametrize("variant", parameters(of=lambda v: v.single_file), indirect=True)
-@pytest.mark.parametrize("kind", ["lora", "lokr", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "lokr", "loha", "dora"])
 def test_comfyui_on_the_original_file_gives_the_merged_model(variant, tmp_path, kind):
     assert_merged_on_the_original(variant, tmp_path, kind, "comfyui")
 
@@ -171,16 +171,18 @@ def alone(arch, module):
     return bool(blocks) and (rule is not None and not rule.parts if rules else bool(LAYER.search(module)))
 
 
-def test_comfyui_puts_every_update_into_its_own_rows(arch, tmp_path):
-    assert_in_their_rows(arch, tmp_path, "comfyui", originals(arch))
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+def test_comfyui_puts_every_update_into_its_own_rows(arch, tmp_path, kind):
+    assert_in_their_rows(arch, tmp_path, kind, "comfyui", originals(arch))
 
 
-def test_kohyas_tools_put_every_update_into_its_own_rows(arch, tmp_path):
-    assert_in_their_rows(arch, tmp_path, "kohya", arch.native)
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+def test_kohyas_tools_put_every_update_into_its_own_rows(arch, tmp_path, kind):
+    assert_in_their_rows(arch, tmp_path, kind, "kohya", arch.native)
 
 
-def assert_in_their_rows(arch, tmp_path, format, rules):
-    transformer, files = trained(arch.load_transformer(), tmp_path, arch.lora_targets)
+def assert_in_their_rows(arch, tmp_path, kind, format, rules):
+    transformer, files = trained(arch.load_transformer(), tmp_path, arch.lora_targets, kind=kind)
     exported = export(arch, tmp_path, format=format)
     for (model, _), file in zip(by_part(transformer, files), exported, strict=True):
         layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -255,14 +257,17 @@ def test_peft_and_diffusers_load_their_formats_with_the_same_output_bit_for_bit(
     assert torch.equal(velocity(arch, fresh, seen), expected)
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora", "lokr"])
+@pytest.mark.parametrize("kind", ["rslora", "dora", "lokr", "loha"])
 def test_peft_and_diffusers_load_every_kind(architecture, tmp_path, kind):
     transformer, _ = trained(architecture.load_transformer(), tmp_path, architecture.lora_targets, kind=kind)
     (folder,) = export(architecture, tmp_path, format="peft")
     PeftModel.from_pretrained(by_peft := architecture.load_transformer(), folder)
     (file,) = export(architecture, tmp_path, format="diffusers")
     by_diffusers = architecture.load_transformer()
-    by_diffusers.load_lora_adapter(file.parent, weight_name=file.name, prefix="transformer", adapter_name="default")
+    if kind == "loha":  # which diffusers does not know: its file is for mpp itself
+        attach(by_diffusers, read_lora(file))
+    else:
+        by_diffusers.load_lora_adapter(file.parent, weight_name=file.name, prefix="transformer", adapter_name="default")
     layers = {name: m for name, m in transformer.named_modules() if isinstance(m, BaseTunerLayer)}
     x = torch.randn(3, 64)
     for model in (by_peft, by_diffusers):
@@ -351,6 +356,24 @@ def test_lokr_has_its_scale_whichever_factor_is_decomposed(write, decomposed):
     native = to_native({"x.o": Update(factors, 1.75)}, (), {})
     got = comfy_reference.deltas({"x.o": (16, 9)}, write(native))
     torch.testing.assert_close(got["x.o"], 1.75 * torch.kron(*whole))
+
+
+@pytest.mark.parametrize("write", [comfyui, kohya])
+@pytest.mark.parametrize("seed", range(5))
+def test_lohas_of_some_parts_of_a_fused_layer_are_one_of_the_whole(write, seed):
+    random = torch.Generator().manual_seed(seed)
+    _, rules, sizes = uneven()
+    found, wanted = {}, {name: torch.zeros(size, 7) for name, size in sizes.items()}
+    for name, rank in {"b.0.q": 2, "b.0.v": 3, "b.0.o": 4}.items():
+        w1_a, w2_a = (torch.randn(sizes[name], rank, generator=random) for _ in range(2))
+        w1_b, w2_b = (torch.randn(rank, 7, generator=random) for _ in range(2))
+        scale = float(torch.rand((), generator=random)) + 0.5
+        wanted[name] = scale * (w1_a @ w1_b) * (w2_a @ w2_b)
+        factors = {"hada_w1_a": w1_a, "hada_w1_b": w1_b, "hada_w2_a": w2_a, "hada_w2_b": w2_b}
+        found[name] = Update(factors, scale)
+    got = comfy_reference.deltas({"m.0.qkv": (15, 7), "m.0.out_proj": (3, 7)}, write(to_native(found, rules, sizes)))
+    torch.testing.assert_close(got["m.0.qkv"], torch.cat([wanted[f"b.0.{part}"] for part in "qkv"]))
+    torch.testing.assert_close(got["m.0.out_proj"], wanted["b.0.o"])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.lora.adapters import adapters_off
+from mpp.lora.adapters import Adapter, adapters_off
 from mpp.training.step import Position
 from mpp.training.teacher import Teacher
 from tests.helpers import (
@@ -317,13 +317,22 @@ def test_schedule_free_weights_are_exported_evaluated_and_trained_on_unchanged(a
     built._trainer = None
 
 
+def test_a_layers_own_draw_is_not_compiled(architecture):
+    adapter = Adapter(kind="loha", dropout=0.5)
+    with pytest.raises(ValueError, match=r"compile=true does not go with lora.dropout=0.5 of lora=loha"):
+        module(architecture, THRESHOLD, adapter=adapter, compile_blocks=True)
+
+
 @pytest.mark.slow  # compiles for about a minute
 @pytest.mark.filterwarnings("ignore")  # the compiler raises warnings of its own while tracing
-def test_compiled_blocks_train_like_eager_ones_without_recompiling(architecture):
+@pytest.mark.parametrize("kind", ["lora", "lokr", "loha"])
+def test_compiled_blocks_train_like_eager_ones_without_recompiling(architecture, kind):
     data = batch(four_masks())
     grads = []
+    torch.compiler.reset()
     for compiled in (False, True):
-        built = module(architecture, THRESHOLD, compile_blocks=compiled, gradient_checkpointing=True)
+        settings = {"compile_blocks": compiled, "gradient_checkpointing": True}
+        built = module(architecture, THRESHOLD, adapter=Adapter(kind=kind, rank=4, alpha=4), **settings)
         randomise_adapter(built.transformer)
         for _ in range(2):
             built.zero_grad()

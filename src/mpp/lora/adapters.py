@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from mpp.lora.metadata import save_file
 from mpp.models.experts import parts_of
 
 ADAPTER = "default"  # PEFT's and diffusers' name for a model's only adapter
+_LYCORIS = {"lokr": LoKrConfig, "loha": LoHaConfig}  # kinds that PEFT has from LyCORIS, whose settings are called alike
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,19 @@ class Adapter:
 
     Args:
         kind: `lora`; `rslora` (scale alpha / sqrt(rank), Kalajdzievski 2023, arXiv 2312.03732); `dora` (Liu et al.
-            2024, arXiv 2402.09353); `lokr` (Kronecker product, Yeh et al. 2023, arXiv 2309.14859).
+            2024, arXiv 2402.09353); `lokr` (Kronecker product, Yeh et al. 2023, arXiv 2309.14859); `loha` (Hadamard
+            product of two updates of that rank, Hyeon-Woo et al. 2021, arXiv 2108.06098).
         rank: Rank, >= 1.
         alpha: Scale numerator, > 0; the update is scaled by alpha / rank.
         targets: Module names, or one regex over full module names; None: the family's default.
-        dropout: Dropout on the adapter's input, in [0, 1).
+        dropout: Dropout on the adapter's input, in [0, 1); of `lokr` and `loha` of a layer's whole update.
         init: A LoRA that the run starts from, of any program: a file, or the output folder of a run; None: a fresh one.
 
     Raises:
         ValueError: A setting is out of its range.
     """
 
-    kind: Literal["lora", "rslora", "dora", "lokr"] = "lora"
+    kind: Literal["lora", "rslora", "dora", "lokr", "loha"] = "lora"
     rank: int = 16
     alpha: float = 16
     targets: str | Sequence[str] | None = None
@@ -49,19 +51,25 @@ class Adapter:
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        if self.kind not in ("lora", "rslora", "dora", "lokr"):
-            raise ValueError(f"lora.kind must be lora, rslora, dora or lokr, got {self.kind!r}")
+        if self.kind not in ("lora", "rslora", "dora", *_LYCORIS):
+            raise ValueError(f"lora.kind must be lora, rslora, dora, lokr or loha, got {self.kind!r}")
         if self.rank < 1 or not self.alpha > 0:
             raise ValueError(f"lora.rank must be at least 1 and lora.alpha above 0, got {self.rank} and {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout must be at least 0 and below 1, got {self.dropout}")
 
+    @property
+    def draws_layers(self) -> bool:
+        """Whether each layer draws in each pass if it adds its update at all, which no compiler can follow."""
+        return self.kind in _LYCORIS and self.dropout > 0
+
     def config(self, default_targets: str | Sequence[str]) -> PeftConfig:
         """The PEFT configuration."""
         targets = self.targets or default_targets
         modules = targets if isinstance(targets, str) else list(targets)
-        if self.kind == "lokr":
-            return LoKrConfig(r=self.rank, alpha=self.alpha, target_modules=modules, module_dropout=self.dropout)
+        if self.kind in _LYCORIS:
+            made = _LYCORIS[self.kind]
+            return made(r=self.rank, alpha=self.alpha, target_modules=modules, module_dropout=self.dropout)
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -94,6 +102,8 @@ def inject(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequ
             for name, layer in part.named_modules(prefix=expert):
                 if isinstance(layer, BaseTunerLayer):
                     _draw(layer, adapter.kind, draws.generator(seed, "adapter", name).initial_seed())
+                    if adapter.kind in _LYCORIS and not adapter.draws_layers:
+                        _never_draw(layer)
 
 
 def _add_adapter(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequence[str]) -> None:
@@ -125,12 +135,18 @@ def _draw(layer: BaseTunerLayer, kind: str, seed: int) -> None:
     for parameter, device in trainable.items():
         parameter.data = parameter.data.to(device if device.type == "meta" else "cpu", torch.float32)
     torch.default_generator.manual_seed(seed)  # of the CPU alone
-    if kind == "lokr":
+    if kind in _LYCORIS:
         layer.reset_adapter_parameters(ADAPTER)
     else:
         layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
     for parameter, device in trainable.items():
         parameter.data = parameter.data.to(device)
+
+
+def _never_draw(layer: BaseTunerLayer) -> None:
+    """PEFT's LoKr and LoHa draw in train mode even where dropout is 0; nothing else in them depends on the mode."""
+    layer.eval()
+    layer.train = lambda mode=True: layer
 
 
 def has_adapter(transformer: nn.Module) -> bool:

@@ -61,8 +61,9 @@ class Update:
     """What an adapter adds to one layer's weight: the scale times the product of the factors.
 
     Attributes:
-        factors: By PEFT's names: `lora_A.weight` and `lora_B.weight`, or `lokr_w1`, `lokr_w2_a`, ...; of a DoRA also
-            `dora_scale`, `(rows, 1)`, by which the adapted weight over the norm of the base's rows is multiplied.
+        factors: By PEFT's names: `lora_A.weight` and `lora_B.weight`, or `lokr_w1`, `lokr_w2_a`, ..., or `hada_w1_a`,
+            ...; of a DoRA also `dora_scale`, `(rows, 1)`, by which the adapted weight over the norm of the base's rows
+            is multiplied.
         scale: As trained: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
     """
 
@@ -164,8 +165,8 @@ def _misfit(transformer: nn.Module, lora: LoraFile) -> str:
 
 def _shape(factors: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """Output and input features of the layer that the factors are for; None if they are not all there."""
-    pairs = [("lora_B.weight", "lora_A.weight")] if "lora_A.weight" in factors else []
-    pairs = [("hada_w1_a", "hada_w1_b")] if "hada_w1_a" in factors else pairs
+    whole = [("lora_B.weight", "lora_A.weight"), ("hada_w1_a", "hada_w1_b")]
+    pairs = [pair for pair in whole if pair[1] in factors]
     for name in () if pairs else ("lokr_w1", "lokr_w2"):
         pairs.append((name, name) if name in factors else (f"{name}_a", f"{name}_b"))
     if not all(name in factors for pair in pairs for name in pair):

@@ -3,9 +3,10 @@
 What the names and alpha mean:
 
 - ComfyUI: Comfy-Org/ComfyUI `comfy/lora.py` (`diffusion_model.<module>`, and diffusers' names where a model has both)
-  and `comfy/weight_adapter/{lora,lokr}.py`: W + alpha / rank * B @ A, without alpha W + B @ A; LoKr applies alpha only
-  if a factor is decomposed; DoRA is `dora_scale * (W + B @ A) / |W|`. The file's metadata is not read.
-- kohya's tools: `networks/lora.py` of sd-scripts and musubi-tuner (`lora_unet_<module_with_underscores>`).
+  and `comfy/weight_adapter/{lora,lokr,loha}.py`: W + alpha / rank * B @ A, without alpha W + B @ A; LoKr applies alpha
+  only if a factor is decomposed; LoHa is W + alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b); DoRA is
+  `dora_scale * (W + B @ A) / |W|`. The file's metadata is not read.
+- kohya's tools: `networks/{lora,lokr,loha}.py` of sd-scripts and musubi-tuner (`lora_unet_<module_with_underscores>`).
 - diffusers: `loaders/lora_conversion_utils.py`. The readers of `diffusion_model.` names take `lora_A` and `lora_B`;
   those of FLUX.2 and HunyuanVideo fail on an alpha. The readers of `lora_unet_` names take `lora_down`, `lora_up` and
   alpha, and WAN's fails without alpha.
@@ -24,6 +25,7 @@ from mpp.lora.files import DORA_SCALE, Update
 from mpp.models.contract import NativeRule
 
 _DOWN, _UP = "lora_A.weight", "lora_B.weight"
+_HADAMARD = (("hada_w1_b", "hada_w1_a"), ("hada_w2_b", "hada_w2_a"))  # each a product as of (_DOWN, _UP)
 _KOHYA = {_DOWN: "lora_down.weight", _UP: "lora_up.weight"}
 _INSTEAD = "export.format=diffusers, export.format=peft and merge=true can"
 
@@ -74,7 +76,7 @@ def to_native(
 def comfyui(native: Mapping[str, Update], prefix: str | None = None) -> dict[str, Tensor]:
     """`diffusion_model.<module>.lora_A.weight`, `.lora_B.weight` and `.alpha`; no alpha below another prefix.
 
-    The scale is in `lora_B`, or in LoKr's first factor, and alpha is the rank, so that alpha / rank is 1.
+    The scale is in `lora_B`, or in LoKr's or LoHa's first factor, and alpha is the rank, so that alpha / rank is 1.
     """
     found = {}
     for name, update in native.items():
@@ -88,7 +90,7 @@ def comfyui(native: Mapping[str, Update], prefix: str | None = None) -> dict[str
 def kohya(native: Mapping[str, Update], prefix: str | None = None) -> dict[str, Tensor]:
     """`lora_unet_<module with underscores>.lora_down.weight`, `.lora_up.weight` and a float32 `.alpha`.
 
-    LoKr's scale is in its first factor, and its alpha is the rank: readers divide by that, or ignore alpha.
+    LoKr's and LoHa's scale is in the first factor, and the alpha is the rank: readers divide by that, or ignore alpha.
     """
     if any(DORA_SCALE in update.factors for update in native.values()):
         raise ValueError(f"this is a DoRA, which kohya's tools do not read; export.format=comfyui, {_INSTEAD}")
@@ -121,7 +123,8 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
 
 def _check(module: str, update: Update) -> None:
     names = set(update.factors) - {DORA_SCALE}
-    if names != {_DOWN, _UP} and not all(name.startswith("lokr_w") for name in names):
+    whole = {_DOWN, _UP}, {name for pair in _HADAMARD for name in pair}
+    if names not in whole and not all(name.startswith("lokr_w") for name in names):
         raise ValueError(f"{module} has {', '.join(sorted(names))}, which this format cannot say; {_INSTEAD}")
 
 
@@ -141,9 +144,13 @@ def _fuse(
     sizes: Mapping[str, int],
     norms: Callable[[str], Tensor] | None,
 ) -> Update:
-    """One update of a layer that stacks the outputs of `parts`: each has its rows, its ranks and its scale."""
+    """One update of a layer that stacks the outputs of `parts`: each has its rows, its ranks and its scale.
+
+    LoHa's two products are stacked each by itself: their product by elements is then that of each part in its rows.
+    """
     assert set(share) <= set(parts), f"the rule of {name} leaves out {set(share) - set(parts)}"
-    if any(_DOWN not in update.factors for update in share.values()):
+    pairs = next((p for p in (((_DOWN, _UP),), _HADAMARD) if all(p[0][0] in u.factors for u in share.values())), None)
+    if pairs is None:
         raise ValueError(
             f"the original implementation has {', '.join(parts)} as one layer ({name}), and LoKr's of the parts are no "
             f"LoKr of the whole, so this format cannot say it; {_INSTEAD}"
@@ -152,20 +159,22 @@ def _fuse(
     scales = []
     if any(DORA_SCALE in update.factors for update in share.values()):  # rows without one stay as they are
         scales = [share[part].factors[DORA_SCALE] if part in share else norms(part)[:, None] for part in parts]
-    down = torch.cat([share[part].factors[_DOWN] for part in present])
-    up = down.new_zeros(sum(sizes[part] for part in parts), down.shape[0])
-    column = 0
-    for part in present:
-        row = sum(sizes[before] for before in parts[: parts.index(part)])
-        block = _times(share[part].factors[_UP], share[part].scale)
-        up[row : row + block.shape[0], column : column + block.shape[1]] = block
-        column += block.shape[1]
-    return Update({_DOWN: down, _UP: up} | ({DORA_SCALE: torch.cat(scales)} if scales else {}), 1.0)
+    factors = {}
+    for number, (down, up) in enumerate(pairs):
+        factors[down] = torch.cat([share[part].factors[down] for part in present])
+        factors[up] = factors[down].new_zeros(sum(sizes[part] for part in parts), factors[down].shape[0])
+        column = 0
+        for part in present:
+            row = sum(sizes[before] for before in parts[: parts.index(part)])
+            block = _times(share[part].factors[up], 1.0 if number else share[part].scale)
+            factors[up][row : row + block.shape[0], column : column + block.shape[1]] = block
+            column += block.shape[1]
+    return Update(factors | ({DORA_SCALE: torch.cat(scales)} if scales else {}), 1.0)
 
 
 def _scale_inside(update: Update) -> dict[str, Tensor]:
     """The factors of an update whose scale is 1."""
-    held = next(name for name in (_UP, "lokr_w1", "lokr_w1_a") if name in update.factors)
+    held = next(name for name in (_UP, "lokr_w1", "lokr_w1_a", "hada_w1_a") if name in update.factors)
     return {**update.factors, held: _times(update.factors[held], update.scale)}
 
 
@@ -175,4 +184,5 @@ def _times(tensor: Tensor, scale: float) -> Tensor:
 
 def _rank(update: Update) -> int:
     """What readers divide alpha by; of LoKr the rank of the second factor if decomposed, else of the first; else 1."""
-    return next((update.factors[n].shape[0] for n in (_DOWN, "lokr_w2_b", "lokr_w1_b") if n in update.factors), 1)
+    names = (_DOWN, "lokr_w2_b", "lokr_w1_b", "hada_w1_b")
+    return next((update.factors[name].shape[0] for name in names if name in update.factors), 1)

@@ -50,7 +50,7 @@ class MaskedPriorModule(LightningModule):
         start: What the adapter is filled with where a run begins; None: it starts without effect.
 
     Raises:
-        ValueError: A prior without an adapter, or no adapter at all.
+        ValueError: A prior without an adapter, no adapter at all, or one that cannot be compiled.
     """
 
     def __init__(
@@ -80,6 +80,11 @@ class MaskedPriorModule(LightningModule):
                 else "there is nothing to train: mpp trains adapters on a frozen model"
             )
             raise ValueError(f"lora=none: {why}; choose lora=lora")
+        if compile_blocks and adapter.draws_layers:
+            raise ValueError(
+                f"compile=true does not go with lora.dropout={adapter.dropout} of lora={adapter.kind}, which drops "
+                "whole updates; set lora.dropout=0"
+            )
         if val_sigmas is not None and not all(0 <= sigma <= 1 for sigma in val_sigmas):
             raise ValueError(f"val_sigmas must lie in [0, 1], got {list(val_sigmas)}")
         self.architecture, self.adapter, self.loss, self.teacher = architecture, adapter, loss, teacher
