@@ -206,6 +206,8 @@ def test_settings_out_of_range_are_refused():
         ("alpha", 0, "lora.rank"),
         ("kind", "oft", "lora.kind"),
         ("dropout", 1.0, "lora.dropout"),
+        ("b_lr_ratio", 0.0, "lora.b_lr_ratio"),
+        ("b_lr_ratio", float("inf"), "lora.b_lr_ratio"),
     ]:
         assert unchecked_error(Adapter, **{name: value}).startswith(f"ValueError: {start}")
 

@@ -58,6 +58,7 @@ def assert_equal_runs(straight, parts):
     ends = [read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (straight, parts)]
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
+    assert ends[0]["optimizer_states"][0]["param_groups"] == ends[1]["optimizer_states"][0]["param_groups"]
     assert ends[0]["mpp"]["samples_seen"] == ends[1]["mpp"]["samples_seen"]
     places = [end["loops"]["fit_loop"] for end in ends]
     for name in ("epoch_progress", "epoch_loop.batch_progress"):
@@ -110,6 +111,22 @@ def test_a_chain_of_resumes_at_drawn_steps_is_the_straight_run(pipeline, prepare
     assert wanted == found, "validations that were due at a stop are made up for, with the values that they had"
     wanted, found = (values(tmp_path / run, "train/loss") for run in ("straight", "parts"))
     assert wanted == found
+
+
+MORE = {
+    "loha": ["lora=loha"],
+    "b learns faster": ["lora.b_lr_ratio=16", "schedule=cosine", "schedule.num_warmup_steps=2"],
+    "b learns faster, schedule-free": ["lora.b_lr_ratio=4", *OPTIMIZERS["schedulefree"]],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_a_chain_of_resumes_under_other_adapters_is_the_straight_run(pipeline, prepared, tmp_path, name):
+    settings = [*MORE[name], "trainer.max_steps=7", "callbacks.checkpoints.every_n_steps=3"]
+    train(pipeline, prepared, tmp_path / "straight", *settings)
+    chain(pipeline, prepared, tmp_path / "parts", settings, [2, 3, 5])
+    assert_equal_runs(tmp_path / "straight", tmp_path / "parts")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Learning rates of a run that goes on, against formulas in plain Python."""
+"""Learning rates of the matrices B, and of a run that goes on, against formulas in plain Python."""
 
 import math
 import random
@@ -9,7 +9,9 @@ import torch
 from diffusers import optimization
 from torch import nn
 
-from mpp.training.rates import renew_rates
+from mpp.lora.adapters import Adapter
+from mpp.training.rates import check_ratio, optimizer_of, renew_rates
+from tests.helpers import logged, module, train
 
 
 def factor(kind, step, warmup, length):
@@ -86,3 +88,93 @@ def test_schedules_that_move_other_settings_go_on_too():
     new[1].load_state_dict(checkpoint["optimizer_states"][0])
     new[2].load_state_dict(checkpoint["lr_schedulers"][0])
     assert steps(17, *new) == pytest.approx(wanted[12:], rel=1e-9)
+
+
+# ---------------------------------------------------------------- the matrices B
+
+
+def descended(steps, weights, rates, decay):
+    """Plain gradient descent by the gradients of each step, in float64; the rate of B is another."""
+    found = {name: tensor.double().clone() for name, tensor in weights.items()}
+    for gradients in steps:
+        for name, tensor in found.items():
+            rate = rates["lora_B" in name]
+            tensor.sub_(rate * (gradients[name].double() + decay * tensor))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_b_alone_learns_at_the_ratio_with_everything_else_alike(architecture, seed, kind):
+    draw, random_ = random.Random(seed), torch.Generator().manual_seed(seed)
+    rate, ratio, decay = draw.uniform(0.01, 0.1), draw.choice([0.25, 4, 16]), draw.uniform(0, 0.5)
+    built = module(
+        architecture,
+        adapter=Adapter(kind=kind, rank=2, b_lr_ratio=ratio),
+        optimizer=partial(torch.optim.SGD, lr=rate, weight_decay=decay),
+    )
+    trained = {name: p for name, p in built.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    drawn = [{n: torch.randn(p.shape, generator=random_) for n, p in trained.items()} for _ in range(3)]
+    optimizer = built.configure_optimizers()
+    for gradients in drawn:
+        for name, parameter in trained.items():
+            parameter.grad = gradients[name]
+        optimizer.step()
+    wanted = descended(drawn, before, {False: rate, True: rate * ratio}, decay)
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter.detach().double(), wanted[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_without_a_ratio_there_is_one_group_as_ever(architecture):
+    built = module(architecture, optimizer=partial(torch.optim.AdamW, lr=1e-3))
+    wanted = torch.optim.AdamW([p for p in built.parameters() if p.requires_grad], lr=1e-3)
+    assert built.configure_optimizers().state_dict() == wanted.state_dict()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_renewed_rates_keep_the_ratio(seed):
+    draw = random.Random(seed)
+    kind, ratio, rate, done = draw.choice(["constant", "warmup", "cosine"]), draw.choice([0.5, 16]), 2e-3, 7
+    make, schedule = partial(torch.optim.AdamW, lr=rate), schedule_of(kind, 5, 30)
+    named = [(f"x.lora_{which}.default.weight", nn.Parameter(torch.ones(2))) for which in "AB"]
+    old = optimizer_of(partial(torch.optim.AdamW, lr=1e-4), named, ratio)
+    checkpoint = {"optimizer_states": [old.state_dict()], "lr_schedulers": []}
+    first = renew_rates(checkpoint, make, schedule, done, ratio)
+    new = optimizer_of(make, named, ratio)
+    made = schedule(new) if schedule else None
+    new.load_state_dict(checkpoint["optimizer_states"][0])
+    if made:
+        made.load_state_dict(checkpoint["lr_schedulers"][0])
+    for step in range(done, 30):
+        wanted = rate * factor(kind, step, 5, 30)
+        found = [group["lr"] for group in new.param_groups]
+        assert found == pytest.approx([wanted, ratio * wanted], rel=1e-9, abs=1e-15)
+        assert step > done or first == pytest.approx(wanted, rel=1e-9)
+        new.step()
+        if made:
+            made.step()
+
+
+def test_an_optimizer_or_schedule_that_would_lose_the_ratio_is_refused():
+    import prodigyopt
+    import schedulefree
+
+    with pytest.raises(ValueError, match=r"lora.b_lr_ratio=4 .* Prodigy finds one of its own"):
+        check_ratio(prodigyopt.Prodigy, None, 4)
+    check_ratio(prodigyopt.Prodigy, None, 1)
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=30)
+    with pytest.raises(ValueError, match="this schedule sets the rates 0.004 and 0.004 instead"):
+        check_ratio(torch.optim.AdamW, cycle, 4)
+    for made in (torch.optim.AdamW, schedulefree.AdamWScheduleFree):
+        for kind in ("constant", "warmup", "cosine"):
+            check_ratio(made, schedule_of(kind, 5, 30), 4)
+
+
+@pytest.mark.slow
+def test_the_log_says_both_rates(pipeline, prepared, tmp_path):
+    node = "callbacks.learning_rate={_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: step}"
+    train(pipeline, prepared, tmp_path, "lora.b_lr_ratio=16", "optimizer.lr=1e-3", node)
+    rows = [row for row in logged(tmp_path) if "lr-AdamW/A" in row]
+    assert rows
+    assert all((row["lr-AdamW/A"], row["lr-AdamW/B"]) == pytest.approx((1e-3, 16e-3)) for row in rows)

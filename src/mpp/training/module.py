@@ -23,7 +23,7 @@ from mpp.models.contract import Architecture
 from mpp.training import metrics
 from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, settled
 from mpp.training.metrics import LossMetrics
-from mpp.training.rates import renew_rates
+from mpp.training.rates import check_ratio, optimizer_of, renew_rates
 from mpp.training.schedule import schedule_for
 from mpp.training.step import MaskedPriorStep, Position, StepOutput, WholePasses
 from mpp.training.teacher import Teacher
@@ -151,16 +151,21 @@ class MaskedPriorModule(LightningModule):
         self.step = MaskedPriorStep(self.architecture, self.loss, passes)
 
     def plan(self, steps: int | None) -> None:
-        """Make the schedule for a run of that many optimizer steps (None: not known); errors as `schedule_for`.
+        """Make the schedule for a run of that many optimizer steps (None: not known).
 
         A schedule that is kept stays made for what it was.
+
+        Raises:
+            ValueError: As `schedule_for` and `check_ratio`.
         """
         self.planned_steps = steps = self.held_after or steps
         self.make_schedule = None if self.schedule is None else schedule_for(self.schedule, steps)
+        check_ratio(self.make_optimizer, self.make_schedule, self.adapter.b_lr_ratio)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (Lightning's own type)
         """Optimizer over the adapter, and its schedule stepped per optimizer step."""
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        optimizer = optimizer_of(self.make_optimizer, trained, self.adapter.b_lr_ratio)
         if self.make_schedule is None:
             return optimizer
         return [optimizer], [{"scheduler": self.make_schedule(optimizer), "interval": "step"}]
@@ -354,7 +359,8 @@ class MaskedPriorModule(LightningModule):
         checkpoint["loops"] = settled(checkpoint["loops"])  # of versions that saved them as they were
         if self.renew_rates:
             steps = min(checkpoint["global_step"], self.held_after or checkpoint["global_step"])
-            rate = renew_rates(checkpoint, self.make_optimizer, self.make_schedule, steps)
+            ratio = self.adapter.b_lr_ratio
+            rate = renew_rates(checkpoint, self.make_optimizer, self.make_schedule, steps, ratio)
             self.print(f"learning rates are made anew: that of the next step is {rate:g}")
         self.samples_seen = checkpoint["mpp"]["samples_seen"]
         self.resumed = checkpoint
