@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -200,12 +201,52 @@ def test_targets_may_be_one_regex():
     assert {name.split(".")[1] for name in adapter_state(model)} == {"1"}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_and_alphas_by_pattern_are_pefts_own(kind):
+    patterns = {"rank_pattern": {r"attn1\.to_q": 2, "to_q": 3}, "alpha_pattern": {"blocks.0.*": 5}}
+    model, witness = transformer(), transformer()
+    inject(model, Adapter(kind=kind, rank=4, alpha=6, **patterns), TARGETS, seed=0)
+    if kind in ("lokr", "loha"):
+        config = {"lokr": LoKrConfig, "loha": LoHaConfig}[kind](r=4, alpha=6, target_modules=list(TARGETS), **patterns)
+    else:
+        flags = {"use_rslora": kind == "rslora", "use_dora": kind == "dora"}
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS), **flags, **patterns)
+    inject_adapter_in_model(config, witness)
+    seen = {name: m for name, m in witness.named_modules() if isinstance(m, BaseTunerLayer)}
+    found = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert found.keys() == seen.keys()
+    for name, layer in found.items():
+        rank = 2 if name.endswith("attn1.to_q") else 3 if name.endswith("to_q") else 4
+        alpha = 5 if name.startswith("blocks.0.") else 6
+        assert layer.scaling["default"] == seen[name].scaling["default"]
+        assert layer.scaling["default"] == pytest.approx(alpha / (rank**0.5 if kind == "rslora" else rank))
+        shapes = [{n: p.shape for n, p in module.named_parameters()} for module in (layer, seen[name])]
+        assert shapes[0] == shapes[1]
+        assert kind == "lokr" or any(rank in shape for n, shape in shapes[0].items() if "base_layer" not in n)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        ({"rank_pattern": {"to_qq": 2}}, r"lora.rank_pattern: to_qq fits no module .* nearest are to_q"),
+        ({"alpha_pattern": {"blocks.7.*": 2}}, r"lora.alpha_pattern: blocks.7.\* fits no module"),
+        ({"rank_pattern": {"to_q": 2, r"attn1\.to_q": 3}}, r"lora.rank_pattern: attn1\\.to_q .* an earlier pattern"),
+    ],
+)
+def test_a_pattern_that_nothing_follows_is_refused_with_names_near_it(patterns, said):
+    with pytest.raises(ValueError, match=said):
+        inject(transformer(), Adapter(**patterns), TARGETS, seed=0)
+
+
 def test_settings_out_of_range_are_refused():
     for name, value, start in [
         ("rank", 0, "lora.rank"),
         ("alpha", 0, "lora.rank"),
         ("kind", "oft", "lora.kind"),
         ("dropout", 1.0, "lora.dropout"),
+        ("rank_pattern", {"to_q": 0}, "lora.rank_pattern: to_q must be at least 1"),
+        ("alpha_pattern", {"to_q": 0.0}, "lora.alpha_pattern: to_q must be above 0"),
+        ("rank_pattern", {"to_(q": 2}, r"lora.rank_pattern: to_(q is no regex"),
         ("b_lr_ratio", 0.0, "lora.b_lr_ratio"),
         ("b_lr_ratio", float("inf"), "lora.b_lr_ratio"),
     ]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mpp.lora.adapters import Adapter, adapter_state, inject, save_lora
 from mpp.lora.export import Export
-from mpp.lora.files import Update, attach, read_lora
+from mpp.lora.files import Update, attach, merge, read_lora
 from mpp.lora.formats import comfyui, kohya, to_native
 from mpp.models.contract import NativeRule
 from mpp.models.experts import parts_of
@@ -415,28 +415,37 @@ def test_what_cannot_be_said_exactly_is_refused_with_what_works():
         to_native({"c.0": found["b.0.o"], "c.1": found["b.0.o"]}, rules, sizes)
 
 
-def test_ranks_and_alphas_per_module_are_honoured(architecture, tmp_path):
-    """As PEFT's rank_pattern and alpha_pattern say them; the witness is what PEFT adds."""
-    from diffusers import WanTransformer3DModel
-    from peft import LoraConfig
-
-    model = architecture.load_transformer()
-    config = LoraConfig(
-        r=4, lora_alpha=6, target_modules=["to_q", "to_v"], rank_pattern={"attn1.to_q": 2},
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "lokr", "loha"])
+def test_ranks_and_alphas_per_module_are_honoured(architecture, tmp_path, kind):
+    """The witness is what PEFT adds."""
+    model, _ = trained(
+        architecture.load_transformer(),
+        tmp_path,
+        ["to_q", "to_v"],
+        kind=kind,
+        alpha=6,
+        rank_pattern={"attn1.to_q": 2},
         alpha_pattern={r"blocks\.1\.attn2\.to_v": 3},
-    )  # fmt: skip
-    model.add_adapter(config, adapter_name="default")
-    randomise_adapter(model)
-    save_lora(tmp_path / "lora.safetensors", model, adapter_state(model), {})
+    )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     assert len({layer.scaling["default"] for layer in layers.values()}) == 3
-    assert isinstance(model, WanTransformer3DModel)
-    for format in ("comfyui", "kohya"):
+    merged = architecture.load_transformer()
+    attach(merged, read_lora(tmp_path / "lora.safetensors"))
+    merge(merged)
+    base = architecture.load_transformer()
+    wanted, state = {}, {}
+    for name, layer in layers.items():
+        (rule,) = (rule for rule in architecture.native if re.fullmatch(rule.pattern, name))
+        native = re.fullmatch(rule.pattern, name).expand(rule.name)
+        wanted[native] = (merged.get_submodule(name).weight - base.get_submodule(name).weight).detach()
+        if kind != "dora":
+            torch.testing.assert_close(wanted[native], layer.get_delta_weight("default"), rtol=1e-4, atol=1e-6)
+        state[f"{native}.weight"] = base.get_submodule(name).weight.detach()
+    for format in ("comfyui", *(("kohya",) if kind != "dora" else ())):
         (file,) = export(architecture, tmp_path, format=format)
-        wanted = expected_deltas(architecture.native, model, layers)
-        got = comfy_reference.deltas(shapes(wanted), load_file(file))
+        got = comfy_reference.deltas(shapes(wanted), load_file(file), state=state)
         for name, delta in wanted.items():
-            torch.testing.assert_close(got[name], delta, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(got[name], delta, rtol=1e-4, atol=1e-5)
 
 
 def test_files_say_how_they_were_made_and_hold_nothing_that_readers_would_apply_twice(architecture, tmp_path):

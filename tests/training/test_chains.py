@@ -115,6 +115,7 @@ def test_a_chain_of_resumes_at_drawn_steps_is_the_straight_run(pipeline, prepare
 
 MORE = {
     "loha": ["lora=loha"],
+    "ranks by pattern": ["lora.rank_pattern={attn1.to_q: 2}", "lora.alpha_pattern={blocks.0.*: 3}"],
     "b learns faster": ["lora.b_lr_ratio=16", "schedule=cosine", "schedule.num_warmup_steps=2"],
     "b learns faster, schedule-free": ["lora.b_lr_ratio=4", *OPTIMIZERS["schedulefree"]],
 }

@@ -1,7 +1,10 @@
 """Adapters by PEFT: inject, switch off and restore, adapter-only state, LoRA files."""
 
+import difflib
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -38,6 +42,9 @@ class Adapter:
         targets: Module names, or one regex over full module names; None: the family's default.
         dropout: Dropout on the adapter's input, in [0, 1); of `lokr` and `loha` of a layer's whole update.
         init: A LoRA that the run starts from, of any program: a file, or the output folder of a run; None: a fresh one.
+        rank_pattern: Ranks of modules that have another, >= 1, by a regex on the end of their names: `to_q`, or
+            `blocks.0.*`. The first that fits holds, as in PEFT.
+        alpha_pattern: Scale numerators of modules that have another, > 0, likewise.
         b_lr_ratio: The matrices B learn at so many times the learning rate, > 0: LoRA+ (Hayou et al. 2024, arXiv
             2402.12354), which finds ratios well above 1 efficient, such as 16. `lokr` and `loha` have no B.
 
@@ -51,6 +58,8 @@ class Adapter:
     targets: str | Sequence[str] | None = None
     dropout: float = 0.0
     init: str | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
     b_lr_ratio: float = 1
 
     def __post_init__(self) -> None:
@@ -61,6 +70,14 @@ class Adapter:
             raise ValueError(f"lora.rank must be at least 1 and lora.alpha above 0, got {self.rank} and {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout must be at least 0 and below 1, got {self.dropout}")
+        for name, pattern, value in self._patterns():
+            if not (value >= 1 if name == "rank_pattern" else value > 0):
+                least = "at least 1" if name == "rank_pattern" else "above 0"
+                raise ValueError(f"lora.{name}: {pattern} must be {least}, got {value}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"lora.{name}: {pattern} is no regex ({error})") from error
         if not 0 < self.b_lr_ratio < math.inf:
             raise ValueError(f"lora.b_lr_ratio must be above 0 and finite, got {self.b_lr_ratio}")
         if self.b_lr_ratio != 1 and self.kind in _LYCORIS:
@@ -71,20 +88,50 @@ class Adapter:
         """Whether each layer draws in each pass if it adds its update at all, which no compiler can follow."""
         return self.kind in _LYCORIS and self.dropout > 0
 
+    def _patterns(self) -> Iterator[tuple[str, str, float]]:
+        for name in ("rank_pattern", "alpha_pattern"):
+            yield from ((name, pattern, value) for pattern, value in (getattr(self, name) or {}).items())
+
+    def check_patterns(self, layers: Sequence[str]) -> None:
+        """Refuse patterns that no module's rank or alpha comes from.
+
+        Args:
+            layers: Names of the modules that get the adapter.
+
+        Raises:
+            ValueError: As above; names the nearest.
+        """
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = list(getattr(self, name) or {})
+            unused = set(patterns) - {get_pattern_key(patterns, layer) for layer in layers}
+            if unused:
+                pattern = next(pattern for pattern in patterns if pattern in unused)
+                ends = {".".join(layer.split(".")[-n:]) for layer in layers for n in range(1, layer.count(".") + 2)}
+                near = difflib.get_close_matches(pattern, sorted(ends), 3) or sorted(ends, key=len)[:8]
+                raise ValueError(
+                    f"lora.{name}: {pattern} fits no module that gets an adapter, or an earlier pattern takes them all"
+                    f"; nearest are {', '.join(near)}"
+                )
+
     def config(self, default_targets: str | Sequence[str]) -> PeftConfig:
         """The PEFT configuration."""
         targets = self.targets or default_targets
         modules = targets if isinstance(targets, str) else list(targets)
         if self.kind in _LYCORIS:
-            made = _LYCORIS[self.kind]
-            return made(r=self.rank, alpha=self.alpha, target_modules=modules, module_dropout=self.dropout)
-        return LoraConfig(
+            made = partial(_LYCORIS[self.kind], alpha=self.alpha, module_dropout=self.dropout)
+        else:
+            made = partial(
+                LoraConfig,
+                lora_alpha=self.alpha,
+                lora_dropout=self.dropout,
+                use_rslora=self.kind == "rslora",
+                use_dora=self.kind == "dora",
+            )
+        return made(
             r=self.rank,
-            lora_alpha=self.alpha,
             target_modules=modules,
-            lora_dropout=self.dropout,
-            use_rslora=self.kind == "rslora",
-            use_dora=self.kind == "dora",
+            rank_pattern=dict(self.rank_pattern or {}),
+            alpha_pattern=dict(self.alpha_pattern or {}),
         )
 
 
@@ -101,12 +148,14 @@ def inject(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequ
         seed: Of the draws; the global random state is left as it was.
 
     Raises:
-        ValueError: `lora.targets` match no module, or modules that adapters cannot attach to.
+        ValueError: `lora.targets` match no module, or modules that adapters cannot attach to; a pattern for ranks or
+            alphas matches none of them.
     """
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         for expert, part in parts_of(transformer):
             _add_adapter(part, adapter, default_targets)
+            adapter.check_patterns([name for name, layer in part.named_modules() if isinstance(layer, BaseTunerLayer)])
             for name, layer in part.named_modules(prefix=expert):
                 if isinstance(layer, BaseTunerLayer):
                     _draw(layer, adapter.kind, draws.generator(seed, "adapter", name).initial_seed())
@@ -117,7 +166,9 @@ def inject(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequ
 def _add_adapter(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequence[str]) -> None:
     config = adapter.config(default_targets)
     try:
-        transformer.add_adapter(config, adapter_name=ADAPTER)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The following .*_pattern keys")  # which is refused later
+            transformer.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in transformer.named_modules() if _is_linear(m)})
         raise ValueError(
