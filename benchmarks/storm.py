@@ -42,6 +42,7 @@ SETTINGS: dict[str, list[str]] = {
         "data.val_fraction=0.3",
         "trainer.val_check_interval=3",
     ],
+    "average of the adapter": ["callbacks.ema.decay=0.9", "callbacks.ema.warmup=true", "lora=dora"],
     "samples and preservation": [
         *PROMPTS,
         "callbacks.samples.every_n_steps=4",
@@ -213,9 +214,12 @@ def broken(out: Path) -> Iterator[str]:
 def differences(straight: Path, out: Path) -> Iterator[str]:
     """What differs between two runs that should be equal."""
     one, two = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (straight, out))
+    averages = [end["callbacks"].get("AdapterEma") for end in (one, two)]
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         if not equal(one[part], two[part]):
             yield f"{part} of the last checkpoint differ"
+    if not equal(*averages):
+        yield "averages of the adapter in the last checkpoint differ"
     for pattern in ("lora*.safetensors", "lora/*.safetensors", "samples/*/*"):
         files = [{str(path.relative_to(run)) for path in run.glob(pattern)} for run in (straight, out)]
         if files[0] - files[1]:

@@ -66,9 +66,11 @@ def test_preparing_the_same_sources_again_finds_everything_current(tmp_path):
 
 def test_an_old_checkpoint_goes_on_in_the_middle_of_its_epoch(tmp_path):
     out = copied("run", tmp_path)
-    _, module = train(OLD / "base", OLD / "cache", out, *EXPECTED["run"]["overrides"], "ckpt_path=last")
+    newer = ["callbacks.ema.decay=0.5"]  # which 0.1.0 did not have
+    _, module = train(OLD / "base", OLD / "cache", out, *EXPECTED["run"]["overrides"], "ckpt_path=last", *newer)
     assert losses(out) == pytest.approx(EXPECTED["run"]["losses"], rel=1e-5)
     assert module.samples_seen == 14  # two epochs of seven
+    assert (out / "lora_ema.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda path: f"{path.parent.name} {path.stem}")

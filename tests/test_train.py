@@ -429,7 +429,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(pipeline, prepared, tmp_path,
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora", "lokr", "loha"])
+@pytest.mark.parametrize("kind", ["rslora", "dora", "lokr", pytest.param("loha", marks=pytest.mark.slow)])
 def test_other_adapters_train(pipeline, prepared, tmp_path, kind):
     train(pipeline, prepared, tmp_path, f"lora={kind}")
     assert load_file(tmp_path / "lora.safetensors")

@@ -146,6 +146,8 @@ def recorded_settings(record: Mapping[str, Any] | None, *, follow: bool = True) 
     base = OmegaConf.create(_renamed(record["config"]))
     if "resuming" not in record and OmegaConf.select(base, _LENGTH) == OmegaConf.select(base, "trainer.max_steps"):
         OmegaConf.update(base, _LENGTH, None)  # the run's own, which 0.1.0 wrote as a number
+    if "resuming" not in record and base.get("callbacks") is not None:
+        base.callbacks.setdefault("ema", {"_target_": "mpp.training.ema.AdapterEma"})  # which 0.1.0 did not have
     for name in base:
         if isinstance(base[name], DictConfig):
             complete(base[name])

@@ -23,6 +23,7 @@ from mpp.recorded import followers, going_on
 from mpp.training.beginning import Beginning
 from mpp.training.callbacks import Checkpoints, is_finished
 from mpp.training.checkpoint import AtomicCheckpointIO, validation_is_due
+from mpp.training.ema import AdapterEma
 from mpp.training.endings import Endings
 from mpp.training.flags import check_flags, check_trainer, check_validation
 from mpp.training.module import MaskedPriorModule
@@ -114,12 +115,14 @@ def build_trainer(
             )
         saver.choose_formats(module)
     endings = Endings(savers[0].save if savers else lambda *_: False, folder)
+    averages = [callback for callback in callbacks if isinstance(callback, AdapterEma)]  # complete when endings save
+    others = [callback for callback in callbacks if callback not in averages]
     try:
         trainer = build(
             cfg.trainer,
             limit_val_batches=cfg.trainer.limit_val_batches if data.val_entries else 0,
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            callbacks=[Beginning(partial(begin, cfg, folder), loggers), endings, *callbacks],
+            callbacks=[Beginning(partial(begin, cfg, folder), loggers), *averages, endings, *others],
             logger=False,  # until the run begins
             plugins=[AtomicCheckpointIO()],
             default_root_dir=str(folder),
@@ -175,7 +178,8 @@ def fit(
         ) from error
     if trainer.is_global_zero:
         for file in sorted(Path(trainer.default_root_dir).glob("lora*.safetensors")):  # with experts one each
-            log.info("LoRA for %s: %s", program_of(file), file)
+            what = "average of the LoRA" if "ema" in file.stem.split("_") else "LoRA"
+            log.info("%s for %s: %s", what, program_of(file), file)
 
 
 def is_lost_process(error: RuntimeError) -> bool:

@@ -64,8 +64,14 @@ def assert_equal_runs(straight, parts):
     for name in ("epoch_progress", "epoch_loop.batch_progress"):
         assert places[0][name] == places[1][name]
     assert places[0]["state_dict"]["combined_loader"] == places[1]["state_dict"]["combined_loader"]
-    one, two = (load_file(run / "lora.safetensors") for run in (straight, parts))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    averages = [end["callbacks"].get("AdapterEma", {"updates": None, "average": {}}) for end in ends]
+    assert averages[0]["updates"] == averages[1]["updates"]
+    assert averages[0]["average"].keys() == averages[1]["average"].keys()
+    for name, tensor in averages[0]["average"].items():
+        assert torch.equal(tensor, averages[1]["average"][name]), name
+    for file in straight.glob("*.safetensors"):
+        one, two = load_file(file), load_file(parts / file.name)
+        assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def values(folder, name):
@@ -115,6 +121,8 @@ def test_a_chain_of_resumes_at_drawn_steps_is_the_straight_run(pipeline, prepare
 
 MORE = {
     "loha": ["lora=loha"],
+    "average": ["callbacks.ema.decay=0.9", "callbacks.ema.warmup=true"],
+    "average of accumulated steps": ["callbacks.ema.decay=0.5", "trainer.accumulate_grad_batches=2"],
     "ranks by pattern": ["lora.rank_pattern={attn1.to_q: 2}", "lora.alpha_pattern={blocks.0.*: 3}"],
     "b learns faster": ["lora.b_lr_ratio=16", "schedule=cosine", "schedule.num_warmup_steps=2"],
     "b learns faster, schedule-free": ["lora.b_lr_ratio=4", *OPTIMIZERS["schedulefree"]],

@@ -54,6 +54,7 @@ def test_two_ranks_and_accumulation_have_the_gradient_of_one_big_batch(pipeline,
     base = [
         "loss=continuous", f"loss.normalization={normalization}", "trainer.max_steps=2",
         "trainer.gradient_clip_val=null", "optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1",
+        "callbacks.ema.decay=0.5",
     ]  # fmt: skip
     big = run([pipeline, str(cache), str(tmp_path / "big"), *base, "data.batch_size=4"])
     assert big.returncode == 0, big.stderr[-2000:]
@@ -62,6 +63,7 @@ def test_two_ranks_and_accumulation_have_the_gradient_of_one_big_batch(pipeline,
          "trainer.devices=2", "trainer.accumulate_grad_batches=2"], 2,
     )  # fmt: skip
     assert parts.returncode == 0, parts.stderr[-2000:]
-    one, two = (load_file(tmp_path / name / "lora.safetensors") for name in ("big", "parts"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-7)
+    for file in ("lora.safetensors", "lora_ema.safetensors"):
+        one, two = (load_file(tmp_path / name / file) for name in ("big", "parts"))
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-7)

@@ -22,6 +22,7 @@ from mpp.lora.metadata import Facts, describe
 from mpp.models.experts import parts_of
 from mpp.sampling.generation import frame_image, generate, generation_name, save
 from mpp.sampling.prompts import Prompts, ReadyPrompt
+from mpp.training.ema import AdapterEma, ema_of
 from mpp.training.endings import endings_of
 from mpp.training.facts import facts_of
 from mpp.training.module import MaskedPriorModule
@@ -34,7 +35,8 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: The run's output folder: `checkpoints/last.ckpt`, `lora.safetensors` (the newest) and
-            `lora/step-000500.safetensors` (each of them).
+            `lora/step-000500.safetensors` (each of them). Of a run with an average of the adapter (`AdapterEma`) also
+            `lora_ema.safetensors` and `lora/step-000500_ema.safetensors`.
         every_n_steps: Optimizer steps between two saves, >= 1.
         keep_all: Also keep each checkpoint as `checkpoints/step-000500.ckpt`.
         exports: Files for other programs, beside each LoRA.
@@ -138,7 +140,8 @@ class Checkpoints(Checkpoint):
     def _complete(self, trainer: Trainer, module: MaskedPriorModule, step: int) -> None:
         """Write the LoRA of a step that was resumed from, where it is not there or older."""
         for path in (self._lora_of(step), self.folder / "lora.safetensors"):
-            loras = lora_files(path, module.transformer)
+            averages = [] if _average_of(trainer) is None else lora_files(_ema_path(path), module.transformer)
+            loras = lora_files(path, module.transformer) + averages
             written = loras + [export_path(lora, format) for lora in loras for format in self.formats]
             if trainer.is_global_zero and any((step_of_lora(file) or 0) < step for file in written):
                 self._write(trainer, module, path, steps=step)
@@ -152,19 +155,42 @@ class Checkpoints(Checkpoint):
 
     def _write(self, trainer: Trainer, module: MaskedPriorModule, path: Path, steps: int | None = None) -> None:
         if trainer.is_global_zero:
-            record, said = module.record() | ({} if steps is None else {"steps": steps}), self.exports.metadata
-            self._facts = self._facts or facts_of(trainer, self.folder, said)
-            facts = replace(self._facts, date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-
-            def described(part: str) -> Mapping[str, str]:
-                found = describe(module.architecture, record, facts, part=part)
-                return said.over(found, part=part, image=self._sample)
-
+            record = module.record() | ({} if steps is None else {"steps": steps})
             with module.evaluated_adapter() as state:
-                loras = save_lora(path, module.transformer, state, said.record(record), described)
-            for lora, (_, transformer) in zip(loras, parts_of(module.transformer), strict=True):
-                for format in self.formats:
-                    write_beside(lora, format, transformer, module.architecture, said)
+                self._write_lora(trainer, module, path, state, record)
+            if (ema := _average_of(trainer)) is not None:
+                self._write_lora(trainer, module, _ema_path(path), ema.average, record | ema.record())
+
+    def _write_lora(
+        self,
+        trainer: Trainer,
+        module: MaskedPriorModule,
+        path: Path,
+        state: Mapping[str, torch.Tensor],
+        record: Mapping[str, object],
+    ) -> None:
+        said = self.exports.metadata
+        self._facts = self._facts or facts_of(trainer, self.folder, said)
+        facts = replace(self._facts, date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+
+        def described(part: str) -> Mapping[str, str]:
+            found = describe(module.architecture, record, facts, part=part)
+            return said.over(found, part=part, image=self._sample)
+
+        loras = save_lora(path, module.transformer, state, said.record(record), described)
+        for lora, (_, transformer) in zip(loras, parts_of(module.transformer), strict=True):
+            for format in self.formats:
+                write_beside(lora, format, transformer, module.architecture, said)
+
+
+def _average_of(trainer: Trainer) -> AdapterEma | None:
+    """Of a run that had ended and had none, there is none to save."""
+    ema = ema_of(trainer)
+    return None if ema is None or ema.average is None else ema
+
+
+def _ema_path(path: Path) -> Path:
+    return path.with_stem(f"{path.stem}_ema")
 
 
 def is_finished(trainer: Trainer, module: MaskedPriorModule) -> bool:
