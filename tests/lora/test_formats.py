@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from mpp.lora.adapters import Adapter, adapter_state, inject, save_lora
 from mpp.lora.export import Export
-from mpp.lora.files import Update, attach, merge, read_lora
+from mpp.lora.files import Update, attach, merge
 from mpp.lora.formats import comfyui, kohya, to_native
+from mpp.lora.reading import find_loras
 from mpp.models.contract import NativeRule
 from mpp.models.experts import parts_of
 from mpp.models.families.flux import Flux
@@ -265,7 +266,7 @@ def test_peft_and_diffusers_load_every_kind(architecture, tmp_path, kind):
     (file,) = export(architecture, tmp_path, format="diffusers")
     by_diffusers = architecture.load_transformer()
     if kind == "loha":  # which diffusers does not know: its file is for mpp itself
-        attach(by_diffusers, read_lora(file))
+        attach(by_diffusers, find_loras(file, architecture, {"": architecture.skeleton()})[""])
     else:
         by_diffusers.load_lora_adapter(file.parent, weight_name=file.name, prefix="transformer", adapter_name="default")
     layers = {name: m for name, m in transformer.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -430,7 +431,7 @@ def test_ranks_and_alphas_per_module_are_honoured(architecture, tmp_path, kind):
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     assert len({layer.scaling["default"] for layer in layers.values()}) == 3
     merged = architecture.load_transformer()
-    attach(merged, read_lora(tmp_path / "lora.safetensors"))
+    attach(merged, find_loras(tmp_path, architecture, {"": architecture.skeleton()})[""])
     merge(merged)
     base = architecture.load_transformer()
     wanted, state = {}, {}

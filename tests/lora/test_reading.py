@@ -115,7 +115,9 @@ def arch(request, built):
     return architecture(request.param, built(request.param))
 
 
-@pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in ("rslora", "lokr")), "lora"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in ("rslora", "lokr", "loha")), "lora"]
+)
 def test_what_mpp_exports_is_read_back(arch, tmp_path, kind):
     transformer, files = trained(arch.load_transformer(), tmp_path, arch.lora_targets, kind=kind)
     for format in ("comfyui", "kohya", "diffusers", "peft"):

@@ -34,7 +34,7 @@ def finished(arch, folder, **settings):
     return model, file
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "lokr"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "lokr", "loha"])
 @pytest.mark.parametrize("alpha", [4, 7])
 def test_a_start_from_a_finished_run_is_its_student_bit_for_bit(pipeline, tmp_path, kind, alpha):
     arch, settings = tiny(pipeline), {"kind": kind, "rank": 4, "alpha": alpha}

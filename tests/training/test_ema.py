@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import mpp.sample
 from mpp.lora.adapters import adapter_state, step_of_lora
-from mpp.lora.files import read_lora
+from mpp.lora.files import read_own
 from mpp.training.checkpoint import read_checkpoint
 from tests.helpers import config, train, unchecked_error
 
@@ -65,7 +65,7 @@ def test_the_average_is_over_the_adapters_of_all_steps(pipeline, prepared, tmp_p
     for step in (*range(every, steps, every), steps):
         assert_close(tmp_path / "lora" / f"step-{step:06d}_ema.safetensors", wanted[step])
         assert_close(tmp_path / "lora" / f"step-{step:06d}.safetensors", SEEN[step])
-    record = read_lora(tmp_path / "lora_ema.safetensors").record
+    record = read_own(tmp_path / "lora_ema.safetensors").record
     assert record["ema"] == {"decay": decay, "warmup": warmup, "updates": steps}
     assert record["steps"] == steps
     assert (tmp_path / "lora_ema_comfyui.safetensors").is_file()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import peft_utils
 from peft.utils.other import get_pattern_key
@@ -19,7 +20,7 @@ from mpp.models.contract import Architecture
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 CHOOSE = "choose the model config that it was trained with"
-_KINDS = {"lora": ("lora_A.weight", "lora_B.weight"), "loha": tuple(f"hada_w{n}_{end}" for n in (1, 2) for end in "ab")}
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _ALPHA = {"LORA": "lora_alpha", "LOKR": "alpha", "LOHA": "alpha"}
 
 
@@ -208,9 +209,8 @@ def _rank(where: str, factors: Mapping[str, Tensor]) -> int | None:
         wanted = {name for pair in pairs for name in pair}
         inner = [(a, b) for a, b in pairs if a != b]
     else:
-        wanted = set(_KINDS["lora" if kinds == {"lora"} else "loha"])
-        ordered = _KINDS["lora"][::-1] if kinds == {"lora"} else _KINDS["loha"]
-        inner = [(ordered[i], ordered[i + 1]) for i in range(0, len(ordered), 2)]
+        inner = [("lora_B.weight", "lora_A.weight")] if kinds == {"lora"} else [_LOHA[:2], _LOHA[2:]]
+        wanted = {name for pair in inner for name in pair}
     extra = names - wanted - {"lora_magnitude_vector", "lora_B.bias"}
     if wanted - names or extra:
         raise ValueError(
@@ -241,16 +241,18 @@ def _apart(where: str, factors: dict[str, Tensor], rows: tuple[Rows, ...]) -> li
         raise ValueError(f"{where} has {factors[up].shape[0]} rows, the layer {rows[-1].stop}; {CHOOSE}")
     if "lora_magnitude_vector" in factors or "lora_B.bias" in factors:
         raise ValueError(f"{where}: a DoRA or a bias of a layer that diffusers has in parts, which mpp does not read")
+    pairs = [("lora_B.weight", "lora_A.weight")] if up == "lora_B.weight" else [_LOHA[:2], _LOHA[2:]]
     found = []
     for part in rows:
-        own = {n: t[part.start : part.stop] if n.endswith(("lora_B.weight", "_a")) else t for n, t in factors.items()}
-        if up == "lora_B.weight":
-            used = own[up].any(dim=0)
-            if not used.any():
-                continue  # no LoRA of this part
-            if not used.all():
-                own = {up: own[up][:, used], "lora_A.weight": own["lora_A.weight"][used]}
-        found.append((part, {name: tensor.contiguous() for name, tensor in own.items()}))
+        own = dict(factors)
+        for name, _ in pairs:
+            own[name] = own[name][part.start : part.stop]
+        used = torch.stack([own[name].any(dim=0) for name, _ in pairs]).any(dim=0)
+        if not used.any():
+            continue  # no LoRA of this part
+        for above, below in pairs:
+            own[above], own[below] = own[above][:, used].contiguous(), own[below][used]
+        found.append((part, own))
     return found
 
 

@@ -171,7 +171,8 @@ class Checkpoints(Checkpoint):
     ) -> None:
         said = self.exports.metadata
         self._facts = self._facts or facts_of(trainer, self.folder, said)
-        facts = replace(self._facts, date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        name = f"{self._facts.name} EMA" if "ema" in record else self._facts.name
+        facts = replace(self._facts, name=name, date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
         def described(part: str) -> Mapping[str, str]:
             found = describe(module.architecture, record, facts, part=part)
