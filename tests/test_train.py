@@ -204,7 +204,8 @@ def test_what_was_resumed_from_is_not_saved_again_in_the_middle_of_a_step(pipeli
 
 
 def test_the_lora_holds_the_weights_that_a_schedule_free_optimizer_evaluates(pipeline, prepared, tmp_path):
-    trainer, module = train(pipeline, prepared, tmp_path, "optimizer=schedulefree", "optimizer.lr=1e-2")
+    words = ("optimizer=schedulefree", "optimizer.lr=1e-2", "lora.alpha=4")  # the scale 1: the adapter as it is
+    trainer, module = train(pipeline, prepared, tmp_path, *words)
     trained = {f"transformer.{name}": tensor.clone() for name, tensor in module.state_dict().items()}
     trainer.optimizers[0].eval()
     for path in (tmp_path / "lora.safetensors", tmp_path / "lora" / "step-000004.safetensors"):

@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 import torch
@@ -280,6 +281,32 @@ def test_lora_file_holds_the_adapter_alone_with_alpha_and_provenance(tmp_path):
     names = load_file(path)
     assert len(names) == 2 * 20  # A and B of ten layers in each of two blocks
     assert all(name.startswith("transformer.blocks.") and ".lora_" in name for name in names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_file_has_its_scale_in_its_factors_where_that_is_exact(kind, seed, tmp_path):
+    draws = random.Random(seed)
+    rank, exact = draws.choice([1, 4]), draws.random() < 0.7
+    alpha = rank * 2.0 ** draws.randint(-3, 3) * (1 if exact else draws.choice([3, 0.7]))
+    model = transformer()
+    inject(model, Adapter(kind=kind, rank=rank, alpha=alpha), TARGETS, seed=0)
+    randomise_adapter(model, 0.2)
+    save_lora(path := tmp_path / "lora.safetensors", model, adapter_state(model), {})
+    with safe_open(path, "pt") as handle:
+        described = json.loads(handle.metadata()["lora_adapter_metadata"])
+    said = described.get("transformer.lora_alpha", described.get("transformer.alpha"))
+    assert (said, described.get("transformer.use_rslora", False)) == (
+        (rank, False) if exact else (alpha, kind == "rslora")
+    )
+    names = [
+        name
+        for name, own in adapter_state(model).items()
+        if not torch.equal(load_file(path)[f"transformer.{name}"], own)
+    ]
+    held = ("lora_B.weight", "lokr_w1", "lokr_w1_a", "hada_w1_a")
+    assert all(name.endswith(held) for name in names)
+    assert bool(names) == (exact and alpha / (rank**0.5 if kind == "rslora" else rank) != 1)
 
 
 def test_state_of_another_adapter_is_refused():

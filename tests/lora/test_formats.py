@@ -182,6 +182,21 @@ def test_kohyas_tools_put_every_update_into_its_own_rows(arch, tmp_path, kind):
     assert_in_their_rows(arch, tmp_path, kind, "kohya", arch.native)
 
 
+# Of which ComfyUI takes diffusers' names, and so the file for diffusers.
+@pytest.mark.parametrize("variant", parameters(of=lambda v: v.name.startswith("FLUX")), indirect=True)
+@pytest.mark.parametrize(("kind", "rank", "alpha"), [("lora", 4, 2), ("lora", 3, 24), ("rslora", 4, 1), ("lokr", 4, 8)])
+def test_comfyui_finds_the_trained_strength_in_the_file_for_diffusers(arch, tmp_path, kind, rank, alpha):
+    transformer, (file,) = trained(
+        arch.load_transformer(), tmp_path, arch.lora_targets, kind=kind, rank=rank, alpha=alpha
+    )
+    layers = {name: m for name, m in transformer.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert next(iter(layers.values())).scaling["default"] != 1
+    wanted = expected_deltas(originals(arch), transformer, layers)
+    got = comfy_reference.deltas(shapes(wanted), load_file(file), family_of(arch))
+    for name, delta in wanted.items():
+        torch.testing.assert_close(got[name], delta, rtol=1e-4, atol=1e-6)
+
+
 def assert_in_their_rows(arch, tmp_path, kind, format, rules):
     transformer, files = trained(arch.load_transformer(), tmp_path, arch.lora_targets, kind=kind)
     exported = export(arch, tmp_path, format=format)

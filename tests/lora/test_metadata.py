@@ -133,6 +133,7 @@ def test_a_trained_lora_is_listed_with_all_that_is_said_of_it(pipeline, zarp, tm
     assert "thumbnail" in spec(tmp_path / "mychar" / "lora" / "step-000002.safetensors")
 
 
+@pytest.mark.slow
 def test_the_thumbnail_is_the_newest_sample_by_the_lora(pipeline, zarp, tmp_path):
     words = ["export.metadata.thumbnail=true", "export.formats=[]", "optimizer.lr=0.3", "trainer.max_steps=3"]
     train(pipeline, zarp, tmp_path, *SAMPLING, *words, "callbacks.samples.every_n_steps=100")
@@ -187,6 +188,7 @@ def test_the_same_run_leaves_the_same_bytes_but_for_the_date(pipeline, zarp, tmp
     assert held[0] == held[1]
 
 
+@pytest.mark.slow
 def test_what_is_said_may_change_when_a_run_goes_on(pipeline, zarp, tmp_path):
     train(pipeline, zarp, tmp_path, "trainer.max_steps=1", "export.metadata.title=old", "export.metadata.author=me")
     train(pipeline, zarp, tmp_path, "trainer.max_steps=2", f"resume={tmp_path}", "export.metadata.title=new")
@@ -309,6 +311,7 @@ def test_a_file_of_diffusers_is_exported_with_what_is_known(architecture, tmp_pa
     assert (got["ss_network_dim"], got["ss_network_alpha"], "ss_steps" in got) == ("4", "7", False)
 
 
+@pytest.mark.slow
 def test_a_thumbnail_may_be_any_image_and_is_made_small(tmp_path):
     architecture = tiny(OLD / "base")
     pixels = np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)

@@ -160,6 +160,7 @@ def wan(pipeline):
     return arch, ours, {theirs[name]: lora for name, lora in ours.items()}
 
 
+@pytest.mark.slow
 def test_every_form_of_one_lora_gives_the_same_tensors(wan, tmp_path):
     arch, ours, theirs = wan
     wanted = {f"{n}.lora_{end}.weight": t for n, (down, up, _) in ours.items() for end, t in (("A", down), ("B", up))}

@@ -136,7 +136,13 @@ def test_teacher_and_student_have_the_bases_loras_and_the_file_has_not(pipeline,
     assert {n.removeprefix("transformer.") for n in written} == set(adapter_state(module.transformer))
     alone = train(pipeline, prepared, tmp_path / "alone", *short)[1]
     assert module.record()["base"] != alone.record()["base"]
-    on = ("optimizer.lr=0.01", "trainer.max_steps=4", "data.batch_size=1", f"resume={tmp_path / 'run'}")
+    on = (
+        "optimizer.lr=0.01",
+        "trainer.max_steps=4",
+        "data.batch_size=1",
+        f"resume={tmp_path / 'run'}",
+        "logger.csv.version=2",
+    )
     with pytest.raises(ValueError, match="another base model"):
         train(pipeline, prepared, tmp_path / "run", *on, "model.loras=[]")
     train(pipeline, prepared, tmp_path / "run", *on, loras)

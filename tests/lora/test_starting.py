@@ -121,6 +121,14 @@ def test_a_run_starts_from_a_lora_and_goes_on_without_the_file(pipeline, prepare
         assert torch.equal(adapter_state(module.transformer)[name], tensor), name
     assert not module.trainer.optimizers[0].state_dict()["state"][0]["exp_avg"].isnan().any()  # a fresh optimizer
     file.unlink()
-    train(pipeline, prepared, tmp_path / "second", *second[::2], f"resume={tmp_path / 'second'}", "trainer.max_steps=2")
+    train(
+        pipeline,
+        prepared,
+        tmp_path / "second",
+        *second[::2],
+        f"resume={tmp_path / 'second'}",
+        "logger.csv.version=2",
+        "trainer.max_steps=2",
+    )
     with pytest.raises(ValueError, match=r"lora=.*first.safetensors is not there"):
         train(pipeline, prepared, tmp_path / "third", *second)

@@ -25,6 +25,7 @@ from mpp.files import write_atomically
 from mpp.lora.metadata import save_file
 from mpp.models.experts import parts_of
 
+SCALED = ("lora_B.weight", "lokr_w1", "lokr_w1_a", "hada_w1_a")  # the factor of each kind that may take its scale
 ADAPTER = "default"  # PEFT's and diffusers' name for a model's only adapter
 _LYCORIS = {"lokr": LoKrConfig, "loha": LoHaConfig}  # kinds that PEFT has from LyCORIS, whose settings are called alike
 
@@ -301,7 +302,8 @@ def save_lora(
     """Write a LoRA file in diffusers' format, atomically; with experts one file each, `NAME_EXPERT.safetensors`.
 
     Keys are `transformer.<module>.lora_A.weight` and so on; rank, alpha and kind stand in the metadata where
-    diffusers' loader looks for them, and how the file was made under `mpp`.
+    diffusers' loader looks for them, and how the file was made under `mpp`. Scales that are powers of two are in the
+    factors, which is exact, and alpha is the rank: so programs that read no metadata find the same strength.
 
     Args:
         path: The file.
@@ -316,15 +318,29 @@ def save_lora(
     written = lora_files(path, transformer)
     for target, (part, model) in zip(written, parts_of(transformer), strict=True):
         record = {**provenance, "expert": part} if part else dict(provenance)
+        tensors, config = _scaled(model, part_state(state, part))
         metadata = {
             "format": "pt",
-            LORA_ADAPTER_METADATA_KEY: described(model.peft_config[ADAPTER].to_dict()),
+            LORA_ADAPTER_METADATA_KEY: described(config),
             "mpp": json.dumps(record, sort_keys=True, default=str),
             **describe(part),
         }
-        tensors = {f"transformer.{name}": v.detach().cpu().contiguous() for name, v in part_state(state, part).items()}
+        tensors = {f"transformer.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(target, partial(save_file, tensors, metadata=metadata))
     return written
+
+
+def _scaled(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, object]]:
+    """The adapter and its configuration at the scale 1, where that loses nothing; else as they are."""
+    config = model.peft_config[ADAPTER].to_dict()
+    scales = {name: m.scaling[ADAPTER] for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    if not all(math.frexp(scale)[0] == 0.5 for scale in scales.values()):
+        return state, config
+    held = {f"{module}.{factor}": scale for module, scale in scales.items() for factor in SCALED}
+    alpha = "lora_alpha" if "lora_alpha" in config else "alpha"
+    config |= {alpha: config["r"], "alpha_pattern": config["rank_pattern"]}
+    config |= {"use_rslora": False} if "use_rslora" in config else {}
+    return {name: tensor * held[name] if name in held else tensor for name, tensor in state.items()}, config
 
 
 def described(config: Mapping[str, object]) -> str:

@@ -221,13 +221,22 @@ def by_program(
     return FORMATS[format](native, names.prefix)
 
 
-def write_beside(path: Path, format: str, transformer: nn.Module, architecture: Architecture, said: Metadata) -> Path:
+def write_beside(
+    path: Path,
+    format: str,
+    transformer: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    architecture: Architecture,
+    said: Metadata,
+) -> Path:
     """Write a LoRA file for another program beside it, as `mpp.export` does.
 
     Args:
         path: The LoRA file that training wrote.
         format: One of `FORMATS`.
         transformer: The one that it was trained on, with the adapter.
+        tensors: The adapter's, by PEFT's names.
         architecture: The family.
         said: What the user says of it.
 
@@ -235,7 +244,7 @@ def write_beside(path: Path, format: str, transformer: nn.Module, architecture: 
         The file written.
     """
     lora = read_own(path)
-    tensors = cast(by_program(format, transformer, lora.tensors, architecture), None)
+    tensors = cast(by_program(format, transformer, tensors, architecture), None)
     target = export_path(path, format)
     write_atomically(target, partial(save_file, tensors, metadata=_metadata(lora, format, None, architecture, said)))
     return target

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mpp.lora.adapters import SCALED
 from mpp.lora.files import DORA_SCALE, Update
 from mpp.models.contract import NativeRule
 
@@ -174,7 +175,7 @@ def _fuse(
 
 def _scale_inside(update: Update) -> dict[str, Tensor]:
     """The factors of an update whose scale is 1."""
-    held = next(name for name in (_UP, "lokr_w1", "lokr_w1_a", "hada_w1_a") if name in update.factors)
+    held = next(name for name in SCALED if name in update.factors)
     return {**update.factors, held: _times(update.factors[held], update.scale)}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mpp.lora.adapters import Adapter, adapter_state, inject, part_state
+from mpp.lora.adapters import SCALED, Adapter, adapter_state, inject, part_state
 from mpp.lora.files import LoraFile, Update, attach, updates
 from mpp.lora.reading import find_loras
 from mpp.models.contract import Architecture
@@ -19,7 +19,6 @@ from mpp.wording import few
 log = logging.getLogger("mpp")
 
 _DOWN, _UP = "lora_A.weight", "lora_B.weight"
-_SCALED = (_UP, "lokr_w1", "lokr_w1_a", "hada_w1_a")  # the factor that takes a ratio of scales
 _INDEX = {"lora": "lora", "rslora": "lora", "dora": "dora", "lokr": "lokr", "loha": "hada"}
 
 
@@ -118,7 +117,7 @@ def _fill(where: str, mine: Update, theirs: Update) -> float:
             new, error = _cut(new[_DOWN], new[_UP], rank)
         else:
             new = _widened(new, mine.factors)
-    held = next(name for name in _SCALED if name in new)
+    held = next(name for name in SCALED if name in new)
     new[held] = new[held] if ratio == 1 else new[held] * ratio
     if set(new) != set(mine.factors):
         raise ValueError(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mpp.batching.datamodule import LatentDataModule
 from mpp.files import remove_leftovers
-from mpp.lora.adapters import lora_files, save_lora, step_of_lora
+from mpp.lora.adapters import lora_files, part_state, save_lora, step_of_lora
 from mpp.lora.export import export_path, write_beside
 from mpp.lora.exports import Exports
 from mpp.lora.metadata import Facts, describe
@@ -179,9 +179,10 @@ class Checkpoints(Checkpoint):
             return said.over(found, part=part, image=self._sample)
 
         loras = save_lora(path, module.transformer, state, said.record(record), described)
-        for lora, (_, transformer) in zip(loras, parts_of(module.transformer), strict=True):
+        for lora, (part, transformer) in zip(loras, parts_of(module.transformer), strict=True):
+            tensors = {name: tensor.detach().cpu() for name, tensor in part_state(state, part).items()}
             for format in self.formats:
-                write_beside(lora, format, transformer, module.architecture, said)
+                write_beside(lora, format, transformer, tensors, architecture=module.architecture, said=said)
 
 
 def _average_of(trainer: Trainer) -> AdapterEma | None:
