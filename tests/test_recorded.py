@@ -242,7 +242,7 @@ def test_another_cache_is_refused_by_what_it_holds_and_one_that_moved_is_taken(r
     assert "is not there; where the run's cache has moved, type data.cache_dir=FOLDER besides" in refused(run)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_what_older_versions_accepted_of_a_validation_goes_on_and_is_refused_only_when_typed(run, seed):
     """Recorded settings without effect are nobody's wish now; what is typed besides is."""
     draw = random.Random(seed)

@@ -413,6 +413,7 @@ def test_a_base_in_float16_under_bfloat16_is_refused_before_it_is_used(pipeline,
             train(pipeline, prepared, tmp_path / first, *half, f"validate_first={first}")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_previous_checkpoint(pipeline, prepared, tmp_path, monkeypatch):
     train(pipeline, prepared, tmp_path, "trainer.max_steps=2")
     last = tmp_path / "checkpoints" / "last.ckpt"
@@ -430,7 +431,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(pipeline, prepared, tmp_path,
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora", "lokr", pytest.param("loha", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["dora", *(pytest.param(k, marks=pytest.mark.slow) for k in ("rslora", "lokr", "loha"))]
+)
 def test_other_adapters_train(pipeline, prepared, tmp_path, kind):
     train(pipeline, prepared, tmp_path, f"lora={kind}")
     assert load_file(tmp_path / "lora.safetensors")

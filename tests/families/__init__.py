@@ -27,6 +27,14 @@ def variants() -> list[Variant]:
     return [variant for name in MODULES for variant in import_module(f"tests.families.{name}").VARIANTS]
 
 
+def wan_first(**settings: object) -> list:
+    """`parameters`, all of them slow but the plain WAN."""
+    return [
+        p if p.marks or p.values[0].name == "WAN 2.1 T2V" else pytest.param(*p.values, id=p.id, marks=pytest.mark.slow)
+        for p in parameters(**settings)
+    ]
+
+
 def parameters(*more: object, of: Callable[[Variant], bool] = lambda _: True) -> list:
     """Variants as pytest parameters, each followed by `more`; slow where another one represents them."""
     return [

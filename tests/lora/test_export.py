@@ -21,7 +21,7 @@ from mpp.lora.export import Export
 from mpp.lora.metadata import Metadata
 from mpp.models.contract import Generation
 from mpp.models.experts import parts_of
-from tests.families import parameters
+from tests.families import wan_first
 from tests.families.base import architecture as of_variant
 from tests.helpers import architecture as tiny
 from tests.helpers import config, randomise_adapter, train
@@ -72,7 +72,7 @@ def test_a_merged_model_answers_as_the_adapter_did_and_is_a_whole_pipeline(pipel
     assert list(tmp_path.glob(".*")) == []
 
 
-@pytest.mark.parametrize("variant", parameters())
+@pytest.mark.parametrize("variant", wan_first())
 def test_every_variant_merges_as_peft_does(variant, built, tmp_path):
     source = built(variant)
     arch = of_variant(variant, source)

@@ -180,6 +180,7 @@ def test_no_file_of_a_run_holds_a_path_or_a_prompt_unless_it_is_asked_for(pipeli
         assert (config["output_dir"], config["sampling"]["prompts"]) == (str(run), ["a secret prompt"])
 
 
+@pytest.mark.slow
 def test_the_same_run_leaves_the_same_bytes_but_for_the_date(pipeline, zarp, tmp_path):
     held = []
     for place in ("a", "b"):
@@ -255,7 +256,9 @@ def test_a_base_of_one_file_is_known_by_its_older_hash(architecture, tmp_path):
 # ---------------------------------------------------------------- exports
 
 
-@pytest.mark.parametrize("format", ["diffusers", "comfyui", "kohya", "peft"])
+@pytest.mark.parametrize(
+    "format", ["comfyui", *(pytest.param(f, marks=pytest.mark.slow) for f in ("diffusers", "kohya", "peft"))]
+)
 def test_an_export_says_what_the_lora_says_and_has_hashes_of_its_own(pipeline, zarp, architecture, tmp_path, format):
     train(pipeline, zarp, tmp_path / "mychar", "trainer.max_steps=1", "export.metadata.author=me", "export.formats=[]")
     lora = tmp_path / "mychar" / "lora.safetensors"

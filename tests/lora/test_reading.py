@@ -1,5 +1,6 @@
 """LoRA files of other programs, written by those programs' rules, mean here what they mean there."""
 
+import itertools
 import json
 import logging
 import random
@@ -52,10 +53,13 @@ def delta(factors):
 # ---------------------------------------------------------------- what the program means is what is read
 
 
+CHOSEN = ("WAN 2.1 T2V", "FLUX.1 dev")
+EVERYWHERE = ("kohya", "ComfyUI with alpha", "diffusers", "bare", "a folder of PEFT")
+
+
 def some(**settings):
     """All variants, but for two slow."""
-    chosen = ("WAN 2.1 T2V", "FLUX.1 dev")
-    slow = [p if p.values[0].name in chosen else pytest.param(*p.values, id=p.id, marks=pytest.mark.slow)
+    slow = [p if p.values[0].name in CHOSEN else pytest.param(*p.values, id=p.id, marks=pytest.mark.slow)
             for p in parameters(**settings)]  # fmt: skip
     return sorted(slow, key=lambda p: bool(p.marks))
 
@@ -78,13 +82,18 @@ def original(request, tmp_path_factory):
     return arch, state, {name: tuple(layer.shape) for name, layer in layers.items()}
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        pytest.param(form, marks=() if form in ("kohya", "bare", "a folder of PEFT") else pytest.mark.slow)
-        for form in [*foreign.FORMS, "a folder of PEFT"]
-    ],
-)
+def forms():
+    """All forms of the two families that stand for others; of the others those that differ in more than an ending."""
+    for variant in some(of=lambda variant: variant.single_file):
+        whole = variant.values[0].name in CHOSEN
+        for form in [*foreign.FORMS, "a folder of PEFT"]:
+            if whole or form in EVERYWHERE:
+                fast = whole and form in ("kohya", "bare", "a folder of PEFT")
+                slow = () if fast else pytest.mark.slow
+                yield pytest.param(*variant.values, form, marks=slow, id=f"{variant.id}-{form.replace(' ', '_')}")
+
+
+@pytest.mark.parametrize(("original", "form"), list(forms()), indirect=["original"])
 def test_a_lora_of_the_original_model_does_here_what_it_does_there(original, tmp_path, form):
     arch, state, shapes = original
     names = foreign.drawn(shapes, seed=len(form))
@@ -392,10 +401,19 @@ def mutated(tensors, drawn, folder):  # noqa: PLR0912 (a change each)
 # ---------------------------------------------------------------- into the original's own file
 
 
-@pytest.mark.parametrize(
-    "kind", ["lora", *(pytest.param(k, marks=pytest.mark.slow) for k in ("rslora", "dora", "lokr"))]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def merges():
+    """Kinds and precisions, two of each for the families that others stand for."""
+    for variant in some(of=lambda variant: variant.single_file):
+        whole = variant.values[0].name in CHOSEN
+        for kind, dtype in itertools.product(
+            ("lora", "rslora", "dora", "lokr", "loha"), (torch.float32, torch.bfloat16)
+        ):
+            if whole or (kind, dtype) in (("dora", torch.float32), ("lokr", torch.bfloat16)):
+                slow = () if whole and (kind, dtype) == ("dora", torch.float32) else pytest.mark.slow
+                yield pytest.param(*variant.values, kind, dtype, marks=slow, id=f"{variant.id}-{kind}-{dtype}")
+
+
+@pytest.mark.parametrize(("original", "kind", "dtype"), list(merges()), indirect=["original"])
 def test_merging_into_the_original_file_changes_what_the_lora_changes(original, tmp_path, kind, dtype):
     arch, state, _ = original
     base = tmp_path / "base.safetensors"

@@ -158,6 +158,7 @@ def test_a_lora_of_the_base_that_does_not_fit_ends_the_start_before_anything_loa
         train(pipeline, prepared, tmp_path / "run", f"model.loras={tmp_path / 'x.safetensors'}")
 
 
+@pytest.mark.slow
 def test_the_command_samples_several_loras_at_strengths(pipeline, layers, tmp_path):
     made = files(tmp_path, layers, 2, random.Random(2))
     words = ["model=tiny_wan", f"model.pretrained={pipeline}", "device=cpu", "sampling.prompts=[a]"]

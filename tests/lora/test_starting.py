@@ -35,7 +35,7 @@ def finished(arch, folder, **settings):
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "lokr", "loha"])
-@pytest.mark.parametrize("alpha", [4, 7])
+@pytest.mark.parametrize("alpha", [pytest.param(4, marks=pytest.mark.slow), 7])
 def test_a_start_from_a_finished_run_is_its_student_bit_for_bit(pipeline, tmp_path, kind, alpha):
     arch, settings = tiny(pipeline), {"kind": kind, "rank": 4, "alpha": alpha}
     model, file = finished(arch, tmp_path, **settings)
@@ -49,7 +49,7 @@ def matrices(model):
     return {name: u.scale * delta(u.factors) for name, u in updates(model, adapter_state(model)).items()}
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 6))])
 def test_another_rank_and_scale_is_the_nearest_update_and_its_error_is_said(pipeline, tmp_path, caplog, seed):
     draws, arch = random.Random(seed), tiny(pipeline)
     was, now = draws.sample(range(1, 9), 2)

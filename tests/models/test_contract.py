@@ -18,7 +18,7 @@ from mpp.media.geometry import image_tensor
 from mpp.models.contract import Generation, Prompt
 from mpp.training.teacher import Teacher
 from tests.batching.test_loader import pickled
-from tests.families import parameters
+from tests.families import parameters, wan_first
 from tests.families.base import architecture, batch, conditioning, controls, draw_set, pixels
 from tests.helpers import QUIET, config, corrupted, logged, loss_of, randomise_adapter, student_of, teacher_of
 from tests.helpers import module as make_module
@@ -309,6 +309,7 @@ def test_blocks_hold_all_attention_and_run_in_their_order(arch, two):
     assert list(dict.fromkeys(ran)) == list(blocks)
 
 
+@pytest.mark.parametrize("variant", wan_first(), indirect=True)
 def test_one_training_step_by_the_command_line_on_a_prepared_cache(variant, arch, folder, tmp_path):
     model = [*variant.overrides, f"model.pretrained={folder}", "model.dtype=float32", "model.text_dtype=float32"]
     files = draw_set(variant, arch, tmp_path)

@@ -332,6 +332,7 @@ def test_cache_says_what_it_was_made_with(root, pipeline):
     assert content["vae"]
 
 
+@pytest.mark.slow
 def test_embeddings_that_come_out_not_finite_are_refused_with_their_image(root, pipeline, monkeypatch):
     draws, encode = random.Random(19), WanEncoders.encode_text
     monkeypatch.setattr("mpp.preparing.texts._BATCH", 2)

@@ -71,6 +71,7 @@ def test_a_changed_layer_is_encoded_again_and_a_changed_layer_mask_is_not(layere
     assert (summary.encoded, summary.masks_written) == (1, 0)
 
 
+@pytest.mark.slow
 def test_an_added_layer_takes_the_images_mask_along(layered):
     for path in (layered.root / "masks").iterdir():
         path.unlink()
@@ -127,6 +128,7 @@ def test_control_images_are_seen_in_the_colours_of_a_viewer_and_encoded_anew_for
     assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_files_of_one_size_and_time_that_trade_names_are_noticed(pipeline, tmp_path):
     for folder in ("photos", "masks"):
         (tmp_path / folder).mkdir()
@@ -142,6 +144,7 @@ def test_files_of_one_size_and_time_that_trade_names_are_noticed(pipeline, tmp_p
     assert prepare(pipeline, tmp_path).encoded == 2
 
 
+@pytest.mark.slow
 def test_another_setting_of_the_encoders_needs_another_cache(edit):
     edit.run()
     with pytest.raises(ValueError, match=r"another settings .*'control_pixels': 6144.*'control_pixels': 4096"):

@@ -173,7 +173,8 @@ def test_a_run_of_whole_epochs_can_be_lengthened_by_epochs(pipeline, prepared, t
     assert logged(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_what_a_kill_left_out_after_the_checkpoint_is_made_up_for(pipeline, prepared, tmp_path, seed):
     """The files of a run's saves are taken away or put back to those of the save before, in drawn combinations."""
     random_ = random.Random(seed)
@@ -199,7 +200,8 @@ def test_what_a_kill_left_out_after_the_checkpoint_is_made_up_for(pipeline, prep
             assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
 def test_a_last_validation_that_a_kill_left_out_is_made_up_for(pipeline, prepared, tmp_path, seed):
     """The log of a whole run is taken away, as if it had been killed between its last save and its last validation."""
     random_ = random.Random(seed)
