@@ -163,6 +163,7 @@ def test_the_ends_of_the_law_are_finite():
         {"max_sigma": 1e-3, "distribution": "stretched_logit_normal"},
         {"uniform_share": -0.1},
         {"uniform_share": 1.1},
+        {"uniform_share": 0.5},
     ],
 )
 def test_settings_out_of_range_are_refused(bad):

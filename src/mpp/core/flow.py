@@ -140,6 +140,10 @@ class SigmaLaw:
             )
         if not 0 <= self.uniform_share <= 1:
             raise ValueError(f"sigma.uniform_share must be in [0, 1], got {self.uniform_share}")
+        if self.distribution != "stretched_logit_normal" and self.uniform_share != SigmaLaw.uniform_share:
+            raise ValueError(
+                f"sigma.uniform_share={self.uniform_share} is for stretched_logit_normal, not {self.distribution}"
+            )
         if self.distribution == "stretched_logit_normal" and self.max_sigma <= _LEAST:
             raise ValueError(
                 f"sigma.max_sigma must be greater than {_LEAST}, the least sigma of stretched_logit_normal, "
