@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 
 from mpp.cache.format import Cache, write_tensors
 from mpp.cache.index import Entry, write_index
-from mpp.files import write_atomically, write_json
-from mpp.lora.export import write_folder
+from mpp.files import write_atomically, write_folder, write_json
 from mpp.masking.pixels import Pixels
 from mpp.masking.video_frames import Times
 from mpp.masking.writing import write_frames, write_png, write_video
@@ -148,6 +147,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 def command(*words, cwd):
     environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(cwd), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(REPOSITORY / "src")
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # else compiled modules are cut short, and stay so
     return subprocess.run(
         [sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300,
         check=False,

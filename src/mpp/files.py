@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +50,33 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, synced: boo
                 f"no space left to write {path}; what was there before is untouched: free space, run again",
             ) from error
         raise
+
+
+def write_folder(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder so that `target` is either what it was or the complete new one.
+
+    Raises:
+        OSError: The disk is full or not writable; what was there before is untouched.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    new, old = aside / "new", aside / "old"
+    try:
+        new.mkdir()
+        write(new)
+        for file in (p for p in new.rglob("*") if p.is_file()):
+            sync(file)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        if is_out_of_space(error):
+            raise OSError(f"no space left to write {target}; free space, run again") from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -9,7 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mpp.lora.adapters import Adapter, adapter_state, adapters_off, has_adapter, inject, load_adapter_state, save_lora
+from mpp.lora.adapters import Adapter, adapter_state, adapters_off, has_adapter, inject, load_adapter_state
+from mpp.lora.writing import save_lora
 from mpp.models.experts import Experts
 from mpp.models.tiny import TRANSFORMER
 from tests.helpers import randomise_adapter, unchecked_error

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import mpp.export
 import mpp.lora.export
-from mpp.lora.adapters import Adapter, adapter_state, inject, save_lora
+from mpp.lora.adapters import Adapter, adapter_state, inject
 from mpp.lora.export import Export
 from mpp.lora.metadata import Metadata
+from mpp.lora.writing import save_lora
 from mpp.models.contract import Generation
 from mpp.models.experts import parts_of
 from tests.families import wan_first
@@ -260,7 +261,7 @@ def test_what_was_there_comes_back_if_the_new_cannot_take_its_path(tmp_path, mon
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(PermissionError):
-        mpp.lora.export.write_folder(target, lambda folder: (folder / "new.txt").write_text("new"))
+        mpp.files.write_folder(target, lambda folder: (folder / "new.txt").write_text("new"))
     assert (target / "old.txt").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 

@@ -12,11 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mpp.lora.adapters import Adapter, adapter_state, inject, save_lora
+from mpp.lora.adapters import Adapter, adapter_state, inject
 from mpp.lora.export import Export
 from mpp.lora.files import Update, attach, merge
 from mpp.lora.formats import comfyui, kohya, to_native
 from mpp.lora.reading import find_loras
+from mpp.lora.writing import save_lora
 from mpp.models.contract import NativeRule
 from mpp.models.experts import parts_of
 from mpp.models.families.flux import Flux

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mpp.config import CONFIG_DIR, build, check_config
-from mpp.lora.adapters import Adapter, adapter_state, inject, save_lora
+from mpp.lora.adapters import Adapter, adapter_state, inject
 from mpp.lora.export import Export
 from mpp.lora.metadata import Facts, Metadata, describe, save_file
+from mpp.lora.writing import save_lora
 from mpp.training.checkpoint import read_checkpoint
 from tests.helpers import architecture as tiny
 from tests.helpers import config, draw_photos, prepare, randomise_adapter, train

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpp.lora.adapters import Adapter, adapter_state, inject, save_lora
+from mpp.lora.adapters import Adapter, adapter_state, inject
 from mpp.lora.files import updates
 from mpp.lora.starting import Start
+from mpp.lora.writing import save_lora
 from tests.helpers import architecture as tiny
 from tests.helpers import randomise_adapter, train
 from tests.lora import foreign

@@ -6,7 +6,8 @@ from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from torch import nn
 
-from mpp.lora.adapters import Adapter, adapter_state, adapters_off, has_adapter, inject, load_adapter_state, save_lora
+from mpp.lora.adapters import Adapter, adapter_state, adapters_off, has_adapter, inject, load_adapter_state
+from mpp.lora.writing import save_lora
 from mpp.models import experts as module
 from mpp.models.experts import Experts, parts_of
 from mpp.models.tiny import TRANSFORMER

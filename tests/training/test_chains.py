@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load, load_file
 
 from mpp.core import draws
-from mpp.lora.adapters import step_of_lora
 from mpp.lora.export import export_path
+from mpp.lora.writing import step_of_lora
 from mpp.training.checkpoint import read_checkpoint
 from tests.helpers import logged, train
 

@@ -9,8 +9,9 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 import mpp.sample
-from mpp.lora.adapters import adapter_state, step_of_lora
+from mpp.lora.adapters import adapter_state
 from mpp.lora.files import read_own
+from mpp.lora.writing import step_of_lora
 from mpp.training.checkpoint import read_checkpoint
 from tests.helpers import config, train, unchecked_error
 

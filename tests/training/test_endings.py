@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mpp.lora.adapters import step_of_lora
+from mpp.lora.writing import step_of_lora
 from mpp.training.checkpoint import read_checkpoint
 from tests.helpers import train
 

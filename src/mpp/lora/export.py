@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,14 +12,11 @@ from typing import Any, Literal
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 from torch import Tensor, nn
 
 from mpp import __version__
-from mpp.files import content_hash, is_out_of_space, sync, write_atomically, write_json
-from mpp.lora.adapters import described
+from mpp.files import content_hash, write_atomically, write_folder, write_json
 from mpp.lora.files import PREFIX, LoraFile, attach, merge, read_own, updates
 from mpp.lora.formats import cast, comfyui, kohya, to_native
 from mpp.lora.meaning import PEFT_FILES
@@ -29,8 +25,10 @@ from mpp.lora.original import merged_original
 from mpp.lora.reading import find_loras
 from mpp.lora.record import base_name
 from mpp.lora.stack import base_fingerprint, load_base
+from mpp.lora.writing import described
 from mpp.models.contract import Architecture
 from mpp.models.experts import parts_of
+from mpp.models.weights import other_components
 
 log = logging.getLogger("mpp")
 
@@ -291,66 +289,6 @@ def _record(lora: LoraFile, format: str | None, dtype: str | None) -> dict[str, 
         "dtype": dtype,
         "lora": {"file": lora.path.name, "sha256": content_hash(lora.path)},
     }
-
-
-def other_components(source: str, without: set[str]) -> list[Path]:
-    """All of a pipeline but the named components, as folders and files here; [] where `source` is no pipeline.
-
-    Raises:
-        ValueError: A component is not there and cannot be fetched.
-    """
-    local = Path(source).expanduser()
-    if not source or local.is_file():
-        return []
-    folder = local if local.is_dir() else _fetch(source, ["model_index.json"])
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return sorted(p for p in folder.iterdir() if p.name not in without and list(p.glob("*config.json")))
-    entries = json.loads(index.read_bytes()).items()
-    names = [n for n, kind in entries if isinstance(kind, list) and kind[0] is not None and n not in without]
-    if not local.is_dir():
-        folder = _fetch(source, ["model_index.json", "LICENSE*", *(f"{name}/*" for name in names)])
-    missing = [name for name in names if not (folder / name).is_dir()]
-    if missing:
-        raise ValueError(f"model.pretrained={source} lacks {', '.join(missing)}, which its model_index.json names")
-    return [index, *sorted(folder.glob("LICENSE*")), *(folder / name for name in names)]
-
-
-def _fetch(source: str, patterns: list[str]) -> Path:
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"the other components of model.pretrained={source} could not be fetched ({type(error).__name__}); check "
-            "the network, or download it and give the folder"
-        ) from error
-
-
-def write_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder so that `target` is either what it was or the complete new one.
-
-    Raises:
-        OSError: The disk is full or not writable; what was there before is untouched.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    new, old = aside / "new", aside / "old"
-    try:
-        new.mkdir()
-        write(new)
-        for file in (p for p in new.rglob("*") if p.is_file()):
-            sync(file)
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    except BaseException as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        if is_out_of_space(error):
-            raise OSError(f"no space left to write {target}; free space, run again") from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_peft(tensors: dict[str, Tensor], metadata: dict[str, str], config: PeftConfig, folder: Path) -> None:

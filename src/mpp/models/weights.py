@@ -1,5 +1,6 @@
 """Where the weights of a model's components lie on this machine, and their fingerprints."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,3 +94,36 @@ def component_fingerprint(source: str, subfolder: str, option: str, *, fetch: bo
             f"pipeline that holds {subfolder}"
         )
     return fingerprint_if_present(source, subfolder, option, fetch=fetch)
+
+
+def other_components(source: str, without: set[str]) -> list[Path]:
+    """All of a pipeline but the named components, as folders and files here; [] where `source` is no pipeline.
+
+    Raises:
+        ValueError: A component is not there and cannot be fetched.
+    """
+    local = Path(source).expanduser()
+    if not source or local.is_file():
+        return []
+    folder = local if local.is_dir() else _fetch(source, ["model_index.json"])
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return sorted(p for p in folder.iterdir() if p.name not in without and list(p.glob("*config.json")))
+    entries = json.loads(index.read_bytes()).items()
+    names = [n for n, kind in entries if isinstance(kind, list) and kind[0] is not None and n not in without]
+    if not local.is_dir():
+        folder = _fetch(source, ["model_index.json", "LICENSE*", *(f"{name}/*" for name in names)])
+    missing = [name for name in names if not (folder / name).is_dir()]
+    if missing:
+        raise ValueError(f"model.pretrained={source} lacks {', '.join(missing)}, which its model_index.json names")
+    return [index, *sorted(folder.glob("LICENSE*")), *(folder / name for name in names)]
+
+
+def _fetch(source: str, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"the other components of model.pretrained={source} could not be fetched ({type(error).__name__}); check "
+            "the network, or download it and give the folder"
+        ) from error

@@ -15,10 +15,11 @@ from PIL import Image
 
 from mpp.batching.datamodule import LatentDataModule
 from mpp.files import remove_leftovers
-from mpp.lora.adapters import lora_files, part_state, save_lora, step_of_lora
+from mpp.lora.adapters import part_state
 from mpp.lora.export import export_path, write_beside
 from mpp.lora.exports import Exports
 from mpp.lora.metadata import Facts, describe
+from mpp.lora.writing import lora_files, save_lora, step_of_lora
 from mpp.models.experts import parts_of
 from mpp.sampling.generation import frame_image, generate, generation_name, save
 from mpp.sampling.prompts import Prompts, ReadyPrompt
