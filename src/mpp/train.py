@@ -19,6 +19,7 @@ from mpp.jobs import begin_record, job_number, repeat_output
 from mpp.lora.export import program_of
 from mpp.lora.stack import base_fingerprint, check_loras
 from mpp.lora.starting import Start
+from mpp.lora.writing import scale_is_said
 from mpp.recorded import followers, going_on
 from mpp.training.beginning import Beginning
 from mpp.training.callbacks import Checkpoints, is_finished
@@ -179,7 +180,11 @@ def fit(
     if trainer.is_global_zero:
         for file in sorted(Path(trainer.default_root_dir).glob("lora*.safetensors")):  # with experts one each
             what = "average of the LoRA" if "ema" in file.stem.split("_") else "LoRA"
-            log.info("%s for %s: %s", what, program_of(file), file)
+            program = program_of(file)
+            alone = program == "diffusers" and scale_is_said(file)
+            log.info(
+                "%s for %s%s: %s", what, program, " alone, whose metadata others do not read" if alone else "", file
+            )
 
 
 def is_lost_process(error: RuntimeError) -> bool:

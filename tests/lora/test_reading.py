@@ -21,7 +21,7 @@ from tests.families.wan import original_keys
 from tests.helpers import architecture as tiny
 from tests.lora import foreign
 from tests.lora.test_export import experts
-from tests.lora.test_formats import by_part, export, trained
+from tests.lora.test_formats import by_part, export, shapes, trained
 
 
 def parts(arch):
@@ -143,7 +143,8 @@ def test_what_mpp_exports_is_read_back(arch, tmp_path, kind):
             wanted = updates(model, {k.removeprefix("transformer."): t for k, t in load_file(own).items()})
             got = updates(skeleton, lora.tensors)
             assert got.keys() == wanted.keys()
-            for name, update in wanted.items():
+            for name, update in wanted.items():  # without the ranks that a fused layer has of others
+                assert kind == "lokr" or shapes(got[name].factors) == shapes(update.factors)
                 torch.testing.assert_close(
                     delta(got[name].factors) * got[name].scale,
                     delta(update.factors) * update.scale,

@@ -31,6 +31,15 @@ def step_of_lora(file: Path) -> int | None:
         return None
 
 
+def scale_is_said(file: Path) -> bool:
+    """Whether a LoRA file has to be read with its metadata: without, its strength or its kind is another."""
+    with safe_open(file, "pt") as handle:
+        config = json.loads((handle.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    said = {name.removeprefix("transformer."): value for name, value in config.items()}
+    alpha = said.get("lora_alpha", said.get("alpha")), said.get("alpha_pattern")
+    return bool(said.get("use_dora") or said.get("use_rslora") or alpha != (said.get("r"), said.get("rank_pattern")))
+
+
 def save_lora(
     path: Path,
     transformer: nn.Module,
