@@ -307,6 +307,7 @@ def test_each_file_that_is_no_lora_of_this_model_has_its_own_message(wan, tmp_pa
         ({"decoder.up_blocks.0.weight": torch.ones(2), "encoder.x.weight": torch.ones(2)}, "is no LoRA but a VAE"),
         ({"blocks.0.ffn.0.weight": torch.ones(2), "head.head.bias": torch.ones(2)}, "is no LoRA but weights of a"),
         ({"emb_params": torch.ones(2)}, "is no LoRA: it holds emb_params"),
+        ({"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(2, 2)}, "is no LoRA in a form that mpp reads"),
         (foreign.kohya({f"double_blocks.{n}": lora for n, lora in theirs.items()}), r"lacks \d+ of the \d+ modules"),
         ({**good, "blocks.0.weight": torch.ones(2)}, "holds 1 tensors that are no part of a LoRA"),
         ({n: t for n, t in good.items() if n != f"{key}.lora_up.weight"}, r"half a LoRA: .* and lacks lora_B.weight"),

@@ -197,6 +197,9 @@ def _parsed(path: Path, names: Iterable[str], architecture: Architecture) -> dic
 
 
 def _looks_like(names: Sequence[str]) -> str:
+    """What a file without any key of a LoRA may be."""
+    if any("lora" in name.lower() for name in names):
+        return " in a form that mpp reads; save it as diffusers, PEFT, kohya's tools or ComfyUI have it"
     if any("decoder.up" in name or "decoder.mid" in name for name in names):
         return " but a VAE"
     return " but weights of a whole model" if len(names) > 1 and all("." in name for name in names) else ""
