@@ -37,9 +37,10 @@ PATHS = frozenset(  # settings that are one file or folder, by the last word of 
         *("pretrained", "pretrained_low", "resume", "ckpt_path", "lora_path", "export.lora", "lora.init", "loras"),
     }
 )
-LISTS = frozenset({"lora_path", "loras"})  # those of them that may be several: [FILE:0.8, FILE2]
+LISTS = frozenset({"lora_path", "loras", "sampling.prompts"})  # what may be several: [FILE:0.8, FILE2], [a cat, "a, b"]
 _TEXTS = re.compile(  # settings that are a text, or a file besides true and false
     r"export\.metadata\.(title|author|license|description|tags|trigger_phrase|usage_hint|thumbnail)"
+    r"|sampling\.(prompts|negative_prompt)"
 )
 _HELP = "hydra.help.template=${explained_settings:}"  # made by mpp.config, from the classes
 
@@ -79,9 +80,12 @@ def _full(command: str, word: str, *, sweep: bool) -> str:
     return f"{typed[1]}{key}={typed[3]}"
 
 
+_QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+
+
 def _items(text: str) -> list[str]:
-    """What stands between commas, unless those are within quotes."""
-    found = re.findall(r"""\s*((?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,'"]|['"])+?)\s*(?:,|$)""", text)
+    """What stands between commas; what has quotes around it, from comma to comma, may hold some."""
+    found = re.findall(rf"\s*({_QUOTED}(?=\s*(?:,|$))|[^,]*?)\s*(?:,|$)", text, re.DOTALL)
     return [item for item in found if item]
 
 
@@ -90,7 +94,7 @@ def quoted(path: str) -> str:
 
     `null`, `???`, nothing, and what has quotes around it already come out as they are; `${...}` keeps its meaning.
     """
-    if path in ("", "null", "???") or re.fullmatch(r"(['\"]).*\1", path, re.DOTALL):
+    if path in ("", "null", "???") or re.fullmatch(_QUOTED, path, re.DOTALL):
         return path
     text = re.sub(r'(\\*)("|$)', lambda at: at[1] * 2 + (at[2] and '\\"'), path)  # backslashes before a quote are two
     return f'"{text}"'

@@ -23,8 +23,8 @@ def run(cfg: DictConfig) -> list[Path]:
     """
     check_config(cfg)
     architecture, prompts, device = build(cfg.model), build(cfg.sampling), device_of(cfg.device)
-    if not prompts.prompts:
-        raise ValueError("sampling.prompts is empty; give prompts, e.g. sampling.prompts='[a photo of ohwx]'")
+    if not prompts.lines:
+        raise ValueError("sampling.prompts is empty; give one, e.g. sampling.prompts='a photo of ohwx'")
     architecture.check()
     prompts.check(architecture)
     check_loras(architecture)

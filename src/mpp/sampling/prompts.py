@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from mpp.media.geometry import Geometry, crop_image, image_tensor
 from mpp.media.images import image_head, read_image
 from mpp.models.conditioning import flat_tensors
 from mpp.models.contract import Architecture, Conditioning, Encoders, Generation, Identity, Prompt
+from mpp.sampling.prompt_lines import PromptLine, prompt_lines
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Prompts:
     """What is generated.
 
     Args:
-        prompts: Captions; none: nothing is generated.
+        prompts: Captions, with settings of their own behind them where they differ (`a cat --w 832 --h 480 --f 49
+            --d 42`); or one prompt, or a `.txt` file with a prompt on each line. None: nothing is generated.
         negative_prompt: Read where the guidance is above 1.
         controls: For each prompt its conditioning images (files), for models that see them: the edited image,
             references, or the first frame.
@@ -47,7 +50,7 @@ class Prompts:
         ValueError: A setting is out of its range, or controls that do not pair with the prompts.
     """
 
-    prompts: Sequence[str] = ()
+    prompts: Sequence[str] | str = ()
     negative_prompt: str = ""
     controls: Sequence[Sequence[str]] | None = None
     width: int = 512
@@ -59,13 +62,32 @@ class Prompts:
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        if self.controls is not None and len(self.controls) != len(self.prompts):
+        if self.controls is not None and len(self.controls) != len(self.lines):
             raise ValueError(
-                f"sampling.controls has {len(self.controls)} lists of images for {len(self.prompts)} prompts; "
+                f"sampling.controls has {len(self.controls)} lists of images for {len(self.lines)} prompts; "
                 "give one list for each prompt"
             )
+        twice = next((line for line in self.lines if "controls" in line.options), None)
+        if self.controls is not None and twice is not None:
+            raise ValueError(f"{twice.where} names its images, as sampling.controls does; leave out one of them")
         if self.frames < 1 or (self.steps is not None and self.steps < 1):
             raise ValueError(f"sampling.frames and steps must be at least 1, got {self.frames} and {self.steps}")
+
+    @cached_property
+    def lines(self) -> list[PromptLine]:
+        """The prompts as they are written; a file is read once."""
+        return prompt_lines(self.prompts)
+
+    @cached_property
+    def each(self) -> list["Wanted"]:
+        """The prompts with all their settings."""
+        names = ("negative_prompt", "width", "height", "frames", "steps", "guidance_scale", "seed")
+        shared = {name: getattr(self, name) for name in names}
+        controls = self.controls if self.controls is not None else [()] * len(self.lines)
+        return [
+            Wanted(line, **{**shared, "controls": files, **line.options})
+            for line, files in zip(self.lines, controls, strict=True)
+        ]
 
     def check(self, architecture: Architecture) -> None:
         """Refuse what the model cannot generate; reads the conditioning images.
@@ -73,34 +95,8 @@ class Prompts:
         Raises:
             ValueError: Sizes off the model's grid, a wrong number of conditioning images, or unreadable ones.
         """
-        if not self.prompts:
-            return
-        spec, inputs = architecture.latents, architecture.images
-        for name in ("width", "height"):
-            if getattr(self, name) < spec.pixel_step or getattr(self, name) % spec.pixel_step:
-                raise ValueError(
-                    f"sampling.{name} must be a multiple of {spec.pixel_step} for this model, got {getattr(self, name)}"
-                )
-        if (self.frames - 1) % spec.temporal_stride:
-            raise ValueError(
-                f"sampling.frames must be a multiple of {spec.temporal_stride} plus 1 for this model, got {self.frames}"
-            )
-        given = architecture.given_frames
-        if spec.shape(spec.frames.length(self.frames), self.height, self.width)[1] <= given:
-            raise ValueError(
-                f"sampling.frames={self.frames}: this model is given the first {given} latent frames, so nothing would "
-                f"be generated; set at least {given * spec.temporal_stride + 1}"
-            )
-        least, most = (1, 1) if inputs.first_frame else (inputs.least, inputs.most)
-        for number, prompt in enumerate(self.prompts):
-            files = self._files(number)
-            if not least <= len(files) <= most:
-                wanted = str(least) if least == most else f"{least} to {most}"
-                raise ValueError(
-                    f"sampling.controls: the prompt {prompt!r} has {len(files)} images, this model takes {wanted}"
-                )
-            for file in files:
-                read_image(file)
+        for wanted in self.each:
+            wanted.check(architecture)
 
     def encode(self, architecture: Architecture, encoders: Encoders, cache: Cache, identity: Identity) -> int:
         """Cache the conditioning of all prompts, and of the negative one, as far as it is not there.
@@ -113,13 +109,13 @@ class Prompts:
         """
         todo: dict[Path, tuple[PromptProvenance, Generation, bool]] = {}
         settings = dict(architecture.cache_settings)
-        for number in range(len(self.prompts)):
-            generation = self._generation(architecture, number)
-            for text, negative in self._texts(number, generation):
-                path = cache.generation_path(self._name(architecture, text, number, negative=negative))
+        for wanted in self.each:
+            generation = wanted.generation(architecture)
+            for text, negative in wanted.texts(generation):
+                path = cache.generation_path(wanted.name(architecture, text, negative=negative))
                 made = PromptProvenance(text, architecture.family, settings, identity.vae, identity.text_encoder)
                 if made_from(path, PromptProvenance) != made:
-                    todo[path] = made, generation, self._sees(architecture, negative=negative)
+                    todo[path] = made, generation, _sees(architecture, negative=negative)
         prompts = [
             Prompt(made.caption, generation.controls if sees else ()) for made, generation, sees in todo.values()
         ]
@@ -134,7 +130,7 @@ class Prompts:
                     "model.text_dtype=float32 and model.vae_dtype=float32"
                 )
             write_tensors(path, tensors, made.header())
-        return len(self.prompts)
+        return len(self.each)
 
     def read(self, architecture: Architecture, cache: Reader) -> list[ReadyPrompt]:
         """All prompts with their cached conditioning.
@@ -143,44 +139,92 @@ class Prompts:
             ValueError: One was not prepared.
         """
         found = []
-        for number, prompt in enumerate(self.prompts):
-            generation = self._generation(architecture, number)
+        for wanted in self.each:
+            generation = wanted.generation(architecture)
             records = []
-            for text, negative in self._texts(number, generation):
-                record = cache.prompt(self._name(architecture, text, number, negative=negative), architecture)
+            for text, negative in wanted.texts(generation):
+                record = cache.prompt(wanted.name(architecture, text, negative=negative), architecture)
                 if record is None:
                     raise ValueError(
                         f"the cache {cache.folder} has no embeddings of the prompt {text!r} for samples; run "
                         "`python -m mpp.prepare` again with the same sampling settings"
                     )
                 records.append(architecture.collate([record]))
-            found.append(ReadyPrompt(prompt, generation, records[0], records[1] if len(records) > 1 else None))
+            negatives = records[1] if len(records) > 1 else None
+            found.append(ReadyPrompt(wanted.line.text, generation, records[0], negatives))
         return found
 
-    def _texts(self, number: int, generation: Generation) -> list[tuple[str, bool]]:
+
+@dataclass(frozen=True)
+class Wanted:
+    """One prompt with all its settings, which are named as in `Prompts`."""
+
+    line: PromptLine
+    negative_prompt: str
+    controls: Sequence[str]
+    width: int
+    height: int
+    frames: int
+    steps: int | None
+    guidance_scale: float | None
+    seed: int
+
+    def check(self, architecture: Architecture) -> None:
+        """See `Prompts.check`."""
+        spec, inputs = architecture.latents, architecture.images
+        for name in ("width", "height"):
+            if getattr(self, name) < spec.pixel_step or getattr(self, name) % spec.pixel_step:
+                raise ValueError(
+                    f"{self._said(name)} must be a multiple of {spec.pixel_step} for this model, "
+                    f"got {getattr(self, name)}"
+                )
+        if (self.frames - 1) % spec.temporal_stride:
+            raise ValueError(
+                f"{self._said('frames')} must be a multiple of {spec.temporal_stride} plus 1 for this model, "
+                f"got {self.frames}"
+            )
+        given = architecture.given_frames
+        if spec.shape(spec.frames.length(self.frames), self.height, self.width)[1] <= given:
+            raise ValueError(
+                f"{self._said('frames')}={self.frames}: this model is given the first {given} latent frames, so "
+                f"nothing would be generated; set at least {given * spec.temporal_stride + 1}"
+            )
+        least, most = (1, 1) if inputs.first_frame else (inputs.least, inputs.most)
+        files = self._files()
+        if not least <= len(files) <= most:
+            count = str(least) if least == most else f"{least} to {most}"
+            raise ValueError(
+                f"{self._said('controls')}: the prompt {self.line.text!r} has {len(files)} images, this model takes "
+                f"{count}"
+            )
+        for file in files:
+            read_image(file)
+
+    def _said(self, name: str) -> str:
+        """Where a setting was said."""
+        return f"{self.line.where}: {name}" if name in self.line.options else f"sampling.{name}"
+
+    def texts(self, generation: Generation) -> list[tuple[str, bool]]:
         """The prompt, and where there is guidance the negative one; and which it is."""
-        found = [(self.prompts[number], False)]
+        found = [(self.line.text, False)]
         return found + ([(self.negative_prompt, True)] if generation.guidance_scale > 1 else [])
 
-    @staticmethod
-    def _sees(architecture: Architecture, *, negative: bool) -> bool:
-        inputs = architecture.images
-        return inputs.in_text and (inputs.in_negative or not negative)
+    def _files(self) -> list[Path]:
+        return [Path(file).expanduser() for file in self.controls]
 
-    def _files(self, number: int) -> list[Path]:
-        return [Path(file).expanduser() for file in self.controls[number]] if self.controls is not None else []
-
-    def _name(self, architecture: Architecture, text: str, number: int, *, negative: bool) -> str:
-        parts = [f"{content_hash(file)}{_colours(file)}" for file in self._files(number)]
+    def name(self, architecture: Architecture, text: str, *, negative: bool) -> str:
+        """Under what the cache holds the conditioning of one of its texts."""
+        parts = [f"{content_hash(file)}{_colours(file)}" for file in self._files()]
         inputs = architecture.images
         if parts or inputs.first_frame:
             parts += [architecture.family, f"{self.width}x{self.height}x{self.frames}"]
-        if inputs.in_text and not self._sees(architecture, negative=negative):
+        if inputs.in_text and not _sees(architecture, negative=negative):
             parts += ["unseen"]
         return text_name(text, parts)
 
-    def _generation(self, architecture: Architecture, number: int) -> Generation:
-        controls = [read_image(file, srgb=True).rgb for file in self._files(number)]
+    def generation(self, architecture: Architecture) -> Generation:
+        """What the model is told."""
+        controls = [read_image(file, srgb=True).rgb for file in self._files()]
         if architecture.images.first_frame:
             controls = [crop_image(c, Geometry(c.size, (self.width, self.height))) for c in controls]
         scale = architecture.guidance_scale if self.guidance_scale is None else self.guidance_scale
@@ -193,6 +237,11 @@ class Prompts:
             seed=self.seed,
             controls=tuple(controls),
         )
+
+
+def _sees(architecture: Architecture, *, negative: bool) -> bool:
+    inputs = architecture.images
+    return inputs.in_text and (inputs.in_negative or not negative)
 
 
 def encode_inputs(architecture: Architecture, encoders: Encoders, generation: Generation) -> dict[str, object]:

@@ -67,7 +67,7 @@ class Checkpoints(Checkpoint):
         """
         del pl_module, stage
         generations = [callback for callback in trainer.callbacks if isinstance(callback, Generations)]
-        if self.exports.metadata.thumbnail is True and not any(found.prompts.prompts for found in generations):
+        if self.exports.metadata.thumbnail is True and not any(found.prompts.lines for found in generations):
             raise ValueError(
                 "export.metadata.thumbnail=true shows a sample; set sampling.prompts, or name an image file"
             )
