@@ -7,7 +7,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "mpp"
 MODELS = sorted((Path(__file__).parents[1] / "configs" / "model").glob("*.yaml"))
-COMMANDS = {"prepare", "train", "sample", "export", "report", "masks"}
+COMMANDS = {"prepare", "train", "sample", "export", "report", "masks", "init", "run"}
 LAYERS = [  # rooms, or modules of the top; each may import from those before it
     "wording",
     "files",
@@ -27,6 +27,7 @@ LAYERS = [  # rooms, or modules of the top; each may import from those before it
     "training",
     "reporting",
     "settings",
+    "job_file",
     "cli",
     "jobs",
     "config",

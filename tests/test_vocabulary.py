@@ -8,6 +8,7 @@ from collections import defaultdict
 from tests.test_layers import LAYERS, modules, nodes
 
 TWICE = {  # public names that are defined twice, with the reason
+    "main": "the entry of each command that is no configuration",
     "run": "each command as configured: a configuration in, what was made out",
 }
 ONE_NAME = {  # files of one name in neighbouring rooms, with the reason

@@ -5,8 +5,12 @@ It knows words alone: nothing is imported for it, and no folder is made.
 
 import os
 import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpp.job_file import is_job_file, read_job
 
 SHORT = {  # by command: what may be typed for a longer key
     "prepare": {"data": "source@data"},  # sources are a group apart from the caches that training reads
@@ -50,11 +54,18 @@ def overrides(command: str, words: Sequence[str]) -> list[str]:
 
     Args:
         command: Its name, `train` for `python -m mpp.train`.
-        words: What is typed.
+        words: What is typed; a job file may come first, and settings that are typed win over it.
 
     Raises:
-        ValueError: A word belongs to another command.
+        ValueError: A word belongs to another command, or the job file is wrong.
     """
+    if words and is_job_file(words[0]):
+        file, *typed = words
+        at = next((n for n, word in enumerate(typed) if re.match(r"[^-=][^=]*=", word)), len(typed))
+        words = [*typed[:at], *_from_job(command, file, typed), *typed[at:]]  # argparse wants settings side by side
+    for before, word in zip(["", *words], words, strict=False):
+        if is_job_file(word) and "=" not in word and not before.startswith("-"):
+            raise ValueError(f"{word} must be the first word behind mpp.{command}, where a job file stands")
     for word in words:
         elsewhere = ELSEWHERE.get(command, {}).get(word)
         if elsewhere is not None:
@@ -63,6 +74,41 @@ def overrides(command: str, words: Sequence[str]) -> list[str]:
     words = sorted(words, key=lambda word: word not in ("--multirun", "-m"))  # Hydra takes it at either end alone
     explain = [_HELP] if {"--help", "-h"} & set(words) and _HELP not in words else []
     return explain + [_full(command, word, sweep=bool(sweep)) for word in words]
+
+
+def _from_job(command: str, file: str, typed: Sequence[str]) -> list[str]:
+    """What a job file says to a command and nobody typed."""
+    keys = {_full(command, word, sweep=False).lstrip("+").partition("=")[0] for word in typed if "=" in word}
+    found = read_job(file).settings(command)
+    if command == "train" and goes_on(typed):  # then the run's record holds, and `ckpt_path=last` asks for its folder
+        found = {key: value for key, value in found.items() if key == "output_dir" and "ckpt_path" in keys}
+    return [f"{key}={written(value)}" for key, value in found.items() if key.lstrip("+") not in keys]
+
+
+def goes_on(words: Sequence[str]) -> bool:
+    """Whether words ask to go on with a run."""
+    return any(re.match(r"\+*(resume|ckpt_path)=(?!null$|$)", word) for word in words)
+
+
+def written(value: Any) -> str:  # noqa: ANN401
+    """A plain value as Hydra's grammar has it.
+
+    Raises:
+        ValueError: A mapping has a key that the grammar has no words for.
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    if isinstance(value, Mapping):
+        odd = next((key for key in value if not re.fullmatch(r"\w[\w .-]*", key)), None)
+        if odd is not None:
+            raise ValueError(f"{odd!r} cannot be a key within a value; letters, digits, spaces and .-_ can")
+        return f"{{{','.join(f'{key}: {written(entry)}' for key, entry in value.items())}}}"
+    if not isinstance(value, str):
+        return str(value)
+    bare = re.fullmatch(r"[A-Za-z_][\w./-]*", value, re.ASCII) and value.lower() not in _WORDS
+    return value if bare else _in_quotes(value)
 
 
 def _full(command: str, word: str, *, sweep: bool) -> str:
@@ -80,6 +126,7 @@ def _full(command: str, word: str, *, sweep: bool) -> str:
     return f"{typed[1]}{key}={typed[3]}"
 
 
+_WORDS = frozenset({"null", "true", "false", "nan", "inf"})  # that mean something else in Hydra's grammar
 _QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
 
 
@@ -96,13 +143,32 @@ def quoted(path: str) -> str:
     """
     if path in ("", "null", "???") or re.fullmatch(_QUOTED, path, re.DOTALL):
         return path
-    text = re.sub(r'(\\*)("|$)', lambda at: at[1] * 2 + (at[2] and '\\"'), path)  # backslashes before a quote are two
+    return _in_quotes(path)
+
+
+def _in_quotes(text: str) -> str:
+    text = re.sub(r'(\\*)("|\Z)', lambda at: at[1] * 2 + (at[2] and '\\"'), text)  # backslashes before a quote are two
     return f'"{text}"'
 
 
 def rewrite_arguments(command: str) -> None:
-    """Turn this process's own words; `sys.argv` changes, since processes that DDP starts repeat it."""
+    """Turn this process's own words; `sys.argv` changes, since processes that DDP starts repeat it.
+
+    With `--show` they are printed instead, and the process ends.
+    """
+    typed = [word for word in sys.argv[1:] if word != "--show"]
     try:
-        sys.argv[1:] = overrides(command, sys.argv[1:])
+        meant = overrides(command, typed)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if len(typed) < len(sys.argv) - 1:
+        sys.stdout.write(f"{shown(command, meant)}\n")
+        sys.exit(0)
+    if command == "train" and is_job_file(typed[0] if typed else "") and goes_on(typed):
+        sys.stderr.write(f"{typed[0]} is set aside: a run goes on as it was begun; type what is to change\n")
+    sys.argv[1:] = meant
+
+
+def shown(command: str, words: Sequence[str]) -> str:
+    """A command with its words as one types it into a shell."""
+    return " \\\n  ".join([f"python -m mpp.{command}", *map(shlex.quote, words)])

@@ -1,0 +1,130 @@
+"""`python -m mpp.init`: write a job file."""
+
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from mpp.job_file import KEYS
+
+HELP = """python -m mpp.init model=MODEL images=photos masks=masks
+
+Writes a short job file, photos.yaml here, which the other commands take as their first word:
+
+  python -m mpp.run photos.yaml        prepare, report and train, one after the other
+
+model=   a model of docs/families.md        images=  a folder of images and videos
+masks=   a folder of masks                  output=  where the LoRA goes; its last word names the file
+loss= lora= optimizer= schedule= captions= cache= resolution= steps= batch= lr= rank= samples=
+         the other keys of the file
+
+It never overwrites a file. docs/job.md says more.
+"""
+_FILE = """\
+# python -m mpp.run {file}    prepare, report and train; mpp.prepare, mpp.report, mpp.train, mpp.sample and mpp.export
+# take this file too, settings behind it win, and --show says what it stands for. A text with `: ` or ` #` needs quotes.
+{model}  # docs/families.md
+{loss}  # what is learned and preserved: docs/loss_settings.md
+{lora}{optimizer}{schedule}
+data:
+  {images}  # NAME.txt beside an image is its caption
+  {masks}  # white is learned, black preserved
+{captions}  {cache}  # what prepare makes of them
+  {resolution}  # side of a square image in pixels
+
+train:
+  {steps}
+  {batch}
+  {lr}  # leave it out for the optimizer's own, as with optimizer: prodigy
+  {rank}
+
+{samples}  # a list of prompts, or a file: docs/prompts.md
+#  - a photo of ohwx in a park, at dusk --w 768 --h 512
+
+{output}  # LoRA, checkpoints, logs
+
+set:  # anything else by its full name, as --help of the commands lists them
+#  model.pretrained: /models/folder
+"""
+_PLAIN = re.compile(r"(?!(null|true|false)$)[a-z_/.~]*[a-z][\w/. -]*\b", re.ASCII | re.IGNORECASE)
+_UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+_OPTIONAL = ("lora", "optimizer", "schedule", "captions")  # whose lines are there where they are said
+
+
+def job_text(file: str, said: dict[str, str]) -> str:
+    """A job file's text.
+
+    Args:
+        file: Its name.
+        said: By a key's last word what is typed for it.
+    """
+    lines = {}
+    for key in KEYS:
+        name = key.rpartition(".")[2]
+        line = f"{name}: {_yaml(said[name], KEYS[key].kind)}" if said.get(name) else f"{name}:"
+        indent = "  " if name == "captions" else ""
+        lines[name] = line if name not in _OPTIONAL else f"{indent}{line}\n" if said.get(name) else ""
+    return _FILE.format(file=file, **lines)
+
+
+def _yaml(text: str, kind: str) -> str:
+    """A text as YAML has it: plain where it is plain, else in quotes."""
+    if "number" in kind or _PLAIN.fullmatch(text):
+        return text
+    return _UNPRINTABLE.sub(lambda at: f"\\u{ord(at[0]):04x}", json.dumps(text, ensure_ascii=False))
+
+
+def write(words: list[str]) -> str:
+    """Write the job file that words ask for.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ValueError: A word is none of its keys, the model or the images are missing, or the file is there.
+        OSError: It cannot be written.
+    """
+    known = [key.rpartition(".")[2] for key in KEYS]
+    said = {"loss": "threshold", "resolution": "512", "steps": "1000", "batch": "1", "lr": "1e-4", "rank": "16"}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"{word} is not understood; type KEY=VALUE with one of {', '.join(known)}")
+        kind = next(held.kind for key, held in KEYS.items() if key.rpartition(".")[2] == name)
+        if "number" in kind and not re.fullmatch(r"\d+" if kind == "whole number" else r"[\d.]+(e-?\d+)?", value):
+            raise ValueError(f"{name} must be a {kind}, got {value!r}")
+        said[name] = value
+    for name, example in (("model", "MODEL"), ("images", "photos")):
+        if not said.get(name):
+            raise ValueError(f"{name}=... is missing, as in {name}={example}")
+    if "://" not in said["images"] and not Path(said["images"]).expanduser().is_dir():
+        raise ValueError(f"images={said['images']} is not a folder; give the folder where the images are")
+    name = Path(said.get("output") or os.path.abspath(said["images"])).name
+    said.setdefault("output", f"outputs/{name}")
+    said.setdefault("cache", f"cache/{name}")
+    file = f"{name}.yaml"
+    try:
+        with open(file, "x", encoding="utf-8") as handle:
+            handle.write(job_text(_UNPRINTABLE.sub("?", shlex.quote(file)), said))
+    except FileExistsError:
+        raise ValueError(f"{file} is there and stays as it is; choose another name with output=outputs/NAME") from None
+    return file
+
+
+def main() -> None:
+    """Command line entry."""
+    words = sys.argv[1:]
+    if not words or {"--help", "-h"} & set(words):
+        print(HELP, end="")
+        sys.exit(0 if words else 2)
+    try:
+        file = write(words)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {file}; look through it, then: python -m mpp.run {shlex.quote(file)}")
+
+
+if __name__ == "__main__":
+    main()

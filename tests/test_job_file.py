@@ -1,0 +1,331 @@
+"""One file for a job: what it says to each command, and how mistakes in it are named."""
+
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+import mpp.init
+import mpp.run
+from mpp import cli
+from mpp.job_file import COMMANDS, KEYS, SHARED_ROOTS, STARTS, commands_of, read_job
+from tests.helpers import config, draw_photos
+from tests.test_cli import drawn_name
+from tests.test_command_line import REPOSITORY, run
+
+JOB = """\
+model: tiny_wan
+loss: masked
+data: {images: my photos, masks: masks, cache: cache/a, resolution: 64}
+train:
+  steps: 3
+  lr: 1e-3
+samples:
+  - a red box, a dog --w 64
+  - "'quoted': #1"
+output: outputs/a
+set:
+  sampling.width: 32
+  data.flip: true
+  data.batch_size: 2
+  data.preservation.rate: 0.0
+  optimizer.betas: [0.8, 9e-1]
+  ++data.caption_variants: {trigger: zarp}
+  export.formats: [comfyui]
+"""
+MEANT = {  # written by hand
+    "prepare": {
+        "model": "tiny_wan", "data.image_dir": "my photos", "data.mask_dir": "masks", "data.cache_dir": "cache/a",
+        "data.resolution": 64, "sampling.prompts": ["a red box, a dog --w 64", "'quoted': #1"], "sampling.width": 32,
+        "data.flip": True, "data.caption_variants": {"trigger": "zarp"},
+    },
+    "report": {"loss": "masked", "report.cache_dir": "cache/a"},
+    "train": {
+        "model": "tiny_wan", "loss": "masked", "data.cache_dir": "cache/a", "trainer.max_steps": 3,
+        "optimizer.lr": 0.001, "sampling.prompts": ["a red box, a dog --w 64", "'quoted': #1"],
+        "output_dir": "outputs/a", "sampling.width": 32, "data.batch_size": 2, "data.preservation.rate": 0.0,
+        "optimizer.betas": [0.8, 0.9], "export.formats": ["comfyui"],
+    },
+    "sample": {
+        "model": "tiny_wan", "sampling.prompts": ["a red box, a dog --w 64", "'quoted': #1"],
+        "lora_path": "outputs/a", "output_dir": "outputs/a/generated", "sampling.width": 32,
+    },
+    "export": {"model": "tiny_wan", "export.lora": "outputs/a"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A job file in the working directory, with other lines where they are given."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text=JOB, name="a.yaml"):
+        Path(name).write_text(text, "utf-8")
+        return name
+
+    return write
+
+
+def parsed(words):
+    """What Hydra's own parser makes of words."""
+    found = OverridesParser.create().parse_overrides(words)
+    assert len({override.key_or_group for override in found}) == len(found)  # nothing is said twice
+    return {override.key_or_group: override.value() for override in found}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_reads_its_own_part(job, command):
+    words = cli.overrides(command, [job()])
+    assert parsed(words) == MEANT[command]
+    assert cli.overrides(command, words) == words  # processes of DDP read them again
+    config(command, [*words, *(["export.format=peft"] if command == "export" else [])])  # and composes
+
+
+def test_what_is_typed_wins(job):
+    typed = ["loss=plain", "+trainer.max_steps=5", "sampling.prompts=a, b", "trainer.precision=32-true"]
+    got = parsed(cli.overrides("train", [job(), *typed]))
+    plain = {"loss": "plain", "trainer.max_steps": 5, "sampling.prompts": "a, b", "trainer.precision": "32-true"}
+    assert got == MEANT["train"] | plain
+    assert parsed(cli.overrides("sample", [job(), "lora=b"]))["lora_path"] == "b"
+    flags = cli.overrides("train", [job(), "--config-dir", "conf", "loss=plain", "--cfg", "job"])
+    assert (flags[:2], flags[-3:]) == (["--config-dir", "conf"], ["loss=plain", "--cfg", "job"])
+    sweep = cli.overrides("train", [job(), "--multirun", "optimizer.lr=1e-4,3e-4"])
+    assert sweep[0] == "--multirun"
+    assert 'sampling.prompts=["a red box, a dog --w 64","\'quoted\': #1"]' in sweep
+
+
+def test_a_run_that_goes_on_keeps_its_record(job):
+    assert cli.overrides("train", [job(), "resume=outputs/a"]) == ['resume="outputs/a"']
+    assert cli.overrides("train", [job(), "ckpt_path=last"]) == ['output_dir="outputs/a"', 'ckpt_path="last"']
+    assert len(cli.overrides("train", [job(), "resume=null"])) == len(MEANT["train"]) + 1
+    assert len(cli.overrides("prepare", [job(), "sampling.seed=3"])) == len(MEANT["prepare"]) + 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_table_of_settings_is_that_of_the_commands(command):
+    needed = {"prepare": ["data.image_dir=y"], "sample": ["output_dir=o"], "export": ["export.format=peft"]}
+    cfg = config(command, [*needed.get(command, []), *(["data.cache_dir=x"] if "p" in command[:2] else [])])
+    theirs = {"export", "export_dir"} if command == "prepare" else set()  # typed there, when a cache is exported
+    for key in set(cfg) - STARTS - theirs - {"lora_path", "hydra"}:
+        inner = set(cfg[key]) - {"_target_"} if key in SHARED_ROOTS else set()
+        if inner:
+            left = {"lora", "metadata"} if command == "export" else set()  # `output`, and that of training
+            assert SHARED_ROOTS[key][command] == inner - left
+        else:
+            assert command in commands_of(key)
+    if "preservation" in cfg.get("data", ()):
+        assert SHARED_ROOTS["data.preservation"][command] == set(cfg.data.preservation) - {"_target_"}
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_drawn_misspellings_name_the_line_and_the_nearest(job):
+    draws = random.Random(0)
+    for _ in range(100):
+        key = draws.choice([key for key in KEYS if len(key.rpartition(".")[2]) > 3])
+        section, _, name = key.rpartition(".")
+        at = draws.randrange(1, len(name))
+        wrong = draws.choice([name[:at] + name[at + 1 :], name[:at] + "x" + name[at:]])
+        line = f"  {wrong}: 3" if section else f"{wrong}: 3"
+        text = "# one\n# two\n" + (f"{section}:\n" if section else "") + line + "\n"
+        with pytest.raises(ValueError, match=rf"^a.yaml, line {4 if section else 3}: .*nearest is {name}; "):
+            read_job(job(text))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("steps: 3", "steps: many"), r"line 5: train.steps must be a whole number, got 'many'"),
+        (("steps: 3", "steps: 2.5"), r"line 5: train.steps must be a whole number, got 2.5"),
+        (("steps: 3", "steps: true"), r"line 5: train.steps must be a whole number, got True"),
+        (("lr: 1e-3", "lr: [1]"), r"line 6: train.lr must be a number, got \[1\]"),
+        (("model: tiny_wan", "model: 3"), r"line 1: model must be a text, got 3; quotes around it make it a text"),
+        (("- a red", "- 3\n  - a red"), r"line 8: samples must be a prompt, a list of them or a .txt file, got \[3,"),
+        (("- a red box", "- a sign: open"), r"line 8: samples must be a prompt, .*quotes around it"),
+        (("model: tiny_wan\n", ""), r"a.yaml: model is missing; a job file needs model, data.cache, output"),
+        (("cache: cache/a, ", ""), r"a.yaml: data.cache is missing"),
+        (("loss: masked", "loss: masked\nloss: plain"), r"line 3: loss is there twice"),
+        (("train:\n", "train: 3\nmore:\n"), r"line 4: train should hold keys and values on lines of their own"),
+        (("data.flip", "trainer.max_steps"), r"line 13: trainer.max_steps says what train.steps says"),
+        (("data.flip", "output_dir"), r"line 13: output_dir says what output says"),
+        (("data.flip", "data.filp"), r"line 13: data.filp is not a setting of data; nearest is flip; there are"),
+        (("data.flip", "data.preservation.rat"), r"line 13: data.preservation.rat is .*nearest is rate;"),
+        (("data.flip", "trainr.max_steps"), r"line 13: trainr.max_steps is not .*any command; nearest is trainer"),
+        (("data.flip", "data"), r"line 13: data is not a setting of any command"),
+        (("data.flip", "a b"), r"line 13: 'a b' under set is no name of a setting"),
+        (("loss: masked", "loss: a: b"), r"line 2: not YAML \(mapping values.*needs quotes"),
+        (("loss: masked", "\tloss: masked"), r"line \d: not YAML"),
+        (("loss: masked", "loss: &a [*a]"), r"line 2: loss holds itself"),
+        ((JOB, "- a"), r"a.yaml should hold keys and values"),
+        ((JOB, ""), r"a.yaml should hold keys and values"),
+    ],
+)  # fmt: skip
+def test_mistakes_name_file_and_line(job, change, message):
+    assert change[0] in JOB
+    with pytest.raises(ValueError, match=message):
+        read_job(job(JOB.replace(*change)))
+
+
+def test_files_that_cannot_be_read_and_words_in_the_wrong_order_are_said(job):
+    Path("u.yaml").write_bytes(b"model: \xff")
+    with pytest.raises(ValueError, match="u.yaml cannot be read as UTF-8 text"):
+        read_job("u.yaml")
+    with pytest.raises(ValueError, match="none.yaml is not there; python -m mpp.init"):
+        cli.overrides("train", ["none.yaml"])
+    with pytest.raises(ValueError, match="a.yaml must be the first word behind mpp.train"):
+        cli.overrides("train", ["loss=plain", job()])
+    with pytest.raises(ValueError, match="mpp.masks takes no job file; mpp.prepare"):
+        cli.overrides("masks", [job()])
+    assert cli.overrides("train", ["--config-name", "other.yaml"]) == ["--config-name", "other.yaml"]
+
+
+# ---------------------------------------------------------------- init and run
+
+
+def test_any_name_survives_from_init_to_hydra(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draws = random.Random(3)
+    for _ in range(50):
+        names = {
+            key: drawn_name(draws).replace("$", "").strip() or "a" for key in ("images", "masks", "cache", "output")
+        }
+        said = {"model": "tiny_wan", "samples": drawn_name(draws).replace("$", "").strip() or "a", **names}
+        Path("j.yaml").write_text(mpp.init.job_text("j.yaml", said), "utf-8")
+        got = parsed(cli.overrides("prepare", ["j.yaml"]))
+        assert [got["data.image_dir"], got["data.mask_dir"], got["data.cache_dir"]] == list(names.values())[:3]
+        assert got["sampling.prompts"] == said["samples"]
+        assert parsed(cli.overrides("export", ["j.yaml"]))["export.lora"] == names["output"]
+
+
+def test_init_writes_a_file_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my photos").mkdir()
+    monkeypatch.setattr(sys, "argv", ["mpp-init", "model=wan", "images=my photos", "steps=7", "lr=2e-5"])
+    mpp.init.main()
+    assert capsys.readouterr().out.endswith("then: python -m mpp.run 'my photos.yaml'\n")
+    before = Path("my photos.yaml").read_text()
+    got = parsed(cli.overrides("train", ["my photos.yaml"]))
+    assert (got["trainer.max_steps"], got["optimizer.lr"], got["output_dir"]) == (7, 2e-5, "outputs/my photos")
+    with pytest.raises(SystemExit, match="error: my photos.yaml is there and stays as it is"):
+        mpp.init.main()
+    assert Path("my photos.yaml").read_text() == before
+    for words, message in (
+        (["model=wan"], "images=... is missing"),
+        (["model=wan", "images=none"], "images=none is not a folder"),
+        (["model=wan", "image=x"], "image=x is not understood; type KEY=VALUE with one of model, loss"),
+        (["model=wan", "images=my photos", "rank=big"], "rank must be a whole number, got 'big'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mpp.init.write(words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my photos", "my photos.yaml"]
+
+
+def test_run_calls_three_commands_and_stops_at_the_first_that_fails(job, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(mpp.run, "call", lambda name, words: calls.append((name, words)) or 7 * (name == "report"))
+    monkeypatch.setattr(sys, "argv", ["mpp-run", job(), "device=cpu", "loss=plain", "resume=x"])
+    with pytest.raises(SystemExit) as ended:
+        mpp.run.main()
+    assert ended.value.code == 7
+    assert [name for name, _ in calls] == ["prepare", "report"]
+    assert parsed(calls[0][1]) == MEANT["prepare"] | {"device": "cpu"}
+    assert parsed(calls[1][1]) == MEANT["report"] | {"loss": "plain"}
+    assert "mpp.report ended with exit code 7; not started: mpp.train" in capsys.readouterr().err
+    for words, message in (
+        ([job(), "--multirun"], "mpp.run takes KEY=VALUE and --show behind the job file, got --multirun"),
+        ([job(), "trainr.x=1"], "trainr.x is not a setting of any command; nearest is trainer"),
+        ([job(), "export.format=kohya"], "is for mpp.export, which mpp.run does not call"),
+        (["model=wan"], "mpp.run wants a job file as its first word"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mpp.run.commands(words)
+
+
+def test_show_prints_what_can_be_typed_instead(job, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mpp-train", job(), "--show", "seed=3"])
+    with pytest.raises(SystemExit) as ended:
+        cli.rewrite_arguments("train")
+    assert ended.value.code == 0
+    words = shlex.split(capsys.readouterr().out.replace("\\\n", ""))
+    assert words[:3] == ["python", "-m", "mpp.train"]
+    assert words[3:] == cli.overrides("train", [job(), "seed=3"])
+    monkeypatch.setattr(sys, "argv", ["mpp-run", job(), "--show"])
+    mpp.run.main()
+    assert [w for w in shlex.split(capsys.readouterr().out.replace("\\\n", "")) if w[:4] == "mpp."] == [
+        f"mpp.{n}" for n in mpp.run.STAGES
+    ]
+
+
+@pytest.mark.parametrize("module", [mpp.init, mpp.run])
+def test_help_is_short_and_no_words_are_an_error(monkeypatch, capsys, module):
+    for words, code in ((["--help"], 0), ([], 2)):
+        monkeypatch.setattr(sys, "argv", ["mpp", *words])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        assert ended.value.code == code
+        assert len(capsys.readouterr().out.splitlines()) < 20
+
+
+QUICK = [
+    "trainer.precision=32-true",
+    "trainer.accelerator=cpu",
+    "data.num_workers=0",
+    "device=cpu",
+    "prepare.workers=0",
+]
+
+
+@pytest.mark.slow
+def test_a_newcomer_from_init_to_samples(tmp_path):
+    draw_photos(tmp_path / "meine Fotos, 1", tmp_path / "masks", count=2)
+    words = ["model=tiny_wan", "images=meine Fotos, 1", "masks=masks", "resolution=64", "steps=2", "output=outputs/ich"]
+    assert run("mpp.init", *words, "samples=a red box, a dog --w 32 --h 32 --s 1", cwd=tmp_path).returncode == 0
+    done = run("mpp.run", "ich.yaml", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "outputs" / "ich"
+    assert (out / "lora.safetensors").is_file()
+    assert (tmp_path / "cache" / "ich_report.html").is_file()
+    assert (out / "samples" / "step-000002" / "0_a_red_box_a_dog.png").is_file()
+    again = run("mpp.run", "ich.yaml", *QUICK, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "outputs/ich holds a run already; go on with resume=outputs/ich" in again.stderr
+    job = tmp_path / "ich.yaml"
+    job.write_text(job.read_text().replace("lr: 1e-4", "lr: 5e-4"))  # of which the run's record knows nothing
+    more = run("mpp.train", "ich.yaml", "resume=outputs/ich", "trainer.max_steps=3", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert "ich.yaml is set aside: a run goes on as it was begun" in more.stderr
+    assert (out / "checkpoints" / "last.ckpt").is_file()
+    sampled = run("mpp.sample", "ich.yaml", "device=cpu", cwd=tmp_path)
+    assert sampled.returncode == 0, sampled.stderr
+    assert (out / "generated" / "0_a_red_box_a_dog.png").is_file()
+    exported = run("mpp.export", "ich.yaml", "format=peft", cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_to_run_ends_training_as_it_ends_training_alone(tmp_path):
+    draw_photos(tmp_path / "photos", tmp_path / "masks", count=2)
+    words = ["model=tiny_wan", "images=photos", "masks=masks", "resolution=64", "steps=100000"]
+    assert run("mpp.init", *words, cwd=tmp_path).returncode == 0
+    script = [sys.executable, "-m", "mpp.run", "photos.yaml", *QUICK]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    heard = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(script, cwd=tmp_path, env=environment, **heard) as process:
+        log = tmp_path / "outputs" / "photos" / "train.log"
+        for _ in range(1200):
+            if log.is_file() and "masked prior preservation" in log.read_text():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert "resume=outputs/photos" in log.read_text()
