@@ -124,6 +124,14 @@ def test_the_table_of_settings_is_that_of_the_commands(command):
         assert SHARED_ROOTS["data.preservation"][command] == set(cfg.data.preservation) - {"_target_"}
 
 
+def test_the_file_in_the_documentation_has_all_keys(job):
+    text = (REPOSITORY / "docs" / "job.md").read_text().split("```yaml\n")[1].split("```")[0]
+    found = read_job(job(text))
+    assert set(found.said) == set(KEYS)
+    assert parsed(cli.overrides("sample", ["a.yaml"]))["sampling.prompts"][1] == "a sign: open"
+    assert parsed(cli.overrides("export", ["a.yaml"]))["model.pretrained"] == "${oc.env:HOME}/models/wan"
+
+
 # ---------------------------------------------------------------- mistakes
 
 

@@ -27,6 +27,7 @@ SHOWN = {  # what readers will take the commands of the documentation for
     "a red box, a dog, and more": "a red box, a dog, and more",
     "ohwx at the beach": "ohwx at the beach",
     "a photo of ohwx": "a photo of ohwx",
+    "ohwx at the beach, at dusk": "ohwx at the beach, at dusk",
     "[]": [],
 }
 
@@ -38,7 +39,9 @@ def typed(command, text):
     return OverridesParser.create().parse_override(word).value()
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/prompts.md", "docs/export.md", "configs/sample.yaml"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "docs/prompts.md", "docs/job.md", "docs/export.md", "configs/sample.yaml"]
+)
 def test_prompts_in_the_documentation_are_what_they_look_like(file):
     found = []
     for line in (DOCS / file).read_text().splitlines():
