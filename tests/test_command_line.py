@@ -47,7 +47,7 @@ def test_images_to_lora_by_the_two_commands(tmp_path):
         (["data.cache_dir=none"], "error: no cache at none; make one with"),
         (["data.cache_dir=c", "loss.prior_weight=-1"], "error: loss.prior_weight must be at least 0, got -1"),
         (["data.cache_dir=c", "lora=none"], "error: lora=none: loss.prior_weight=1.0 needs an adapter"),
-        (["data.cache_dir=c", "loss=treshold"], "Could not find 'loss/treshold'"),
+        (["data.cache_dir=c", "loss=treshold"], "error: loss=treshold is not there; did you mean threshold?"),
         (["data.cache_dir=c", "losss=masked"], "losss"),
         ([], "error: data.cache_dir=... is missing"),
     ],
@@ -80,7 +80,7 @@ def test_help_shows_settings_that_stand_in_no_yaml(tmp_path):
     shown = run("mpp.prepare", "--help", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "data.clips.extract=head" in shown.stdout
-    assert "source: folder" in shown.stdout
+    assert "data=folder" in shown.stdout
 
 
 def test_an_installed_wheel_finds_its_configs_in_another_folder(tmp_path):

@@ -29,7 +29,7 @@ RUN = [
 REFUSED = {  # by command: words that end it, alone or after those that each start has; and what is said
     "train": [
         (["losss=masked"], "losss is not a setting"),
-        (["loss=treshold"], "Could not find 'loss/treshold'"),
+        (["loss=treshold"], "loss=treshold is not there; did you mean threshold"),
         (["lora.rank=eight"], "lora.rank should be"),
         (["loss.prior_weight=-1"], "loss.prior_weight must be at least 0"),
         (["trainer.max_time=nonsense"], "is not a valid duration"),

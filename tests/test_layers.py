@@ -29,15 +29,17 @@ LAYERS = [  # rooms, or modules of the top; each may import from those before it
     "settings",
     "job_file",
     "cli",
+    "messages",
     "jobs",
+    "checks",
     "config",
     "recorded",
     COMMANDS,
 ]
 KNOW = {  # who may import a framework: rooms, or single modules
     "lightning": {"batching/datamodule", "training", "train"},
-    "hydra": {"config", "recorded", "cli", "jobs", *COMMANDS},
-    "omegaconf": {"config", "recorded", "cli", "jobs", *COMMANDS},
+    "hydra": {"config", "recorded", "cli", "messages", "jobs", "checks", *COMMANDS},
+    "omegaconf": {"config", "recorded", "cli", "messages", "jobs", "checks", *COMMANDS},
 }
 KNOW["pytorch_lightning"] = KNOW["lightning"]
 FREE = {"training/step", "training/teacher"}  # of `training`, what is plain torch

@@ -46,7 +46,6 @@ _TEXTS = re.compile(  # settings that are a text, or a file besides true and fal
     r"export\.metadata\.(title|author|license|description|tags|trigger_phrase|usage_hint|thumbnail)"
     r"|sampling\.(prompts|negative_prompt)"
 )
-_HELP = "hydra.help.template=${explained_settings:}"  # made by mpp.config, from the classes
 
 
 def overrides(command: str, words: Sequence[str]) -> list[str]:
@@ -72,8 +71,7 @@ def overrides(command: str, words: Sequence[str]) -> list[str]:
             raise ValueError(elsewhere.format(word=word))
     sweep = {"--multirun", "-m"} & set(words)
     words = sorted(words, key=lambda word: word not in ("--multirun", "-m"))  # Hydra takes it at either end alone
-    explain = [_HELP] if {"--help", "-h"} & set(words) and _HELP not in words else []
-    return explain + [_full(command, word, sweep=bool(sweep)) for word in words]
+    return [_full(command, word, sweep=bool(sweep)) for word in words]
 
 
 def _from_job(command: str, file: str, typed: Sequence[str]) -> list[str]:

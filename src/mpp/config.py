@@ -4,45 +4,64 @@ The class is the schema and the default, a YAML says only what differs. Each nod
 overrides are applied, so that every setting can be typed, is shown by `--cfg job`, and is recorded.
 """
 
-import difflib
+import argparse
 import functools
 import importlib.util
-import inspect
-import json
 import logging
 import os
+import re
 import sys
+import textwrap
 import threading
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import ConfigCompositionException, HydraException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
 
 from mpp import cli
+from mpp.checks import (
+    FROM_ELSEWHERE,
+    ROLES,
+    ROOTS,
+    device_of,
+    flattened,
+    has_target,
+    missing_package,
+    problems,
+    root_problems,
+)
 from mpp.files import is_out_of_space
 from mpp.jobs import divide_output
+from mpp.messages import Refused, nearest, no_option, plain_words, several, unknown, unreadable
 from mpp.settings import default_settings, described_settings, locate
+
+__all__ = ["CONFIG_DIR", "build", "build_all", "check_config", "command", "complete", "compose", "device_of"]
 
 log = logging.getLogger("mpp")
 
 _PACKAGED = Path(__file__).parent / "configs"  # in an installed wheel
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
 _NO_SPACE = "no space left to write"
-_EXTRAS = {"bitsandbytes": "adamw8bit", "prodigyopt": "prodigy", "schedulefree": "schedulefree", "wandb": "wandb"}
-_FROM_ELSEWHERE = {  # made from other groups, so nobody can set them here
-    "lightning.Trainer": ("logger", "callbacks", "plugins", "default_root_dir"),
-}
+_RAISE = "HYDRA_FULL_ERROR"
+_MISSPELT = 0.8  # how alike two names are of which one is meant for the other
+_MAY_GO = {"logger", "experiment", "hydra"}  # of what a command has, what may be left out by ~NAME
 
 # ---------------------------------------------------------------- composing
 
@@ -70,7 +89,7 @@ def complete(node: DictConfig) -> None:
             value = node[name] if name in node.keys() and not _is_open(node, name) else None  # noqa: SIM118 (??? too)
             if name not in node.keys():  # noqa: SIM118
                 node[name] = default
-            elif isinstance(value, DictConfig) and _has_target(default) and "_target_" not in value:
+            elif isinstance(value, DictConfig) and has_target(default) and "_target_" not in value:
                 node[name] = OmegaConf.merge(default, value)
     for name in node:
         if not _is_open(node, name) and isinstance(node[name], DictConfig):
@@ -90,28 +109,42 @@ def _defaults(target: str) -> dict[str, Any]:
         found = default_settings(locate(target))
     except ValueError:  # no such class, which `check_config` says
         return {}
-    return {name: value for name, value in found.items() if name not in _FROM_ELSEWHERE.get(target, ())}
+    return {name: value for name, value in found.items() if name not in FROM_ELSEWHERE.get(target, ())}
 
 
 def _override(overrides: Sequence[Override], cfg: DictConfig) -> None:
     """Complete the configuration, and apply what was typed; classes first, as the other settings are theirs.
 
     Raises:
-        ConfigCompositionException: A key is not known; names those that are, and the nearest.
+        Refused: Keys are not known; names those that are, and the nearest.
     """
     typed = [replace(o, type=OverrideType.FORCE_ADD) if o.is_add() else o for o in overrides]
     classes = [o for o in typed if o.key_or_group.endswith("_target_")]
-    try:
-        _apply_overrides(classes, cfg)
-        for name in cfg:
-            if name != "hydra" and not _is_open(cfg, name) and isinstance(cfg[name], DictConfig):
-                complete(cfg[name])
-        _apply_overrides([o for o in typed if o not in classes], cfg)
-    except ConfigCompositionException as error:
-        cause = error.__cause__
-        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
-            raise ConfigCompositionException(_unknown_key(str(cause.full_key), cause.parent_node)) from None
-        raise
+    found = list(_refused(classes, cfg))
+    for name in cfg:
+        if name != "hydra" and not _is_open(cfg, name) and isinstance(cfg[name], DictConfig):
+            complete(cfg[name])
+    found += _refused([o for o in typed if o not in classes], cfg)
+    if found:
+        raise Refused(found, cfg)
+
+
+def _refused(overrides: Sequence[Override], cfg: DictConfig) -> Iterator[str]:
+    """Apply what was typed, and say what cannot be."""
+    for override in overrides:
+        try:
+            _apply_overrides([override], cfg)
+        except ConfigCompositionException as error:
+            cause = error.__cause__
+            if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+                yield _unknown_key(str(cause.full_key), override.key_or_group, cause.parent_node, cfg)
+            elif override.is_delete() and OmegaConf.select(cfg, override.key_or_group) is None:
+                near = nearest(override.key_or_group, _keys(cfg))
+                yield f"{override.input_line}: there is nothing to leave out" + (
+                    f"; did you mean ~{near}?" * bool(near)
+                )
+            else:
+                yield f"{override.input_line}: {plain_words(error)}"
 
 
 _apply_overrides = ConfigLoaderImpl._apply_overrides_to_config  # noqa: SLF001
@@ -119,36 +152,218 @@ _apply_overrides = ConfigLoaderImpl._apply_overrides_to_config  # noqa: SLF001
 ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_override)  # noqa: SLF001
 
 
-def _unknown_key(key: str, parent: DictConfig) -> str:
-    above, _, name = key.rpartition(".")
+def _unknown_key(key: str, typed: str, parent: DictConfig, cfg: DictConfig) -> str:
+    above = key.rpartition(".")[0]
     settings = typing.cast(dict[str, Any] | None, OmegaConf.to_container(parent)) or {}
     target = settings.get("_target_")
     options = [str(option) for option in settings if not str(option).startswith("_") and option != "hydra"]
-    missing = _missing_package(above, target) if target else None
-    return missing or _unknown(key, name, options, target or above or "this command")
+    missing = missing_package(above, target) if target else None
+    typed = typed.removesuffix("._target_")
+    keys = flattened(_raw(cfg)) if typed.startswith("hydra.") else _keys(cfg)
+    return missing or unknown(key, options, target or above or "this command", keys, typed=typed)
 
 
-def _unknown(path: str, name: str, options: Iterable[str], owner: str) -> str:
-    options = list(options)
-    near = difflib.get_close_matches(name, options, 1)
-    hint = f"nearest is {near[0]}; " if near else ""
-    return f"{path} is not a setting of {owner}; {hint}it has {', '.join(options) or 'none'}"
+def _keys(cfg: DictConfig) -> list[str]:
+    return [key for key in flattened(_raw(cfg)) if key.partition(".")[0] != "hydra"]
 
 
-def _help(_root_: DictConfig) -> str:
-    """A template for Hydra's `--help`: the settings as they are now, explained by their classes."""
-    record = typing.cast(dict[str, Any], OmegaConf.to_container(_root_, resolve=False))
-    lines = described_settings({name: value for name, value in record.items() if name != "hydra"})
-    head = "Settings are typed as KEY=VALUE, groups as GROUP=OPTION:\n\n$APP_CONFIG_GROUPS\n"
-    return head + "\n".join(lines).replace("$", "$$")
+def _raw(cfg: DictConfig) -> dict[str, Any]:
+    return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
 
 
-OmegaConf.register_new_resolver("explained_settings", _help, replace=True)
+# ---------------------------------------------------------------- what Hydra would say, or pass over
+
+
+def _load(
+    self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], run_mode: RunMode, **settings: bool
+) -> DictConfig:
+    """Hydra's composition; all that is wrong is said at once.
+
+    Raises:
+        Refused: Words that cannot be read, groups and options that there are not, settings that nobody reads.
+    """
+    parser, typed, found = OverridesParser.create(config_loader=self), list[Override](), list[str]()
+    for word in overrides:
+        try:
+            (override,) = parser.parse_overrides([word])
+        except HydraException:
+            override = None
+        if override is not None and override.key_or_group:
+            typed.append(override)
+        else:
+            found.append(unreadable(word))
+    repository = CachingConfigRepository(self.repository)
+    self._process_config_searchpath(config_name, typed, repository)
+    groups = [o for o in typed if repository.group_exists(o.key_or_group) and _chosen(o) is not None]
+    ranges = run_mode is RunMode.RUN and settings.get("validate_sweep_overrides", True)
+    wrong = {
+        o.key_or_group if o.package is None else o.package: problem
+        for o in typed
+        for problem in (
+            [several(str(o.input_line), group=o in groups)]
+            if ranges and o.is_sweep_override()
+            else _no_option(o, repository, groups)
+        )
+    }
+    found += wrong.values()
+    roots = _roots(config_name, repository) | {_short(o) for o in groups}
+    plain = [o for o in groups if o.package is None and o.key_or_group in roots]  # a plus before them changes nothing
+    lines = {id(o): str(o.input_line).lstrip("+") if o in plain else str(o.input_line) for o in typed}
+    words = [lines[id(o)] for o in typed if _short(o) not in wrong]
+    cfg = None
+    try:
+        cfg = _compose(self, config_name, words, run_mode, **settings)
+        if config_name is not None and run_mode is RunMode.RUN:
+            found += _unread(cfg, roots)
+    except Refused as error:
+        found += [*error.problems, *_unread(error.cfg, roots)]
+        cfg = error.cfg
+    except ConfigCompositionException as error:
+        if not found:
+            raise
+        if not any(plain_words(error).startswith(f"{name}=") for name in wrong):
+            found.append(plain_words(error))
+    if found:
+        more = problems(_without_hydra(cfg)) if isinstance(cfg, DictConfig) and _resolves(cfg) else []
+        unsure = tuple(f"{name}{end}" for name in wrong for end in (".", " ", "="))
+        raise Refused([*found, *(problem for problem in more if not problem.startswith(unsure))], cfg)
+    assert cfg is not None
+    return cfg
+
+
+_compose = ConfigLoaderImpl.load_configuration
+ConfigLoaderImpl.load_configuration = _load
+
+
+def _short(override: Override) -> str:
+    return override.package or override.key_or_group
+
+
+def _chosen(override: Override) -> list[Any] | None:
+    """The options that a word chooses of a group; None where it chooses none."""
+    if override.is_sweep_override():
+        return [str(option) for option in override.sweep_string_iterator()] if override.is_choice_sweep() else None
+    value = override.value()
+    if override.is_delete() or isinstance(value, dict):
+        return None
+    return value if isinstance(value, list) else [value]
+
+
+def _no_option(override: Override, repository: CachingConfigRepository, groups: Sequence[Override]) -> Iterator[str]:
+    if override not in groups:
+        return
+    options = repository.get_group_options(override.key_or_group, ObjectType.CONFIG)
+    for option in _chosen(override) or ():
+        there = isinstance(option, str) and option and repository.config_exists(f"{override.key_or_group}/{option}")
+        if not there and option != "???":
+            yield no_option(_short(override), "null" if option is None else str(option), options)
+
+
+def _roots(config_name: str | None, repository: CachingConfigRepository) -> set[str]:
+    """What a command's own configuration has at its top."""
+    loaded = None if config_name is None else repository.load_config(config_name)
+    if loaded is None or not isinstance(loaded.config, DictConfig):
+        return set()
+    found = {str(name) for name in loaded.config}
+    for default in loaded.defaults_list or ():
+        group, package = getattr(default, "group", None), default.package
+        if group is not None:
+            found |= {package or group} - {"hydra/job_logging"}
+        elif not default.is_self():
+            found |= _roots(default.path, repository)  # a configuration of the user's own, upon a command's
+    return found
+
+
+def _unread(cfg: Any, roots: set[str]) -> Iterator[str]:  # noqa: ANN401
+    """What nobody reads, or misses: settings outside all classes, and what was left out."""
+    settings = _raw(cfg)
+    keys = [key for key in _keys(cfg) if key.partition(".")[0] in roots - {"experiment"}]
+    for name, node in settings.items():
+        if name == "experiment" or (name not in roots and not _is_meant(name, cfg, roots)):
+            below = [] if has_target(node) else [key for key in flattened(node, name) if key.count(".") == 1]
+            for key in below or [name]:
+                yield unknown(name, sorted(roots - _MAY_GO), "this command", keys, typed=key)
+        elif isinstance(node, Mapping) and "_target_" not in node and name != "hydra":
+            entries = [entry for entry, child in node.items() if not (child is None or has_target(child))]
+            entries = [entry for entry in entries if not OmegaConf.is_interpolation(cfg[name], entry)]
+            if f"{name}.*" in ROLES:
+                for entry in [entry for entry in entries if not isinstance(node[entry], Mapping)]:
+                    entries.remove(entry)
+                    yield f"{name}.{entry} must be null, or an object with its _target_, got {node[entry]!r}"
+            for entry in entries:
+                below = flattened(node[entry], f"{name}.{entry}") or [f"{name}.{entry}"]
+                others = [str(other) for other in node if other not in entries]
+                known = [key for key in keys if not f"{key}.".startswith(f"{name}.{entry}.")]
+                yield unknown(f"{name}.{entry}", others, name, known, typed=below[0])
+    for name in sorted(roots - settings.keys() - _MAY_GO - {"tool"}):
+        yield f"{name}: ~{name} leaves out what the command needs"
+
+
+def _is_meant(name: str, cfg: DictConfig, roots: set[str]) -> bool:
+    """Whether a new setting at the top is there to be referred to, or an object of its own."""
+    referred = re.search(rf"\$\{{{re.escape(name)}\b", OmegaConf.to_yaml(_without_hydra(cfg)))
+    return bool(referred) or (has_target(_raw(cfg)[name]) and not get_close_matches(name, roots, 1, _MISSPELT))
+
+
+def _without_hydra(cfg: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(cfg, [name for name in cfg if name != "hydra"])
+
+
+def _resolves(cfg: DictConfig) -> bool:
+    try:
+        plain_values(_without_hydra(cfg))
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def plain_values(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain values, for checkpoints and files."""
     return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
+# ---------------------------------------------------------------- explaining
+
+
+def explanation(command: str, words: Sequence[str]) -> str:
+    """What `--help` prints: examples and where to read on, as the command's YAML says, then groups and settings.
+
+    Args:
+        command: Its name.
+        words: What is typed besides.
+    """
+    flags = get_args_parser().parse_intermixed_args(list(words))
+    folder = [f'hydra.searchpath=["{Path(flags.config_dir).absolute().as_uri()}"]'] if flags.config_dir else []
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        # As for a sweep: a group that must be chosen need not be, yet.
+        cfg = loader.load_configuration(command, [*folder, *cli.overrides(command, flags.overrides)], RunMode.MULTIRUN)
+        made = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.hydra.runtime.choices))
+        choices = {key: str(value) for key, value in reversed(made.items()) if "hydra/" not in key}
+        options = {key: loader.get_group_options(key.partition("@")[0]) for key in choices}
+    text = (CONFIG_DIR / f"{command}.yaml").read_text("utf-8")
+    head = re.findall(r"^# ?(.*)\n", text[: text.index("defaults:")], re.MULTILINE)
+    lines = [f"usage: python -m mpp.{command} [GROUP=OPTION ...] [SETTING=VALUE ...]", "", *head, "", "groups:"]
+    for key, value in choices.items():
+        chosen = "" if value in ("???", "None") else f" (now {value})"
+        lines += textwrap.wrap(
+            f"{key.rpartition('@')[2]}={'|'.join(options[key])}{chosen}", 118, subsequent_indent="  "
+        )
+    record = {name: value for name, value in _raw(cfg).items() if name != "hydra"}
+    lines += described_settings(record, own={name: (hint, _comment(text, name)) for name, hint in ROOTS.items()})
+    for key in [key for key in choices if key not in record and choices[key] == "???"]:
+        for option in options[key]:
+            node = typing.cast(DictConfig, OmegaConf.load(CONFIG_DIR / key / f"{option}.yaml"))
+            complete(node)
+            said = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
+            lines += [f"\n{key}={option}", *(line.lstrip("\n") for line in described_settings(said, key))]
+    return "\n".join(lines)
+
+
+def _comment(text: str, name: str) -> str:
+    """What a YAML says beside a setting."""
+    found = re.search(rf"^{name}:[^#\n]*#(.*\n(?: +#.*\n)*)", text, re.MULTILINE)
+    return " ".join(found[1].replace("#", " ").split()) if found else ""
 
 
 # ---------------------------------------------------------------- checking
@@ -157,88 +372,12 @@ def plain_values(cfg: DictConfig) -> dict[str, Any]:
 def check_config(cfg: DictConfig) -> None:
     """Refuse settings that are missing, unknown or of the wrong type, and packages that are not installed, all at once.
 
-    The constructors' signatures are the schema: names are compared with them for every node with a `_target_`, and
-    values with the type hints where the class is of mpp.
-
     Raises:
         ValueError: Names each setting, what it must be, and what it is.
     """
-    problems = [f"{key}=... is missing" for key in sorted(OmegaConf.missing_keys(cfg))]
-    for path, node in _targets(plain_values(cfg), ""):
-        problems += _problems(path, node)
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: ANN401
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield path, node
-        for name, child in node.items():
-            yield from _targets(child, f"{path}.{name}" if path else name)
-
-
-def _problems(path: str, node: dict[str, Any]) -> Iterator[str]:
-    target = node["_target_"]
-    missing = _missing_package(path, target)
-    if missing:
-        yield missing
-        return
-    try:
-        function = locate(target)
-    except ValueError as error:
-        yield f"{path}: {error}"
-        return
-    try:
-        known = inspect.signature(function).parameters
-    except ValueError:  # a built-in type has none to compare with
-        return
-    options = [option for option in known if option not in _FROM_ELSEWHERE.get(target, ())]
-    ours = target.split(".")[0] == "mpp" or target == "lightning.Trainer"
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function) if ours else {}
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for name, value in node.items():
-        if name.startswith("_"):
-            continue
-        if name not in options and not open_ended:
-            yield _unknown(f"{path}.{name}", name, options, target)
-        elif ours and not _has_target(value) and value != "???":
-            yield from (f"{path}.{name} {problem}" for problem in _mismatch(hints.get(name), value))
-
-
-def _missing_package(path: str, target: str) -> str | None:
-    package = target.split(".", maxsplit=1)[0]
-    if importlib.util.find_spec(package) is not None:
-        return None
-    extra = f"; pip install 'mpp[{_EXTRAS[package]}]'" if package in _EXTRAS else ""
-    return f"{path} needs the package {package}, which is not installed{extra}"
-
-
-def _mismatch(hint: Any, value: Any) -> list[str]:  # noqa: ANN401
-    try:
-        adapter = TypeAdapter(hint)
-    except Exception:  # noqa: BLE001 (a hint pydantic has no schema for, such as a protocol: nothing to compare)
-        return []
-    try:
-        adapter.validate_json(json.dumps(value), strict=True)  # JSON mode: a list may stand for a tuple
-    except ValidationError as error:
-        wishes = dict.fromkeys(item["msg"].removeprefix("Input ") for item in error.errors())
-        return [f"{' or '.join(wishes)}, got {value!r}"]
-    return []
-
-
-def _has_target(value: Any) -> bool:  # noqa: ANN401
-    return isinstance(value, dict) and "_target_" in value
-
-
-def device_of(name: str) -> str:
-    """A device's name; `auto` is the GPU where there is one, and each process of a node has its own."""
-    if name != "auto":
-        return name
-    if not torch.cuda.is_available():
-        return "cpu"
-    number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    return "cuda" if number is None else f"cuda:{int(number) % torch.cuda.device_count()}"
+    found = problems(cfg)
+    if found:
+        raise ValueError("\n".join(found))
 
 
 # ---------------------------------------------------------------- building and running
@@ -260,6 +399,8 @@ def build(node: DictConfig | None, **extra: Any) -> Any:  # noqa: ANN401
     except HydraException as error:
         if isinstance(error.__cause__, ValueError | OSError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, TypeError | ImportError) and not str(node.get("_target_")).startswith("mpp."):
+            raise ValueError(f"{node.get('_target_')} cannot be made: {error.__cause__}") from error
         raise
 
 
@@ -289,18 +430,55 @@ def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], Non
         threading.excepthook = _said_by_main
         try:
             divide_output(cfg)
+            if root_problems(plain_values(cfg)):
+                check_config(cfg)
             task(cfg)
         except (ValueError, OSError, OmegaConfBaseException) as error:
             if os.environ.get("MPP_TRACEBACK"):
                 raise
             if is_out_of_space(error) and _NO_SPACE not in str(error):  # a logger's, which names no file
                 error = f"{_NO_SPACE} logs below {cfg.get('output_dir', '.')} ({error}): free space, run again"
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {plain_words(error) if isinstance(error, Exception) else error}", file=sys.stderr)
             sys.exit(1)
 
     def main() -> None:
         """Command line entry."""
         cli.rewrite_arguments(name)
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(run)()
+        own = os.environ.get(_RAISE)
+        os.environ[_RAISE] = "1"  # or Hydra would print errors in its own words, and exit
+        try:
+            if _flags(name).help:
+                print(explanation(name, sys.argv[1:]))
+                return
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(run)()
+        except (HydraException, OmegaConfBaseException, ValueError, OSError, yaml.YAMLError) as error:
+            if os.environ.get("MPP_TRACEBACK"):
+                raise
+            sys.exit(f"error: {plain_words(error)}")
+        finally:
+            os.environ.pop(_RAISE)
+            os.environ.update({} if own is None else {_RAISE: own})
 
     return main
+
+
+def _flags(name: str) -> argparse.Namespace:
+    """What of the words is for Hydra itself; in `sys.argv` these now stand before all others, where it finds them.
+
+    Raises:
+        ValueError: There is no such flag, or it lacks its value.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> typing.NoReturn:
+        known = [flag for action in parser._actions for flag in action.option_strings]  # noqa: SLF001
+        stray = [word for word in sys.argv[1:] if word in message.split() and word[:1] == "-"]
+        near = get_close_matches(stray[0], known, 1) if stray else []
+        hint = f"did you mean {near[0]}?" if near else f"python -m mpp.{name} --help explains what can be typed"
+        raise ValueError(f"{message}; {hint}")
+
+    parser.error = refuse
+    flags = parser.parse_intermixed_args(sys.argv[1:])
+    others = [word for word in sys.argv[1:] if word not in flags.overrides]
+    sys.argv[1:] = [word for word in others if word != "--"] + flags.overrides
+    return flags

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mpp.batching.training_set import TrainingSet
 from mpp.config import complete, plain_values
+from mpp.messages import is_readable
 from mpp.training.checkpoint import check_checkpoint, read_checkpoint
 from mpp.training.resuming import SWITCHES, Decisions, Reached, Switches, decide, rule_of
 from mpp.training.runs import asked_checkpoint, begun, folder_of, resumed
@@ -70,9 +71,10 @@ def _load(
     def composed(words: list[str]) -> DictConfig:
         return _compose(self, config_name, words, run_mode, **settings)
 
-    typed = OverridesParser.create(config_loader=self).parse_overrides(overrides)
-    if config_name != "train" or run_mode is RunMode.MULTIRUN or not {"resume", "ckpt_path"} & _keys(typed):
+    asked = any(word.lstrip("+").startswith(("resume=", "ckpt_path=")) for word in overrides)
+    if config_name != "train" or run_mode is RunMode.MULTIRUN or not asked or not all(map(is_readable, overrides)):
         return composed(overrides)
+    typed = OverridesParser.create(config_loader=self).parse_overrides(overrides)
     groups = _keys(typed) & set(self.list_groups(""))
     late = [o for o in typed if o.key_or_group not in {*groups, *_START} and not o.is_hydra_override()]
     cfg = composed([str(o.input_line) for o in typed if o not in late])

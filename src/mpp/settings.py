@@ -17,6 +17,8 @@ def locate(target: str) -> Any:  # noqa: ANN401
         ValueError: There is none.
     """
     module, _, name = target.rpartition(".")
+    if not module:
+        raise ValueError(f"_target_={target} names no class or function: its full name is needed, as torch.optim.SGD")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -74,19 +76,57 @@ def reasons(function: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
-def described_settings(node: Mapping[str, Any], path: str = "") -> list[str]:
-    """Lines for people: each setting of a configuration with its value, and what its class says of it."""
+def written_kinds(function: Callable[..., Any]) -> dict[str, str]:
+    """Types of a class's or function's settings, as people write them."""
+    found = inspect.signature(function).parameters.values()
+    return {p.name: written_kind(p.annotation) for p in found if p.annotation is not inspect.Parameter.empty}
+
+
+def written_kind(hint: Any) -> str:  # noqa: ANN401
+    """A type as people write it: `int`, `a|b`, `Sequence[str] or null`."""
+    text = hint if isinstance(hint, str) else inspect.formatannotation(hint)
+    text = re.sub(
+        r"(?:Literal|typing\.Literal)\[([^]]*)\]", lambda at: re.sub(r"['\" ]", "", at[1]).replace(",", "|"), text
+    )
+    text = re.sub(r"Optional\[([^][]*)\]", r"\1 | None", re.sub(r"\b(?:\w+\.)+(?=\w)", "", text))
+    return " or ".join(part.replace("None", "null") for part in text.split(" | "))
+
+
+def described_settings(
+    node: Mapping[str, Any], path: str = "", own: Mapping[str, tuple[Any, str]] | None = None
+) -> list[str]:
+    """Lines for people: each setting of a configuration with its value, its type, and what its class says of it.
+
+    Args:
+        node: The configuration.
+        path: Where it lies in a larger one.
+        own: Types and meanings of settings that belong to no class.
+    """
     target = node.get("_target_")
     said = reasons(locate(target)) if str(target).startswith("mpp.") else {}
-    lines = [f"\n{path}: {target}"] if target else []
+    of = written_kinds(locate(target)) if target and _is_there(target) else {}
+    for name, (hint, meaning) in ({} if path else own or {}).items():
+        said[name], of[name] = meaning, written_kind(hint)
+    lines = [f"\n{path}: {target}"] if target else [] if path else [""]
     below = []
     for name, value in node.items():
         here = f"{path}.{name}" if path else str(name)
         if isinstance(value, Mapping) and ("_target_" in value or not target):
             below += described_settings(value, here)
         elif not str(name).startswith("_"):
-            lines += textwrap.wrap(f"{here}={_short(value)}  {said.get(name, '')}", 118, subsequent_indent=" " * 6)
+            kind = f"({of[name]}) " if name in of else ""
+            lines += textwrap.wrap(
+                f"{here}={_short(value)}  {kind}{said.get(name, '')}", 118, subsequent_indent=" " * 6
+            )
     return lines + below
+
+
+def _is_there(target: str) -> bool:
+    try:
+        locate(target)
+    except ValueError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:  # noqa: ANN401

@@ -366,7 +366,9 @@ def test_what_is_no_text_for_a_file_is_refused(said, message):
 @pytest.mark.parametrize("command", ["train", "export"])
 def test_unknown_settings_and_other_types_are_refused(command):
     words = {"train": ["data.cache_dir=x", "output_dir=o"], "export": ["lora=l", "export.format=peft"]}[command]
-    with pytest.raises(Exception, match="export.metadata.titel is not a setting of .*Metadata; nearest is title"):
+    with pytest.raises(
+        Exception, match="export.metadata.titel is not a setting of .*Metadata; did you mean export.metadata.title"
+    ):
         config(command, [*words, "export.metadata.titel=a"])
     cfg = config(command, [*words, "export.metadata.title=2024, (a: b)", "export.metadata.thumbnail=true"])
     check_config(cfg)

@@ -49,6 +49,7 @@ CALLED = [  # class in diffusers or itself, name, parameters that calls rely on
     (ConfigLoaderImpl, "_apply_overrides_to_config", "overrides, cfg"),
 ]
 READ = {
+    "_actions",  # of argparse's parsers
     "_keys_to_ignore_on_load_unexpected",
     "_keep_in_fp32_modules",
     "_disable_adapters",

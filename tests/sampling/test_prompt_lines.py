@@ -28,6 +28,8 @@ SHOWN = {  # what readers will take the commands of the documentation for
     "ohwx at the beach": "ohwx at the beach",
     "a photo of ohwx": "a photo of ohwx",
     "ohwx at the beach, at dusk": "ohwx at the beach, at dusk",
+    "a photo of ohwx, at dusk": "a photo of ohwx, at dusk",
+    "[a park, a street]": ["a park", "a street"],
     "[]": [],
 }
 
