@@ -9,6 +9,7 @@ import sys
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.fabric.strategies.launchers import subprocess_script
+from omegaconf import OmegaConf
 
 from mpp import cli
 from mpp.config import CONFIG_DIR, check_config, explanation
@@ -148,7 +149,12 @@ def helps():
 def test_every_short_word_is_a_key_of_its_command(command):
     words = [f"{short}={'folder' if short == 'data' else 'null'}" for short in cli.SHORT[command]]
     needed = {"prepare": ["data.cache_dir=x"], "masks": ["tool=invert"], "sample": ["output_dir=o"]}
-    config(command, [*needed.get(command, []), *words])
+    cfg = config(command, [*needed.get(command, []), *words])
+    for short, key in cli.SHORT[command].items():
+        if short == "data":
+            assert cfg.data._target_.endswith(".Source") or "image_dir" in cfg.data
+        else:
+            assert OmegaConf.select(cfg, key, default="absent") is None, key
 
 
 @pytest.mark.parametrize(

@@ -342,6 +342,7 @@ def test_nothing_to_resume_is_said(pipeline, prepared, tmp_path):
         train(pipeline, prepared, tmp_path, f"resume={tmp_path / 'none.ckpt'}")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_refused(pipeline, prepared, tmp_path, tmp_path_factory):
     from mpp.models.tiny import tiny_wan
 

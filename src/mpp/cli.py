@@ -170,3 +170,12 @@ def rewrite_arguments(command: str) -> None:
 def shown(command: str, words: Sequence[str]) -> str:
     """A command with its words as one types it into a shell."""
     return " \\\n  ".join([f"python -m mpp.{command}", *map(shlex.quote, words)])
+
+
+def words_or_help(text: str) -> list[str]:
+    """What was typed after a command that is not Hydra's; asked for help, or typed alone, it ends with its text."""
+    words = sys.argv[1:]
+    if not words or {"--help", "-h"} & set(words):
+        sys.stdout.write(text)
+        sys.exit(0 if words else 2)
+    return words

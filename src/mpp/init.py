@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from mpp import cli
 from mpp.job_file import KEYS
 
 HELP = """python -m mpp.init model=MODEL images=photos masks=masks
@@ -115,10 +116,7 @@ def write(words: list[str]) -> str:
 
 def main() -> None:
     """Command line entry."""
-    words = sys.argv[1:]
-    if not words or {"--help", "-h"} & set(words):
-        print(HELP, end="")
-        sys.exit(0 if words else 2)
+    words = cli.words_or_help(HELP)
     try:
         file = write(words)
     except (ValueError, OSError) as error:

@@ -69,10 +69,7 @@ def call(command: str, words: Sequence[str]) -> int:
 
 def main() -> None:
     """Command line entry."""
-    words = sys.argv[1:]
-    if not words or {"--help", "-h"} & set(words):
-        print(HELP, end="")
-        sys.exit(0 if words else 2)
+    words = cli.words_or_help(HELP)
     try:
         todo = commands([word for word in words if word != "--show"])
     except ValueError as error:

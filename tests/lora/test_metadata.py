@@ -160,6 +160,7 @@ def test_a_run_without_samples_has_none_to_show(pipeline, prepared, tmp_path, mo
 # ---------------------------------------------------------------- what no file holds unless asked to
 
 
+@pytest.mark.slow
 def test_no_file_of_a_run_holds_a_path_or_a_prompt_unless_it_is_asked_for(pipeline, zarp, architecture, tmp_path):
     for full in (False, True):
         run = tmp_path / f"run{full}"

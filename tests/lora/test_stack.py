@@ -124,6 +124,7 @@ def test_whole_differences_of_weights_belong_to_a_base_alone(pipeline, tmp_path)
         Stack.read(str(path), arch, dict(parts_of(arch.skeleton()))).attach(dict(parts_of(arch.skeleton())))
 
 
+@pytest.mark.slow
 def test_teacher_and_student_have_the_bases_loras_and_the_file_has_not(pipeline, prepared, layers, tmp_path, capsys):
     made = files(tmp_path, layers, 2, random.Random(1))
     loras = f"model.loras=[{', '.join(f'{path}:{n}' for path, n in zip(made, (1.0, -0.7), strict=True))}]"

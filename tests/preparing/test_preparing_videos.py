@@ -128,6 +128,7 @@ def test_clip_frames_are_the_source_frames_on_screen_at_their_time(root, pipelin
         assert shown == [k * source // target for k in range(17)]
 
 
+@pytest.mark.slow
 def test_a_mask_is_pooled_over_the_frames_of_each_latent_frame(root, pipeline):
     """One white frame in an otherwise black mask video counts a quarter in its group, and the first frame in full."""
     for white, group, share in ((0, 0, 1.0), (1, 1, 0.25), (4, 1, 0.25), (5, 2, 0.25), (8, 2, 0.25)):
