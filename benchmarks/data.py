@@ -28,6 +28,7 @@ from mpp.cache.index import Entry, Index, write_index
 from mpp.config import build, compose
 from mpp.models.contract import Identity
 from mpp.models.tiny import tiny_wan
+from mpp.preparing.summary import Summary
 
 DEMO = Path(__file__).parents[1] / "demo"
 STEP = 0.5  # seconds of a fast training step
@@ -80,7 +81,7 @@ def open_index(path: Path) -> dict[str, float]:
     }
 
 
-def prepare(folder: Path, pipeline: str, *overrides: str) -> mpp.prepare.Summary:
+def prepare(folder: Path, pipeline: str, *overrides: str) -> Summary:
     """Prepare `photos` and `masks` of a folder."""
     settings = [
         "model=tiny_wan", f"model.pretrained={pipeline}", f"data.image_dir={folder / 'photos'}",

@@ -26,6 +26,7 @@ LAYERS = [  # rooms, or modules of the top; each may import from those before it
     "batching",
     "training",
     "reporting",
+    "outline",
     "settings",
     "job_file",
     "cli",
@@ -34,12 +35,13 @@ LAYERS = [  # rooms, or modules of the top; each may import from those before it
     "checks",
     "config",
     "recorded",
+    "fitting",
     COMMANDS,
 ]
 KNOW = {  # who may import a framework: rooms, or single modules
-    "lightning": {"batching/datamodule", "training", "train"},
-    "hydra": {"config", "recorded", "cli", "messages", "jobs", "checks", *COMMANDS},
-    "omegaconf": {"config", "recorded", "cli", "messages", "jobs", "checks", *COMMANDS},
+    "lightning": {"batching/datamodule", "training", "fitting", "train"},
+    "hydra": {"config", "recorded", "fitting", "cli", "messages", "jobs", "checks", *COMMANDS},
+    "omegaconf": {"config", "recorded", "fitting", "cli", "messages", "jobs", "checks", *COMMANDS},
 }
 KNOW["pytorch_lightning"] = KNOW["lightning"]
 FREE = {"training/step", "training/teacher"}  # of `training`, what is plain torch

@@ -215,13 +215,13 @@ def check_refusals(begun, seeds):
 
 
 def test_drawn_settings_that_cannot_change_are_all_named_before_anything_is_built(begun, monkeypatch):
-    monkeypatch.setattr("mpp.train.MaskedPriorModule", lambda **_: pytest.fail("built"))
+    monkeypatch.setattr("mpp.fitting.MaskedPriorModule", lambda **_: pytest.fail("built"))
     check_refusals(begun, range(3))
 
 
 @pytest.mark.slow
 def test_many_more_of_them(begun, monkeypatch):
-    monkeypatch.setattr("mpp.train.MaskedPriorModule", lambda **_: pytest.fail("built"))
+    monkeypatch.setattr("mpp.fitting.MaskedPriorModule", lambda **_: pytest.fail("built"))
     check_refusals(begun, range(100, 150))
 
 

@@ -1,5 +1,7 @@
 """What is wrong with a composed configuration: names, types, classes in the wrong position, packages, devices."""
 
+import contextlib
+import functools
 import importlib.util
 import inspect
 import json
@@ -8,12 +10,11 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mpp.messages import unknown
-from mpp.settings import locate, reasons
+from mpp.settings import look_up, reasons, type_hints
 
 FROM_ELSEWHERE = {  # made from other groups, so nobody can set them here
     "lightning.Trainer": ("logger", "callbacks", "plugins", "default_root_dir"),
@@ -83,7 +84,7 @@ def root_problems(settings: dict[str, Any]) -> list[str]:
 def _missing(cfg: DictConfig, key: str) -> str:
     above, _, name = key.rpartition(".")
     target = OmegaConf.select(cfg, f"{above}._target_") if above else None
-    said = reasons(locate(target)).get(name, "") if str(target).startswith("mpp.") else ""
+    said = reasons(look_up(target)).get(name, "") if str(target).startswith("mpp.") else ""
     meaning = f" ({said.rstrip('.')})" if said else ""
     return f"{key}=... is missing{meaning}: type it after the command, or set it in a YAML of --config-dir"
 
@@ -120,7 +121,7 @@ def _problems(path: str, node: dict[str, Any], keys: list[str]) -> Iterator[str]
         yield missing
         return
     try:
-        function = locate(target)
+        function = look_up(target)
     except ValueError as error:
         yield f"{path}: {error}"
         return
@@ -129,13 +130,13 @@ def _problems(path: str, node: dict[str, Any], keys: list[str]) -> Iterator[str]
         yield wrong
         return
     try:
-        known = inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters
     except ValueError:  # a built-in type has none to compare with
         return
-    options = [option for option in known if option not in FROM_ELSEWHERE.get(target, ())]
+    options = [option for option in parameters if option not in FROM_ELSEWHERE.get(target, ())]
     ours = target.split(".")[0] == "mpp" or target == "lightning.Trainer" or target.startswith("torch.optim.")
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function) if ours else {}
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    hints = type_hints(target) if ours else {}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in node.items():
         if name.startswith("_"):
             continue
@@ -151,10 +152,14 @@ def _wrong_role(path: str, target: str, function: Any) -> str | None:  # noqa: A
     if role is None:
         return None
     if inspect.isclass(function):
-        fits = issubclass(function, locate(role))
+        fits = _full_name(look_up(role)) in map(_full_name, inspect.getmro(function))  # outlines are classes apart
     else:  # a function may make one; that of a schedule is given the optimizer
         fits = callable(function) and (path != "schedule" or "optimizer" in inspect.signature(function).parameters)
     return None if fits else f"{path}: {target} is no {role.rpartition('.')[2]}, which {path}._target_ must name"
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def missing_package(path: str, target: str) -> str | None:
@@ -169,14 +174,20 @@ def missing_package(path: str, target: str) -> str | None:
     return None
 
 
+@functools.cache
+def _adapter(hint: Any, written: str) -> TypeAdapter[Any] | None:  # noqa: ANN401
+    """What compares values with a type, whose parts are tried as `written`: equal unions may differ in their order."""
+    del written
+    for settings in ({"config": ConfigDict(arbitrary_types_allowed=True)}, {}):
+        with contextlib.suppress(Exception):  # a hint pydantic has no schema for, such as a protocol
+            return TypeAdapter(hint, **settings)
+    return None
+
+
 def _mismatch(hint: Any, value: Any) -> list[str]:  # noqa: ANN401
-    try:
-        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except Exception:  # noqa: BLE001 (a hint pydantic has no schema for, such as a protocol: nothing to compare)
-        try:
-            adapter = TypeAdapter(hint)
-        except Exception:  # noqa: BLE001
-            return []
+    adapter = _adapter(hint, repr(hint))
+    if adapter is None:  # nothing to compare
+        return []
     try:
         adapter.validate_json(json.dumps(value), strict=True)  # JSON mode: a list may stand for a tuple
     except ValidationError as error:
@@ -204,6 +215,8 @@ def device_of(name: str) -> str:
         for problem in _device_problems("device", name):
             raise ValueError(problem)
         return name
+    import torch
+
     if not torch.cuda.is_available():
         return "cpu"
     number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
@@ -211,8 +224,10 @@ def device_of(name: str) -> str:
 
 
 def _device_problems(key: str, name: str) -> list[str]:
-    if name == "auto":
+    if name in ("auto", "cpu"):
         return []
+    import torch
+
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -226,4 +241,6 @@ def _device_problems(key: str, name: str) -> list[str]:
 
 
 def _has_gpu(accelerator: str) -> bool:
+    import torch
+
     return torch.cuda.is_available() or (accelerator == "gpu" and torch.backends.mps.is_available())

@@ -6,6 +6,7 @@ overrides are applied, so that every setting can be typed, is shown by `--cfg jo
 
 import argparse
 import functools
+import gc
 import importlib.util
 import logging
 import os
@@ -50,7 +51,7 @@ from mpp.checks import (
 from mpp.files import is_out_of_space
 from mpp.jobs import divide_output
 from mpp.messages import Refused, nearest, no_option, plain_words, several, unknown, unreadable
-from mpp.settings import default_settings, described_settings, locate
+from mpp.settings import default_settings, described_settings, look_up
 
 __all__ = ["CONFIG_DIR", "build", "build_all", "check_config", "command", "complete", "compose", "device_of"]
 
@@ -106,7 +107,7 @@ def _defaults(target: str) -> dict[str, Any]:
     if importlib.util.find_spec(package) is None:
         return {}
     try:
-        found = default_settings(locate(target))
+        found = default_settings(look_up(target))
     except ValueError:  # no such class, which `check_config` says
         return {}
     return {name: value for name, value in found.items() if name not in FROM_ELSEWHERE.get(target, ())}
@@ -430,8 +431,10 @@ def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], Non
         threading.excepthook = _said_by_main
         try:
             divide_output(cfg)
-            if root_problems(plain_values(cfg)):
+            # before `task` imports what it works with; a run that goes on has its configuration from its record
+            if not (cfg.get("resume") or cfg.get("ckpt_path")) or root_problems(plain_values(cfg)):
                 check_config(cfg)
+            gc.enable()
             task(cfg)
         except (ValueError, OSError, OmegaConfBaseException) as error:
             if os.environ.get("MPP_TRACEBACK"):
@@ -446,6 +449,7 @@ def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], Non
         cli.rewrite_arguments(name)
         own = os.environ.get(_RAISE)
         os.environ[_RAISE] = "1"  # or Hydra would print errors in its own words, and exit
+        gc.disable()  # reading classes and YAML makes a million small objects at once, which all stay: a quarter of it
         try:
             if _flags(name).help:
                 print(explanation(name, sys.argv[1:]))
@@ -456,6 +460,7 @@ def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], Non
                 raise
             sys.exit(f"error: {plain_words(error)}")
         finally:
+            gc.enable()
             os.environ.pop(_RAISE)
             os.environ.update({} if own is None else {_RAISE: own})
 

@@ -1,12 +1,16 @@
 """`python -m mpp.masks`: make, change and look at masks, whole folders at once."""
 
+from typing import TYPE_CHECKING
+
 from omegaconf import DictConfig, OmegaConf
 
 from mpp.config import build, check_config, command, device_of
-from mpp.masking.job import JobSummary
+
+if TYPE_CHECKING:
+    from mpp.masking.job import JobSummary
 
 
-def run(cfg: DictConfig) -> JobSummary:
+def run(cfg: DictConfig) -> "JobSummary":
     """Run a tool as configured.
 
     Raises:

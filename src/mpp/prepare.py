@@ -1,15 +1,17 @@
 """`python -m mpp.prepare`: turn images, videos, masks and captions into a cache."""
 
+from typing import TYPE_CHECKING
+
 from omegaconf import DictConfig
 
-from mpp.cache.format import Cache
 from mpp.config import build, check_config, command, device_of
-from mpp.musubi.export import MusubiSummary, export_musubi
-from mpp.preparing.preparation import Preparation
-from mpp.preparing.summary import Summary
+
+if TYPE_CHECKING:
+    from mpp.musubi.export import MusubiSummary
+    from mpp.preparing.summary import Summary
 
 
-def run(cfg: DictConfig) -> Summary | MusubiSummary:
+def run(cfg: DictConfig) -> "Summary | MusubiSummary":
     """Prepare as configured, or export what was prepared.
 
     Raises:
@@ -21,6 +23,8 @@ def run(cfg: DictConfig) -> Summary | MusubiSummary:
         return export(cfg)
     if cfg.export_dir is not None:
         raise ValueError(f"export_dir={cfg.export_dir} is for an export; add export=musubi")
+    from mpp.preparing.preparation import Preparation
+
     model, device = build(cfg.model), device_of(cfg.device)
     summary = Preparation(build(cfg.data), model, device, build(cfg.sampling), build(cfg.prepare)).run()
     for line in summary.lines():
@@ -28,7 +32,7 @@ def run(cfg: DictConfig) -> Summary | MusubiSummary:
     return summary
 
 
-def export(cfg: DictConfig) -> MusubiSummary:
+def export(cfg: DictConfig) -> "MusubiSummary":
     """Write a finished cache in another program's files.
 
     Raises:
@@ -39,6 +43,9 @@ def export(cfg: DictConfig) -> MusubiSummary:
         raise ValueError(f"export must be musubi, got {cfg.export!r}")
     if cfg.export_dir is None:
         raise ValueError("export=musubi needs a folder to write to; set export_dir")
+    from mpp.cache.format import Cache
+    from mpp.musubi.export import export_musubi
+
     summary = export_musubi(Cache(cfg.data.cache_dir), build(cfg.model), cfg.export_dir)
     for line in summary.lines():
         print(line)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,12 +17,12 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from mpp.batching.training_set import TrainingSet
 from mpp.config import complete, plain_values
 from mpp.messages import is_readable
-from mpp.training.checkpoint import check_checkpoint, read_checkpoint
 from mpp.training.resuming import SWITCHES, Decisions, Reached, Switches, decide, rule_of
-from mpp.training.runs import asked_checkpoint, begun, folder_of, resumed
+
+if TYPE_CHECKING:
+    from mpp.batching.training_set import TrainingSet
 
 log = logging.getLogger("mpp")
 
@@ -74,6 +74,9 @@ def _load(
     asked = any(word.lstrip("+").startswith(("resume=", "ckpt_path=")) for word in overrides)
     if config_name != "train" or run_mode is RunMode.MULTIRUN or not asked or not all(map(is_readable, overrides)):
         return composed(overrides)
+    from mpp.training.checkpoint import read_checkpoint
+    from mpp.training.runs import asked_checkpoint, folder_of
+
     typed = OverridesParser.create(config_loader=self).parse_overrides(overrides)
     groups = _keys(typed) & set(self.list_groups(""))
     late = [o for o in typed if o.key_or_group not in {*groups, *_START} and not o.is_hydra_override()]
@@ -214,16 +217,18 @@ class Resumption:
         Raises:
             ValueError: As above.
         """
+        from mpp.training.checkpoint import check_checkpoint
+
         check_checkpoint({"mpp": self.record, "state_dict": self.tensors}, base=base, seed=self.record["seed"])
 
-    def check_samples(self, now: TrainingSet) -> None:
+    def check_samples(self, now: "TrainingSet") -> None:
         """Refuse other samples than those the run began with; older checkpoints do not say which.
 
         Raises:
             ValueError: As above.
         """
         was = self.record.get("resuming", {}).get("samples")
-        for remark in [] if was is None else TrainingSet.from_record(was).check(now):
+        for remark in [] if was is None else type(now).from_record(was).check(now):
             log.warning("going on: %s", remark)
 
     def check_processes(self, count: int) -> None:
@@ -264,6 +269,9 @@ def going_on(cfg: DictConfig) -> Resumption | None:
         ValueError: There is nothing to go on from, something would be overwritten, or settings are typed that cannot
             change; names all of them.
     """
+    from mpp.training.checkpoint import check_checkpoint
+    from mpp.training.runs import asked_checkpoint, begun, resumed
+
     switches = Switches(cfg.resume_lr, cfg.resume_schedule)
     folder = Path(cfg.output_dir)
     checkpoint = asked_checkpoint(cfg.resume, cfg.ckpt_path, folder)

@@ -2,14 +2,9 @@
 
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 
-from mpp.cache.format import Cache
 from mpp.config import build, check_config, command, device_of
-from mpp.lora.stack import Stack, check_loras, load_base
-from mpp.models.experts import parts_of
-from mpp.sampling.generation import generate, generation_name, save
 
 
 def run(cfg: DictConfig) -> list[Path]:
@@ -21,6 +16,13 @@ def run(cfg: DictConfig) -> list[Path]:
     Raises:
         ValueError: Bad settings, no prompts, a model or LoRA that is not there or does not fit.
     """
+    import torch
+
+    from mpp.cache.format import Cache
+    from mpp.lora.stack import Stack, check_loras, load_base
+    from mpp.models.experts import parts_of
+    from mpp.sampling.generation import generate, generation_name, save
+
     check_config(cfg)
     architecture, prompts, device = build(cfg.model), build(cfg.sampling), device_of(cfg.device)
     if not prompts.lines:

@@ -1,13 +1,20 @@
-"""Settings as their class has them: names, defaults, and the reasons in its docstring."""
+"""Settings as their class has them: names, defaults, and the reasons in its docstring.
+
+A class is imported only where its source does not say enough, so that what is typed is checked in no time.
+"""
 
 import importlib
 import inspect
 import json
 import re
+import sys
 import textwrap
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
+
+from mpp.outline import UnreadableError, outline
 
 
 def locate(target: str) -> Any:  # noqa: ANN401
@@ -23,6 +30,35 @@ def locate(target: str) -> Any:  # noqa: ANN401
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"_target_={target} names no class or function ({error})") from error
+
+
+def look_up(target: str) -> Any:  # noqa: ANN401
+    """The class or function of that full name where its module is imported, else its outline where there is one.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if target.rpartition(".")[0] in sys.modules:
+        return locate(target)
+    try:
+        return outline(target)
+    except UnreadableError:
+        return locate(target)
+
+
+def type_hints(target: str) -> dict[str, Any]:
+    """Types of a class's or function's settings, to compare values with.
+
+    Raises:
+        ValueError: There is no such class or function.
+    """
+    for find in (look_up, locate):
+        function = find(target)
+        try:
+            return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+        except NameError:  # a name that only the imported module knows
+            continue
+    return {}
 
 
 def default_settings(function: Callable[..., Any]) -> dict[str, Any]:
@@ -103,8 +139,8 @@ def described_settings(
         own: Types and meanings of settings that belong to no class.
     """
     target = node.get("_target_")
-    said = reasons(locate(target)) if str(target).startswith("mpp.") else {}
-    of = written_kinds(locate(target)) if target and _is_there(target) else {}
+    said = reasons(look_up(target)) if str(target).startswith("mpp.") else {}
+    of = written_kinds(look_up(target)) if target and _is_there(target) else {}
     for name, (hint, meaning) in ({} if path else own or {}).items():
         said[name], of[name] = meaning, written_kind(hint)
     lines = [f"\n{path}: {target}"] if target else [] if path else [""]
@@ -123,7 +159,7 @@ def described_settings(
 
 def _is_there(target: str) -> bool:
     try:
-        locate(target)
+        look_up(target)
     except ValueError:
         return False
     return True

@@ -1,40 +1,19 @@
 """`python -m mpp.train`: train a LoRA with masked prior preservation."""
 
-import logging
-import warnings
-from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import lightning
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from mpp.batching.datamodule import LatentDataModule
-from mpp.config import CONFIG_DIR, build, build_all, check_config, command, plain_values
-from mpp.core.loss import MaskedPriorLoss
-from mpp.files import check_writable, remove_leftovers
-from mpp.jobs import begin_record, job_number, repeat_output
-from mpp.lora.export import program_of
-from mpp.lora.stack import base_fingerprint, check_loras
-from mpp.lora.starting import Start
-from mpp.lora.writing import scale_is_said
-from mpp.recorded import followers, going_on
-from mpp.training.beginning import Beginning
-from mpp.training.callbacks import Checkpoints, is_finished
-from mpp.training.checkpoint import AtomicCheckpointIO, validation_is_due
-from mpp.training.ema import AdapterEma
-from mpp.training.endings import Endings
-from mpp.training.flags import check_flags, check_trainer, check_validation
-from mpp.training.module import MaskedPriorModule
-from mpp.training.runs import newest
-from mpp.training.schedule import planned_steps
+from mpp import recorded  # noqa: F401 (what composes a run that goes on)
+from mpp.config import command
 
-log = logging.getLogger("mpp")
+if TYPE_CHECKING:
+    import lightning
+
+    from mpp.training.module import MaskedPriorModule
 
 
-def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
+def run(cfg: DictConfig) -> "tuple[lightning.Trainer, MaskedPriorModule]":
     """Train as configured; everything cheap is checked before the transformer is loaded.
 
     Returns:
@@ -43,177 +22,9 @@ def run(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     Raises:
         ValueError: Bad settings, a cache or checkpoint that does not fit, a model that is not there.
     """
-    resumption = going_on(cfg)
-    check_config(cfg)
-    settings = plain_values(cfg)
-    check_flags(settings["trainer"], settings["callbacks"] or {})
-    folder = Path(cfg.output_dir)
-    architecture = build(cfg.model)
-    module = MaskedPriorModule(
-        architecture=architecture,
-        adapter=build(cfg.lora),
-        loss=build(cfg.loss),
-        teacher=build(cfg.teacher),
-        optimizer=build(cfg.optimizer),
-        schedule=build(cfg.schedule),
-        seed=cfg.seed,
-        val_sigmas=cfg.val_sigmas,
-        gradient_checkpointing=cfg.gradient_checkpointing,
-        compile_blocks=cfg.compile,
-        provenance=settings,
-        followers=followers(cfg),
-        renew_rates=resumption is not None and resumption.decisions.renew_rates,
-        held_after=resumption.held_after if resumption else None,
-    )
-    data = build(cfg.data, architecture=architecture)
-    architecture.check()
-    check_loras(architecture)
-    module.start = None if resumption else Start.read(module.adapter, architecture)
-    data.setup()
-    check_preservation(module.loss, data)
-    if not data.val_entries or settings["trainer"].get("limit_val_batches") == 0:
-        recorded = resumption.record.get("config") if resumption else None
-        defaults = {"trainer": plain_values(OmegaConf.load(CONFIG_DIR / "trainer" / "default.yaml"))}
-        check_validation(settings, recorded or defaults)
-    if resumption is not None:
-        resumption.check_base(base_fingerprint(architecture))
-        resumption.check_samples(data.training_set())
-    trainer, endings = build_trainer(cfg, data, module, folder)
-    if resumption is not None:
-        resumption.check_processes(trainer.world_size)
-    order = data.order(0, trainer.num_devices * trainer.num_nodes, limit=trainer.limit_train_batches)
-    module.plan(planned_steps(trainer, order.stop))
-    check_writable(folder, "output_dir")
-    repeat_output(folder)
-    if resumption is not None and trainer.is_global_zero:
-        resumption.say(cfg.trainer.max_steps)
-    with endings.handling(trainer):
-        fit(trainer, module, data, resumption and resumption.checkpoint, validate_first=cfg.validate_first)
-    return trainer, module
+    from mpp.fitting import train
 
-
-def build_trainer(
-    cfg: DictConfig, data: LatentDataModule, module: MaskedPriorModule, folder: Path
-) -> tuple[lightning.Trainer, Endings]:
-    """The Trainer with callbacks and loggers, and how it ends; no process is started yet.
-
-    Raises:
-        ValueError: Several processes in a sweep; a place for checkpoints where nobody looks; flags that Lightning
-            refuses, or what it would choose by itself and is not known to work.
-    """
-    loggers = build_all(cfg.get("logger"))
-    useless = (
-        *([] if cfg.trainer.enable_progress_bar is not False else [ProgressBar]),
-        *([] if loggers else [LearningRateMonitor]),
-    )
-    callbacks = [callback for callback in build_all(cfg.callbacks) if not isinstance(callback, useless)]
-    savers = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
-    for saver in savers:
-        if saver.folder.resolve() != folder.resolve():
-            raise ValueError(
-                f"callbacks.checkpoints.folder={saver.folder}: a run is looked for in its output_dir={folder} when it "
-                "is resumed, sampled from or exported; leave this out, and set output_dir"
-            )
-        saver.choose_formats(module)
-    endings = Endings(savers[0].save if savers else lambda *_: False, folder)
-    averages = [callback for callback in callbacks if isinstance(callback, AdapterEma)]  # complete when endings save
-    others = [callback for callback in callbacks if callback not in averages]
-    try:
-        trainer = build(
-            cfg.trainer,
-            limit_val_batches=cfg.trainer.limit_val_batches if data.val_entries else 0,
-            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            callbacks=[Beginning(partial(begin, cfg, folder), loggers), *averages, endings, *others],
-            logger=False,  # until the run begins
-            plugins=[AtomicCheckpointIO()],
-            default_root_dir=str(folder),
-        )
-    except (MisconfigurationException, TypeError, RuntimeError, ImportError) as error:
-        raise ValueError(f"Lightning refuses the settings of trainer: {error}") from error
-    check_trainer(trainer, cfg.trainer.precision)
-    if trainer.num_devices * trainer.num_nodes > 1 and job_number() is not None:
-        raise ValueError(
-            "--multirun with several processes: each would go through the whole sweep; set trainer.devices=1, or start "
-            "each job by a command of its own"
-        )
-    return trainer, endings
-
-
-def begin(cfg: DictConfig, folder: Path) -> None:
-    """Prepare a run's folder, which nobody else writes to, now that all is checked."""
-    remove_leftovers(folder, older_than=0)
-    begin_record(cfg, folder)
-
-
-def fit(
-    trainer: lightning.Trainer,
-    module: MaskedPriorModule,
-    data: LatentDataModule,
-    checkpoint: Path | None,
-    *,
-    validate_first: bool,
-) -> None:
-    """Fit, after one validation of the untrained adapter to compare with."""
-    # Points in the log are counted in optimizer steps across epochs, so short epochs lose none.
-    warnings.filterwarnings("ignore", message="The number of training batches")
-    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start")  # layers of LoKr and LoHa
-    warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`")  # Lightning 2.6, torch 2.13
-    try:
-        if validate_first and checkpoint is None and data.val_entries:
-            trainer.validate(module, datamodule=data, verbose=False)
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        if is_finished(trainer, module) and data.val_entries and validation_is_due(module.resumed["loops"], trainer):
-            module.log_after(trainer.global_step - 1)  # as validations between steps are logged
-            trainer.validate(module, datamodule=data, verbose=False)  # the last one, which a kill may have left out
-    except MisconfigurationException as error:
-        raise ValueError(f"Lightning refuses the settings: {error}") from error
-    except RuntimeError as error:
-        if trainer.world_size == 1 or not is_lost_process(error):
-            raise
-        folder = Path(trainer.default_root_dir)
-        last = newest(folder)
-        raise ValueError(
-            f"another process of this run has ended ({str(error).splitlines()[0][:200]}); it said why, unless it was "
-            "killed. "
-            + (f"The run goes on from {last} with resume={folder}" if last.is_file() else "No checkpoint was written")
-        ) from error
-    if trainer.is_global_zero:
-        for file in sorted(Path(trainer.default_root_dir).glob("lora*.safetensors")):  # with experts one each
-            what = "average of the LoRA" if "ema" in file.stem.split("_") else "LoRA"
-            program = program_of(file)
-            alone = program == "diffusers" and scale_is_said(file)
-            log.info(
-                "%s for %s%s: %s", what, program, " alone, whose metadata others do not read" if alone else "", file
-            )
-
-
-def is_lost_process(error: RuntimeError) -> bool:
-    """Whether an error of the backend says that another process is gone."""
-    said = str(error).lower()
-    return isinstance(error, torch.distributed.DistError) or "gloo" in said or "nccl" in said
-
-
-def check_preservation(loss: MaskedPriorLoss, data: LatentDataModule) -> None:
-    """Refuse preservation samples under a loss that would not preserve them.
-
-    Raises:
-        ValueError: No prior, a floor that would learn the samples' own images, or an area scale over the whole batch,
-            whose mean they would lower.
-    """
-    if data.preservation.rate == 0:
-        return
-    if loss.prior_weight == 0:
-        raise ValueError("data.preservation needs a prior; set loss.prior_weight above 0, or choose loss=threshold")
-    if loss.mask_min_weight > 0 and loss.prior_threshold is None:
-        raise ValueError(
-            f"loss.mask_min_weight={loss.mask_min_weight} would train on the images of the preservation samples; "
-            "set loss.mask_min_weight=0"
-        )
-    if loss.area_scale_beta > 0 and loss.normalization == "global":
-        raise ValueError(
-            f"loss.area_scale_beta={loss.area_scale_beta} scales by the mask's mean over the batch, which preservation "
-            "samples would lower; set loss.normalization=per_sample"
-        )
+    return train(cfg)
 
 
 main = command("train", run)

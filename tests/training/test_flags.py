@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import mpp.train
-from mpp.config import compose
+from mpp.config import compose, plain_values
 from mpp.training.flags import CALLBACKS, FLAGS, STRATEGIES, check_flags
 from tests.helpers import logged, train, train_config
 from tests.test_command_line import run as run_command
@@ -60,7 +60,7 @@ REFUSED = {  # values that did nothing, or something else than they say
     "benchmark": ["true"],
 }  # fmt: skip
 TOGETHER = ("min_steps", "min_epochs", "val_check_interval", "benchmark")  # each alone is in its range
-DEFAULTS = {**mpp.train.plain_values(compose("train", ["data.cache_dir=x"]).trainer), "deterministic": True}
+DEFAULTS = {**plain_values(compose("train", ["data.cache_dir=x"]).trainer), "deterministic": True}
 
 
 def test_every_flag_of_this_lightning_is_classified():
