@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import mpp.checks
 import mpp.config
-import mpp.settings
 from mpp import outline
-from mpp.config import CONFIG_DIR, compose
-from mpp.settings import locate, look_up
+from mpp.checks import flattened
+from mpp.config import CONFIG_DIR, compose, plain_values
+from mpp.settings import default_settings, locate, look_up
+from tests.outlined import composed, described
 
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = {
@@ -40,41 +40,46 @@ WRONG_TYPE = {
     "report": ["report.limit=abc", "data.cache_dir=c"],
     "masks": ["tool=feather", "tool.sigma=abc", "input=i", "output=o"],
 }
+NEEDED = {"train": ["output_dir=o"], "sample": ["output_dir=o"], "masks": ["tool=invert"]}
 RUN = """
 import atexit, json, runpy, sys
 names, sys.argv = sys.argv[1], sys.argv[2:]
 atexit.register(lambda: open(names, "w").write(json.dumps(sorted(sys.modules))))
 runpy.run_module(f"mpp.{sys.argv[0]}", run_name="__main__", alter_sys=True)
 """
-DESCRIBE = """
+CALL = """
 import json, sys
-from tests.outlined import described
 from mpp.outline import outline
-print(json.dumps({target: described(outline(target)) for target in json.load(sys.stdin)}))
-print(json.dumps(sorted(sys.modules)))
-"""
-COMPOSE = """
-import json, sys
-from omegaconf import OmegaConf
-from mpp.checks import problems
-from mpp.config import compose
-for command, words in json.load(sys.stdin):
-    cfg = compose(command, words)
-    print(json.dumps([OmegaConf.to_yaml(cfg), problems(cfg)]))
+from tests.outlined import composed, described
+name, inputs = json.load(sys.stdin)
+found = [described(outline(given)) if name == "described" else composed(*given) for given in inputs]
+print(json.dumps([found, sorted(sys.modules)]))
 """
 
 
 def child(code, *words, text="", cwd=REPOSITORY):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = f"{REPOSITORY / 'src'}:{REPOSITORY}"
-    command = [sys.executable, "-c", code, *words]
+    command = [sys.executable, "-c", code, *map(str, words)]
     return subprocess.run(
         command, cwd=cwd, env=environment, input=text, capture_output=True, text=True, timeout=300, check=False
     )
 
 
-def imported(modules):
+def said_without_importing(name, inputs):
+    """What a process of its own, which imports nothing that takes long, makes of each input."""
+    done = child(CALL, text=json.dumps([name, inputs]))
+    assert done.returncode == 0, done.stderr
+    found, modules = json.loads(done.stdout)
+    return found, heavy(modules)
+
+
+def heavy(modules):
     return {name.partition(".")[0] for name in modules} & HEAVY
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
 
 
 # ---------------------------------------------------------------- outlines are what the classes are
@@ -82,29 +87,169 @@ def imported(modules):
 
 @cache
 def targets():
-    """All classes and functions that configurations name, all of torch's optimizers and schedules, and roles."""
+    """All classes and functions that configurations name, all of torch's optimizers and schedules, and the roles."""
     texts = [path.read_text() for path in sorted(CONFIG_DIR.rglob("*.yaml"))]
     named = {target for text in texts for target in re.findall(r"^ *_target_: (\S+)", text, re.MULTILINE)}
-    for room, base in ((torch.optim, torch.optim.Optimizer), (torch.optim.lr_scheduler,) * 2):
-        base = getattr(base, "LRScheduler", base)
-        named |= {f"{room.__name__}.{n}" for n, kind in vars(room).items() if isinstance(kind, type) and issubclass(kind, base)}
+    for room, base in (
+        (torch.optim, torch.optim.Optimizer),
+        (torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler),
+    ):
+        kinds = [name for name, kind in vars(room).items() if isinstance(kind, type) and issubclass(kind, base)]
+        named |= {f"{room.__name__}.{name}" for name in kinds}
     named |= {"mpp.core.flow.LinearShift", "mpp.core.flow.EmpiricalShift", *mpp.checks.ROLES.values()}
     return sorted(target for target in named if not target.startswith("bitsandbytes."))  # which needs a GPU
 
 
 def test_an_outline_is_what_the_imported_class_is():
-    from tests.outlined import described
+    found, imported = said_without_importing("described", targets())
+    assert len(found) > 70
+    assert not imported
+    for target, outlined in zip(targets(), found, strict=True):
+        real = as_json(described(locate(target)))
+        if not target.startswith("mpp."):  # torch says of some that they lie elsewhere, and adds to their docstrings
+            outlined |= {"class": real["class"], "reasons": real["reasons"]}
+        if real["hints"] is None:
+            outlined["hints"] = None
+        assert outlined == real, target
 
-    said = child(DESCRIBE, text=json.dumps(targets()))
-    assert said.returncode == 0, said.stderr
-    outlines, modules = map(json.loads, said.stdout.splitlines())
-    assert len(outlines) > 70
-    assert not imported(modules)
-    for target, found in outlines.items():
-        real = json.loads(json.dumps(described(locate(target))))
-        if not target.startswith("mpp."):  # torch completes some docstrings, of which nothing is said, and hides rooms
-            found["reasons"] = real["reasons"]
-            found["bases"][0] = real["bases"][0] if real["bases"][1:] == found["bases"][1:] else found["bases"][0]
-        if isinstance(real["hints"], str):  # names that torch imports for type checkers alone
-            found["hints"] = real["hints"]
-        assert found == real, target
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """From the text of a module to its name; its package is one of those that are read."""
+    names = iter(f"drawn{number}" for number in range(100))
+    folder = tmp_path / f"package_{tmp_path.name}"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(outline, "READ", outline.READ | {folder.name})
+
+    def write(text):
+        name = next(names)
+        (folder / f"{name}.py").write_text(text)
+        return f"{folder.name}.{name}"
+
+    return write
+
+
+TAKES_START = "class Found:\n    def __init__(self, a=START): ..."
+RECORD = "@dataclass\nclass Found(Base):\n    a: int = 1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"if len('a') == 1:\n    START = 3\nelse:\n    START = 4\n{TAKES_START}",
+        f"START = 3\nSTART = 4\n{TAKES_START}",
+        f"START = 3\nSTART += 1\n{TAKES_START}",
+        f"from nowhere import START\n{TAKES_START}",
+        f"import nowhere\nSTART = nowhere.START\n{TAKES_START}",
+        f"import nowhere\nSTART = (1, nowhere.START)\n{TAKES_START}",
+        "def made():\n    return 5\nclass Found:\n    def __init__(self, a=made()): ...",
+        "def more(f):\n    return lambda b=2: f(b)\nclass Found:\n    @more\n    def __init__(self, a=1): ...",
+        f"START = 1\ndef more(kind):\n    return kind\n@more\n{TAKES_START}",
+        "class Found:\n    if True:\n        def __init__(self, a=1): ...",
+        "from nowhere import Base\nclass Found(Base):\n    pass",
+        f"from dataclasses import dataclass\nfrom nowhere import Base\n{RECORD}",
+        "class Other:\n    pass",
+    ],
+)
+def test_what_depends_on_more_than_the_source_is_refused(written, text):
+    with pytest.raises(outline.UnreadableError):
+        outline.outline(f"{written(text)}.Found")
+
+
+def test_a_class_whose_source_does_not_say_enough_is_imported(written):
+    module = written("def made():\n    return 5\nclass Found:\n    def __init__(self, a=made(), b=2): ...")
+    assert default_settings(look_up(f"{module}.Found")) == {"a": 5, "b": 2}
+    assert module in sys.modules
+
+
+def test_a_class_that_is_edited_has_its_new_default_at_the_next_start(tmp_path):
+    package = tmp_path / "mpp"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    code = "from mpp import outline; from inspect import signature as s; print(s(outline.outline('mpp.mine.Found')))"
+    (package / "outline.py").write_bytes(Path(outline.__file__).read_bytes())
+    for value in (1, 2):
+        (package / "mine.py").write_text(f"import torch\nclass Found:\n    def __init__(self, a={value}): ...\n")
+        text = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"
+        assert child(text, cwd=tmp_path).stdout.strip() == f"(a={value})"
+
+
+# ---------------------------------------------------------------- and so are configurations
+
+
+def drawn(count, seed):
+    """Commands with drawn options, classes, settings and values, many of them wrong."""
+    draw = random.Random(seed)
+    values = ["abc", "5", "0.25", "-1", "null", "true", "[1,2]", "[a,b]", "{a: 1}", "''"]
+    for _ in range(count):
+        command = draw.choice(list(MISSPELT))
+        cfg = compose(command, NEEDED.get(command, []))
+        keys = [key for key in flattened(plain_values(mpp.config._without_hydra(cfg))) if "_dir" not in key]
+        groups = [path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name in cfg]
+        words = [f"{key}={draw.choice(values)}" for key in draw.sample(keys, min(len(keys), draw.randint(0, 4)))]
+        for group in draw.sample(groups, min(len(groups), draw.randint(0, 2))):
+            words.append(f"{group}={draw.choice(sorted((CONFIG_DIR / group).glob('*.yaml'))).stem}")
+        if command == "train" and draw.random() < 0.4:
+            words.append(f"optimizer._target_={draw.choice([t for t in targets() if t.startswith('torch.optim.')])}")
+        yield command, [*NEEDED.get(command, []), *words]
+
+
+def options():
+    """Each option of each group, by a command that has it."""
+    for path in sorted(CONFIG_DIR.glob("*/*.yaml")):
+        command = {"tool": "masks", "source": "prepare"}.get(path.parent.name, "train")
+        group = {"source": "data"}.get(path.parent.name, path.parent.name)
+        yield command, [*(["output_dir=o"] if command == "train" else []), f"{group}={path.stem}"]
+
+
+def check_configurations(given, monkeypatch):
+    given = [list(case) for case in given]
+    found, imported = said_without_importing("composed", given)
+    monkeypatch.setattr("mpp.config.look_up", locate)
+    monkeypatch.setattr("mpp.checks.look_up", locate)
+    monkeypatch.setattr("mpp.settings.look_up", locate)
+    for case, outlined in zip(given, found, strict=True):
+        assert outlined == as_json(composed(*case)), case
+    return imported
+
+
+def test_drawn_configurations_are_those_that_importing_makes(monkeypatch):
+    check_configurations(drawn(4, seed=0), monkeypatch)
+
+
+@pytest.mark.slow
+def test_many_more_drawn_configurations(monkeypatch):
+    check_configurations(drawn(60, seed=1), monkeypatch)
+
+
+@pytest.mark.slow
+def test_every_option_of_every_group_is_composed_as_by_importing_and_without_it(monkeypatch):
+    given = [case for case in options() if case[1][-1] != "optimizer=adamw8bit"]
+    assert not check_configurations(given, monkeypatch)
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        pytest.param(command, words, marks=() if (command, words) == ("train", MISSPELT["train"]) else pytest.mark.slow)
+        for command in MISSPELT
+        for words in (
+            ["--help"],
+            ["--cfg", "job", *NEEDED.get(command, [])],
+            MISSPELT[command],
+            WRONG_TYPE[command],
+        )
+    ],
+)
+def test_words_are_answered_without_importing_what_takes_long(tmp_path, command, words):
+    answer = child(RUN, tmp_path / "names", command, *words, cwd=tmp_path)
+    fine = words[0] in ("--help", "--cfg")
+    assert answer.returncode == (0 if fine else 1), answer.stderr
+    assert (answer.stdout if fine else answer.stderr).count("\n") >= 1
+    assert "Traceback" not in answer.stderr
+    assert not heavy(json.loads((tmp_path / "names").read_text()))

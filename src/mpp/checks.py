@@ -143,7 +143,11 @@ def _problems(path: str, node: dict[str, Any], keys: list[str]) -> Iterator[str]
         if name not in options and not open_ended:
             yield unknown(f"{path}.{name}", options, target, keys)
         elif name in hints and not has_target(value) and value != "???":
-            yield from (f"{path}.{name} {problem}" for problem in _mismatch(hints[name], value))
+            try:
+                found = _mismatch(hints[name], value)
+            except Exception:  # noqa: BLE001 (of a record's own checks, which may need more than its outline has)
+                found = _mismatch(type_hints(target, imported=True)[name], value)
+            yield from (f"{path}.{name} {problem}" for problem in found)
 
 
 def _wrong_role(path: str, target: str, function: Any) -> str | None:  # noqa: ANN401

@@ -128,7 +128,10 @@ def _bindings(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
             yield node.name, node
         elif isinstance(node, ast.Import | ast.ImportFrom):
             for alias in node.names:
-                yield alias.asname or (alias.name.partition(".")[0] if isinstance(node, ast.Import) else alias.name), node
+                yield (
+                    alias.asname or (alias.name.partition(".")[0] if isinstance(node, ast.Import) else alias.name),
+                    node,
+                )
         elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             yield from _bindings(node.orelse or node.body)
         elif isinstance(node, ast.Try) and all(ast.unparse(at.type or at) == "ImportError" for at in node.handlers):
@@ -186,7 +189,7 @@ def _definition(module: str, name: str) -> tuple[_Source, ast.stmt]:
 
 
 def _from(module: str, name: str) -> Any:  # noqa: ANN401
-    """What a name of another module stands for: itself where that is imported or Python's own, or what its source says."""
+    """What a name of another module stands for: itself where that is imported or Python's own, else by its source."""
     if module in sys.modules or module.partition(".")[0] in sys.stdlib_module_names:
         found = importlib.import_module(module)
         return getattr(found, name) if name else found
@@ -239,6 +242,8 @@ def _made(source: _Source, node: ast.stmt) -> Any:  # noqa: ANN401
             _run(source, _of_class(source, node) if isinstance(node, ast.ClassDef) else _signature(source, node))
         finally:
             source.making.discard(node.name)
+        if isinstance(source.values[node.name], _Unread):
+            raise UnreadableError(f"{source.name}.{node.name} inherits from what is not read")
         source.made[node.name] = source.values[node.name]
     return source.made[node.name]
 

@@ -46,13 +46,17 @@ def look_up(target: str) -> Any:  # noqa: ANN401
         return locate(target)
 
 
-def type_hints(target: str) -> dict[str, Any]:
+def type_hints(target: str, *, imported: bool = False) -> dict[str, Any]:
     """Types of a class's or function's settings, to compare values with.
+
+    Args:
+        target: Its full name.
+        imported: Whether only the imported class will do.
 
     Raises:
         ValueError: There is no such class or function.
     """
-    for find in (look_up, locate):
+    for find in (locate,) if imported else (look_up, locate):
         function = find(target)
         try:
             return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
