@@ -4,15 +4,21 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from mpp import BEGAN
 from mpp.config import build, check_config, command, device_of
+from mpp.jobs import job_number
 
 if TYPE_CHECKING:
     from mpp.musubi.export import MusubiSummary
     from mpp.preparing.summary import Summary
 
 
-def run(cfg: DictConfig) -> "Summary | MusubiSummary":
+def run(cfg: DictConfig, began: float | None = None) -> "Summary | MusubiSummary":
     """Prepare as configured, or export what was prepared.
+
+    Args:
+        cfg: The configuration.
+        began: When the user began to wait, by `time.monotonic`; None: now.
 
     Raises:
         ValueError: Bad settings or images; nothing was encoded.
@@ -26,7 +32,7 @@ def run(cfg: DictConfig) -> "Summary | MusubiSummary":
     from mpp.preparing.preparation import Preparation
 
     model, device = build(cfg.model), device_of(cfg.device)
-    summary = Preparation(build(cfg.data), model, device, build(cfg.sampling), build(cfg.prepare)).run()
+    summary = Preparation(build(cfg.data), model, device, build(cfg.sampling), build(cfg.prepare)).run(began)
     for line in summary.lines():
         print(line)
     return summary
@@ -52,7 +58,11 @@ def export(cfg: DictConfig) -> "MusubiSummary":
     return summary
 
 
-main = command("prepare", run)
+def _run_in_a_process(cfg: DictConfig) -> object:
+    return run(cfg, None if job_number() else BEGAN)  # later jobs of a sweep begin when they do
+
+
+main = command("prepare", _run_in_a_process)
 
 if __name__ == "__main__":
     main()

@@ -96,7 +96,13 @@ class Prompt:
 
 @runtime_checkable
 class Encoders(Protocol):
-    """VAE, text and image encoders of a family; only preparing and sampling load them, each on first use."""
+    """VAE, text and image encoders of a family; only preparing and sampling load them, each on first use.
+
+    Attributes:
+        seconds_loading: How long that took so far.
+    """
+
+    seconds_loading: float
 
     def encode_text(self, prompts: Sequence[Prompt]) -> list[Conditioning]:
         """One unbatched record per prompt, on the CPU, its image fields None.

@@ -6,8 +6,10 @@ Not an architecture: a family's file says what is its own, this one how diffuser
 import gc
 import inspect
 import json
+import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,7 +28,14 @@ from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, Prompt
 from mpp.models.single_file import SingleFile
 from mpp.models.text_limit import TextLimit
-from mpp.models.weights import component_fingerprint, fingerprint_if_present, loading, resolve_folder
+from mpp.models.weights import (
+    announced,
+    component_fingerprint,
+    count_of,
+    fingerprint_if_present,
+    loading,
+    resolve_folder,
+)
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -144,12 +153,13 @@ class Family(Architecture):
 
     def load_part(self, subfolder: str) -> nn.Module:
         """One frozen transformer in `dtype`."""
-        file = self._file()
-        if file is None:
-            folder = resolve_folder(self.pretrained, subfolder, "model.pretrained")
-            transformer = self.transformer_class.from_pretrained(folder, torch_dtype=DTYPES[self.dtype])
-        else:
-            transformer = self.single_file.load(file, self.transformer_class, DTYPES[self.dtype])
+        file, size = self._file(), count_of(sum(p.numel() for p in self.skeleton().parameters()))
+        folder = resolve_folder(self.pretrained, subfolder, "model.pretrained") if file is None else None
+        with announced(f"{subfolder} ({size}, {self.dtype})"):
+            if folder is not None:
+                transformer = self.transformer_class.from_pretrained(folder, torch_dtype=DTYPES[self.dtype])
+            else:
+                transformer = self.single_file.load(file, self.transformer_class, DTYPES[self.dtype])
         return transformer.requires_grad_(False)
 
     def skeleton(self) -> nn.Module:
@@ -216,7 +226,23 @@ class FamilyEncoders:
     def __init__(self, family: Family, device: torch.device | str) -> None:
         self.model = family
         self.device = torch.device(device)
+        self.seconds_loading = 0.0
         self._loaded: dict[str, Any] = {}
+
+    @contextmanager
+    def loading(self, what: str, dtype: torch.dtype) -> Iterator[None]:
+        """Say what is loaded, count the time, and name the setting in errors.
+
+        Args:
+            what: `vae`, or the folder of a text encoder or of what belongs to it.
+            dtype: What it is loaded in.
+        """
+        setting = "vae" if what == "vae" else "text_encoder"
+        name, kind = what.replace("vae", "VAE").replace("_", " "), str(dtype).removeprefix("torch.")
+        start = time.monotonic()
+        with loading(getattr(self.model, setting), f"model.{setting}"), announced(f"{name} ({kind})"):
+            yield
+        self.seconds_loading += time.monotonic() - start
 
     def vae(self) -> ModelMixin:
         """The VAE in `vae_dtype`.
@@ -225,9 +251,10 @@ class FamilyEncoders:
             ValueError: Not there, or of another latent shape than the model's.
         """
         if "vae" not in self._loaded:
-            with loading(self.model.vae, "model.vae"):
+            dtype = DTYPES[self.model.vae_dtype]
+            with self.loading("vae", dtype):
                 folder = resolve_folder(self.model.vae, "vae", "model.vae")
-                vae = self.vae_class.from_pretrained(folder, torch_dtype=DTYPES[self.model.vae_dtype])
+                vae = self.vae_class.from_pretrained(folder, torch_dtype=dtype)
                 self.check_vae(vae)
                 vae = vae.to(self.device).eval().requires_grad_(False)
             # Samples are generated under the run's autocast, which would decode a float32 VAE in bfloat16.
@@ -243,9 +270,10 @@ class FamilyEncoders:
     ) -> PreTrainedModel:
         """A text or image encoder in `text_dtype`, or another."""
         if subfolder not in self._loaded:
-            with loading(self.model.text_encoder, "model.text_encoder"):
+            dtype = dtype or DTYPES[self.model.text_dtype]
+            with self.loading(subfolder, dtype):
                 folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
-                model = kind.from_pretrained(folder, dtype=dtype or DTYPES[self.model.text_dtype])
+                model = kind.from_pretrained(folder, dtype=dtype)
                 self._loaded[subfolder] = model.to(self.device).eval().requires_grad_(False)
         return self._loaded[subfolder]
 

@@ -1,14 +1,19 @@
 """Where the weights of a model's components lie on this machine, and their fingerprints."""
 
 import json
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mpp.files import weights_fingerprint
+
+log = logging.getLogger("mpp")
 
 _CONFIGS = ("", "tokenizer_", "preprocessor_", "scheduler_")  # what a component's folder holds: `..config.json`
 
@@ -31,6 +36,29 @@ def loading(source: str, option: str) -> Iterator[None]:
         said = isinstance(error, ValueError) and f"{option}=" in str(error)
         reason = str(error) if said else f"{option}={source} cannot be loaded ({type(error).__name__}: {error})"
         raise WeightsError(reason) from error
+
+
+@contextmanager
+def announced(what: str) -> Iterator[None]:
+    """Say what is loaded before it is, and how long it took; of several processes the first speaks for all.
+
+    Args:
+        what: E.g. `transformer (14.3 B, bfloat16)`.
+    """
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    level = logging.DEBUG if several and torch.distributed.get_rank() > 0 else logging.INFO
+    start = time.monotonic()
+    log.log(level, "loading %s ...", what)
+    yield
+    log.log(level, "loaded in %.1f s", time.monotonic() - start)
+
+
+def count_of(parameters: int) -> str:
+    """A number of parameters as people say it: `14.3 B`, `62.1 M`, `830`."""
+    for unit, name in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if parameters >= unit:
+            return f"{parameters / unit:.1f}{name}"
+    return str(parameters)
 
 
 def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = True, files: str = "*") -> Path:

@@ -65,14 +65,19 @@ class Preparation:
         self.texts: set[str] = set()  # names of the embeddings that this process's samples may ask for
         self.summary = Summary(shard=self.shard, skipped=self.failures.reasons)
 
-    def run(self) -> Summary:
+    def run(self, began: float | None = None) -> Summary:
         """Check everything, then encode what is not current, then write the index.
+
+        Args:
+            began: What the summary's time is counted from, by `time.monotonic`; None: now.
 
         Raises:
             ValueError: Bad input (see `FolderSource`), or a cache of another model; nothing has been encoded yet.
             OSError: The cache cannot be written.
         """
         start = time.monotonic()
+        if began is not None:
+            self.summary.spent("start", began)
         self.prompts.check(self.architecture)
         items = self.source.items(with_layers=self.architecture.latents.frames.has_layers)
         self.source.preservation.check([item.caption for item in items if item.split == "train"])
@@ -96,7 +101,8 @@ class Preparation:
         if self.shard.index == 0:
             self._encode_prompts(encoders, identity)
         encoders.release()
-        self.summary.seconds = time.monotonic() - start
+        self.summary.seconds_loading = encoders.seconds_loading
+        self.summary.seconds = time.monotonic() - (start if began is None else began)
         return self.summary
 
     def _is_new(self, identity: Identity) -> bool:

@@ -54,6 +54,7 @@ class Summary:
     stages: dict[str, float] = field(default_factory=dict)
     waiting: tuple[int, ...] = ()
     seconds: float = 0.0
+    seconds_loading: float = 0.0
 
     def count(self, items: Sequence[Item], jobs: Sequence[Job]) -> None:
         """Count the samples that are there now, all of them."""
@@ -87,6 +88,7 @@ class Summary:
         total = self.encoded + self.current
         clips = f", {self.clips} of them clips of {self.videos} videos" if self.videos else ""
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.stages.items())
+        loading = f", {self.seconds_loading:.1f} s of it loading models" if self.seconds_loading else ""
         found = [
             f"samples: {total}{clips} ({self.encoded} encoded, {self.current} already current, {self.validation} for "
             f"validation), {len(self.skipped)} skipped",
@@ -97,7 +99,7 @@ class Summary:
             *_unread(self.unread),
             *_colours(self.in_srgb, self.misfits),
             "buckets: " + ", ".join(f"{_size(bucket)}: {n}" for bucket, n in sorted(self.buckets.items())),
-            f"time: {self.seconds:.1f} s ({stages})",
+            f"time: {_duration(self.seconds)}{loading} ({stages})",
         ]
         if self.texts_removed:
             found.insert(3, f"embeddings of {self.texts_removed} captions that are gone were removed")
@@ -111,6 +113,14 @@ class Summary:
         if self.waiting:
             found.append(f"the index is written when these shards have finished too: {_shards(self)}")
         return found
+
+
+def _duration(seconds: float) -> str:
+    """`41.2 s`, `1 min 23 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _cropped(left_out: dict[str, float]) -> list[str]:

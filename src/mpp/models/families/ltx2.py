@@ -29,7 +29,7 @@ from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Generation, LatentSpec, ModelId, Prompt
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
-from mpp.models.weights import loading, resolve_folder
+from mpp.models.weights import resolve_folder
 
 _HEAD_DIM, _AUDIO_HEAD_DIM = 128, 64  # of the published LTX-2; single files do not state them
 _OTHERS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")  # also in the published single file
@@ -249,9 +249,10 @@ class LTX2Encoders(FamilyEncoders):
     def connectors(self) -> LTX2TextConnectors:
         """What makes the transformer's text of Gemma's, in `text_dtype`."""
         if "connectors" not in self._loaded:
-            with loading(self.model.text_encoder, "model.text_encoder"):
+            dtype = DTYPES[self.model.text_dtype]
+            with self.loading("connectors", dtype):
                 folder = resolve_folder(self.model.text_encoder, "connectors", "model.text_encoder")
-                model = LTX2TextConnectors.from_pretrained(folder, torch_dtype=DTYPES[self.model.text_dtype])
+                model = LTX2TextConnectors.from_pretrained(folder, torch_dtype=dtype)
                 self._loaded["connectors"] = model.to(self.device).eval().requires_grad_(False)
         return self._loaded["connectors"]
 
