@@ -115,13 +115,14 @@ def test_an_outline_is_what_the_imported_class_is():
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """From the text of a module to its name; its package is one of those that are read."""
+    """From the text of a module to its name; its package is read as that of mpp."""
     names = iter(f"drawn{number}" for number in range(100))
     folder = tmp_path / f"package_{tmp_path.name}"
     folder.mkdir()
     (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(outline, "READ", outline.READ | {folder.name})
+    for packages in ("READ", "OWN"):
+        monkeypatch.setattr(outline, packages, getattr(outline, packages) | {folder.name})
 
     def write(text):
         name = next(names)
@@ -156,6 +157,34 @@ RECORD = "@dataclass\nclass Found(Base):\n    a: int = 1"
 def test_what_depends_on_more_than_the_source_is_refused(written, text):
     with pytest.raises(outline.UnreadableError):
         outline.outline(f"{written(text)}.Found")
+
+
+INNER = """
+from dataclasses import dataclass, field
+
+@dataclass
+class Inner:
+    a: int = 1
+
+    def __post_init__(self):
+        self.a = CHANGE
+
+    @property
+    def own(self):
+        return 7
+
+@dataclass
+class Found:
+    inner: Inner = field(default_factory=Inner)
+"""
+
+
+@pytest.mark.parametrize(("change", "value"), [("self.a + 4", 5), ("self.own + 1", 8)])
+def test_a_record_within_a_class_is_what_its_own_checks_make_of_it(written, change, value):
+    module = written(INNER.replace("CHANGE", change))
+    settings = default_settings(look_up(f"{module}.Found"))
+    assert settings == {"inner": {"_target_": f"{module}.Inner", "a": value}}
+    assert (module in sys.modules) == ("own" in change)  # the second needs more than is read
 
 
 def test_a_class_whose_source_does_not_say_enough_is_imported(written):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 READ = frozenset({"mpp", "torch", "lightning", "diffusers", "prodigyopt", "schedulefree"})  # packages that are read so
+OWN = frozenset({"mpp"})  # of which the classes in hints and defaults are made as well; of others a name is enough
 _SIGNATURES = ("__init__", "__new__")
 _DATACLASS = ("dataclass", "dataclasses.dataclass")
 
@@ -133,7 +134,7 @@ def _bindings(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
                     node,
                 )
         elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            yield from _bindings(node.orelse or node.body)
+            yield from _bindings(node.orelse)
         elif isinstance(node, ast.Try) and all(ast.unparse(at.type or at) == "ImportError" for at in node.handlers):
             yield from _bindings(node.body)
         elif isinstance(node, ast.If | ast.Try):
@@ -207,8 +208,9 @@ def _from(module: str, name: str) -> Any:  # noqa: ANN401
 
 
 def _class(source: _Source, node: ast.ClassDef) -> type:
-    """A class that a hint or a default names: those of other packages need no more than a name."""
-    return _made(source, node) if source.name[:4] == "mpp." else _Unread(node.name, (), {"__module__": source.name})
+    """A class that a hint or a default names."""
+    own = source.name.partition(".")[0] in OWN
+    return _made(source, node) if own else _Unread(node.name, (), {"__module__": source.name})
 
 
 def _value(source: _Source, name: str) -> Any:  # noqa: ANN401
