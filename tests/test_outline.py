@@ -142,6 +142,14 @@ RECORD = "@dataclass\nclass Found(Base):\n    a: int = 1"
         f"if len('a') == 1:\n    START = 3\nelse:\n    START = 4\n{TAKES_START}",
         f"START = 3\nSTART = 4\n{TAKES_START}",
         f"START = 3\nSTART += 1\n{TAKES_START}",
+        f"START = []\nSTART.append(3)\n{TAKES_START}",
+        f"START = {{}}\nSTART['a'] = 3\n{TAKES_START}",
+        f"START = {{}}\nfor a in 'ab':\n    START[a] = 3\n{TAKES_START}",
+        f"START = 1\n{TAKES_START}\nFound.__init__ = lambda self, a=2: None",
+        f"START = 1\n{TAKES_START}\nFound.__init__.__defaults__ = (5,)",
+        f"START = 1\n{TAKES_START}\nsetattr(Found, '__init__', lambda self, a=2: None)",
+        "START = 1\nclass Found:\n    START = 2\n    def __init__(self, a=START): ...",
+        "class Found:\n    def set(self, a=1): ...\n    __init__ = set",
         f"from nowhere import START\n{TAKES_START}",
         f"import nowhere\nSTART = nowhere.START\n{TAKES_START}",
         f"import nowhere\nSTART = (1, nowhere.START)\n{TAKES_START}",
@@ -157,6 +165,14 @@ RECORD = "@dataclass\nclass Found(Base):\n    a: int = 1"
 def test_what_depends_on_more_than_the_source_is_refused(written, text):
     with pytest.raises(outline.UnreadableError):
         outline.outline(f"{written(text)}.Found")
+
+
+def test_a_name_is_what_it_is_where_it_is_imported_from(written):
+    values = written("FIRST, SECOND = 1, 2\nOTHER = 3")
+    text = f"from {values} import OTHER as A, SECOND as B\nclass Found:\n    def __init__(self, a=A, b=B): ..."
+    found = outline.outline(f"{written(text)}.Found")
+    assert default_settings(found) == {"a": 3, "b": 2}
+    assert values not in sys.modules
 
 
 INNER = """

@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 READ = frozenset({"mpp", "torch", "lightning", "diffusers", "prodigyopt", "schedulefree"})  # packages that are read so
 OWN = frozenset({"mpp"})  # of which the classes in hints and defaults are made as well; of others a name is enough
 _SIGNATURES = ("__init__", "__new__")
+_HARMLESS = ("__doc__", "__module__")
 _DATACLASS = ("dataclass", "dataclasses.dataclass")
 
 
@@ -128,11 +129,8 @@ def _bindings(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             yield node.name, node
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            for alias in node.names:
-                yield (
-                    alias.asname or (alias.name.partition(".")[0] if isinstance(node, ast.Import) else alias.name),
-                    node,
-                )
+            names = [alias.asname or alias.name for alias in node.names]
+            yield from ((name.partition(".")[0], node) for name in names)
         elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             yield from _bindings(node.orelse)
         elif isinstance(node, ast.Try) and all(ast.unparse(at.type or at) == "ImportError" for at in node.handlers):
@@ -140,9 +138,20 @@ def _bindings(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
         elif isinstance(node, ast.If | ast.Try):
             handlers = [at for handler in getattr(node, "handlers", []) for at in handler.body]
             yield from ((name, node) for name, _ in _bindings([*node.body, *node.orelse, *handlers]))
-        elif not isinstance(node, ast.Expr):
-            stored = (at.id for at in ast.walk(node) if isinstance(at, ast.Name) and isinstance(at.ctx, ast.Store))
-            yield from ((name, node) for name in stored)
+        else:
+            yield from ((name, node) for at in ast.walk(node) for name in _changed(at))
+
+
+def _changed(at: ast.AST) -> set[str]:
+    """The names that a part of a statement gives a value, or may change the value of; a docstring is no such change."""
+    if isinstance(at, ast.Expr) and isinstance(at.value, ast.Call):
+        called = at.value  # `names.append(...)`, `setattr(kind, ...)`
+        at = called.args[0] if ast.unparse(called.func) in ("setattr", "delattr") else getattr(called.func, "value", at)
+    elif not isinstance(getattr(at, "ctx", None), ast.Store | ast.Del) or getattr(at, "attr", "") in _HARMLESS:
+        return set()
+    while isinstance(at, ast.Attribute | ast.Subscript):
+        at = at.value
+    return {at.id} if isinstance(at, ast.Name) else set()
 
 
 @functools.cache
@@ -173,17 +182,15 @@ def _source(module: str) -> _Source:
     return _Source(module, file)
 
 
-def _definition(module: str, name: str) -> tuple[_Source, ast.stmt]:
-    """The file and the statement that define a name, past all files that import it from there.
+def _definition(module: str, name: str) -> tuple[_Source, str]:
+    """The file that defines a name, and how it is called there, past all files that import it from there.
 
     Raises:
         UnreadableError: They are not in what is read.
     """
     source = _source(module)
     imported = source.imported(name)
-    if imported is None:
-        return source, source.defines(name)
-    return _definition(*imported)
+    return (source, name) if imported is None else _definition(*imported)
 
 
 # ---------------------------------------------------------------- what it means
@@ -199,18 +206,9 @@ def _from(module: str, name: str) -> Any:  # noqa: ANN401
     try:
         if module == "torch":  # whose own file is long, and classes are all that hints name there
             raise UnreadableError(name)
-        source, node = _definition(module, name)
-        if isinstance(node, ast.ClassDef):
-            return _class(source, node)
-        return _value(source, next(name for name, nodes in source.names.items() if nodes == [node]))
+        return _value(*_definition(module, name))
     except UnreadableError:
         return _Unread(name, (), {"__module__": module})
-
-
-def _class(source: _Source, node: ast.ClassDef) -> type:
-    """A class that a hint or a default names."""
-    own = source.name.partition(".")[0] in OWN
-    return _made(source, node) if own else _Unread(node.name, (), {"__module__": source.name})
 
 
 def _value(source: _Source, name: str) -> Any:  # noqa: ANN401
@@ -219,10 +217,10 @@ def _value(source: _Source, name: str) -> Any:  # noqa: ANN401
         node, imported = source.defines(name), source.imported(name)
         if imported is not None:
             source.values[name] = _from(*imported)
-        elif isinstance(node, ast.ClassDef):
-            source.values[name] = _class(source, node)
-        elif isinstance(node, ast.FunctionDef):
-            source.values[name] = _made(source, node)
+        elif isinstance(node, ast.ClassDef) and source.name.partition(".")[0] not in OWN:
+            return _Unread(name, (), {"__module__": source.name})
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            source.values[name] = _made(source, name)
         elif name in source.making:
             raise UnreadableError(f"{source.name}.{name} needs itself")
         else:
@@ -234,26 +232,26 @@ def _value(source: _Source, name: str) -> Any:  # noqa: ANN401
     return source.values[name]
 
 
-def _made(source: _Source, node: ast.stmt) -> Any:  # noqa: ANN401
+def _made(source: _Source, name: str) -> Any:  # noqa: ANN401
     """A class or function, made of the lines that say what can be set."""
-    if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name in source.making:
-        raise UnreadableError(f"{source.name}: neither class nor function, or one that needs itself")
-    if node.name not in source.made:
-        source.making.add(node.name)
+    node = source.defines(name)
+    if not isinstance(node, ast.ClassDef | ast.FunctionDef) or name in source.making:
+        raise UnreadableError(f"{source.name}.{name} is neither class nor function, or needs itself")
+    if name not in source.made:
+        source.making.add(name)
         try:
             _run(source, _of_class(source, node) if isinstance(node, ast.ClassDef) else _signature(source, node))
         finally:
-            source.making.discard(node.name)
-        if isinstance(source.values[node.name], _Unread):
-            raise UnreadableError(f"{source.name}.{node.name} inherits from what is not read")
-        source.made[node.name] = source.values[node.name]
-    return source.made[node.name]
+            source.making.discard(name)
+        if isinstance(source.values[name], _Unread):
+            raise UnreadableError(f"{source.name}.{name} inherits from what is not read")
+        source.made[name] = source.values[name]
+    return source.made[name]
 
 
 def _run(source: _Source, node: ast.stmt) -> None:
     """Let Python run a statement of a file, once the names in it have their meaning."""
-    read = {at.id for at in ast.walk(node) if isinstance(at, ast.Name) and isinstance(at.ctx, ast.Load)}
-    for name in read & source.names.keys() - source.making:
+    for name in _read([node]) & source.names.keys() - source.making:
         try:
             _value(source, name)
         except UnreadableError:  # perhaps it is not needed; else Python says so
@@ -262,12 +260,19 @@ def _run(source: _Source, node: ast.stmt) -> None:
     exec(compile(module, source.name, "exec", source.flags, dont_inherit=True), source.values)  # noqa: S102
 
 
+def _read(nodes: Sequence[ast.stmt]) -> set[str]:
+    """The names whose values statements read."""
+    parts = [at for node in nodes for at in ast.walk(node)]
+    return {at.id for at in parts if isinstance(at, ast.Name) and isinstance(at.ctx, ast.Load)}
+
+
 def _of_class(source: _Source, node: ast.ClassDef) -> ast.ClassDef:
     named = [ast.unparse(at.func if isinstance(at, ast.Call) else at) for at in node.decorator_list]
     if not set(named) <= {*_DATACLASS, "runtime_checkable"}:
         raise UnreadableError(f"{source.name}.{node.name} is decorated")
     is_record = bool(set(named) & set(_DATACLASS))
     body: list[ast.stmt] = [ast.Expr(ast.Constant(text))] if (text := ast.get_docstring(node, clean=False)) else []
+    left_out: list[ast.stmt] = []
     for at in node.body:
         if isinstance(at, ast.AnnAssign) and is_record and "ClassVar" not in ast.unparse(at.annotation):
             body.append(at)
@@ -277,6 +282,11 @@ def _of_class(source: _Source, node: ast.ClassDef) -> ast.ClassDef:
             body.append(at)
         elif isinstance(at, ast.If | ast.Try):
             raise UnreadableError(f"{source.name}.{node.name} depends on what happens there")
+        else:
+            left_out.append(at)
+    lacking = {name for name, _ in _bindings(left_out)}
+    if lacking & {*_SIGNATURES, "__post_init__", "__signature__", *_read(body)}:
+        raise UnreadableError(f"{source.name}.{node.name} sets what its constructor is, or its defaults, within itself")
     bases = [_base(source, base, f"{node.name} {number}") for number, base in enumerate(node.bases)]
     return ast.ClassDef(node.name, bases, node.keywords, body or [ast.Pass()], node.decorator_list)
 
@@ -296,8 +306,8 @@ def _base(source: _Source, base: ast.expr, key: str) -> ast.expr:
 def _signature(source: _Source, node: ast.FunctionDef) -> ast.FunctionDef:
     """A function without its body: calling it is an error. Decorators must keep the signature, by `functools.wraps`."""
     for decorator in node.decorator_list:
-        _, found = _definition(source.name, ast.unparse(decorator))
-        calls = [at for at in ast.walk(found) if isinstance(at, ast.Call)]
+        where, name = _definition(source.name, ast.unparse(decorator))
+        calls = [at for at in ast.walk(where.defines(name)) if isinstance(at, ast.Call)]
         if not any(ast.unparse(call.func) in ("wraps", "functools.wraps") for call in calls):
             raise UnreadableError(f"{source.name}.{node.name} is decorated")
     body: list[ast.stmt] = [ast.Expr(ast.Constant(text))] if (text := ast.get_docstring(node, clean=False)) else []
