@@ -189,8 +189,8 @@ def test_values_that_refer_to_others_are_left_as_they_are():
 
 
 def test_what_is_switched_off_stays_off():
-    cfg = typed("train", "callbacks.learning_rate=null", "schedule=constant", "lora=none")
-    assert (cfg.callbacks.learning_rate, cfg.schedule, cfg.lora) == (None, None, None)
+    cfg = typed("train", "callbacks.report=null", "schedule=constant", "lora=none")
+    assert (cfg.callbacks.report, cfg.schedule, cfg.lora) == (None, None, None)
 
 
 def test_the_configuration_holds_all_settings_for_the_record():

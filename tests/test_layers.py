@@ -31,6 +31,7 @@ LAYERS = [  # rooms, or modules of the top; each may import from those before it
     "job_file",
     "cli",
     "messages",
+    "logs",
     "jobs",
     "checks",
     "config",

@@ -41,6 +41,7 @@ PATHS = frozenset(  # settings that are one file or folder, by the last word of 
         *("pretrained", "pretrained_low", "resume", "ckpt_path", "lora_path", "export.lora", "lora.init", "loras"),
     }
 )
+SWITCHES = frozenset({"--show", "--quiet", "--json"})  # of all commands, besides Hydra's
 LISTS = frozenset({"lora_path", "loras", "sampling.prompts"})  # what may be several: [FILE:0.8, FILE2], [a cat, "a, b"]
 _TEXTS = re.compile(  # settings that are a text, or a file besides true and false
     r"export\.metadata\.(title|author|license|description|tags|trigger_phrase|usage_hint|thumbnail)"
@@ -149,22 +150,27 @@ def _in_quotes(text: str) -> str:
     return f'"{text}"'
 
 
-def rewrite_arguments(command: str) -> None:
+def rewrite_arguments(command: str) -> frozenset[str]:
     """Turn this process's own words; `sys.argv` changes, since processes that DDP starts repeat it.
 
     With `--show` they are printed instead, and the process ends.
+
+    Returns:
+        Which of `--quiet` and `--json` were typed; Hydra does not see them.
     """
-    typed = [word for word in sys.argv[1:] if word != "--show"]
+    flags = SWITCHES & set(sys.argv[1:])
+    typed = [word for word in sys.argv[1:] if word not in SWITCHES]
     try:
         meant = overrides(command, typed)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if len(typed) < len(sys.argv) - 1:
+    if "--show" in flags:
         sys.stdout.write(f"{shown(command, meant)}\n")
         sys.exit(0)
     if command == "train" and is_job_file(typed[0] if typed else "") and goes_on(typed):
         sys.stderr.write(f"{typed[0]} is set aside: a run goes on as it was begun; type what is to change\n")
     sys.argv[1:] = meant
+    return flags
 
 
 def shown(command: str, words: Sequence[str]) -> str:

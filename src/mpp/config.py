@@ -36,7 +36,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from mpp import cli
+from mpp import cli, logs
 from mpp.checks import (
     FROM_ELSEWHERE,
     ROLES,
@@ -421,10 +421,14 @@ def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], Non
 
     Bad input ends it with one message and exit code 1, not a traceback; `MPP_TRACEBACK=1` shows the traceback.
 
+    `--quiet` leaves on the console warnings and errors alone, and `--json` prints as the last line what the command has
+    come to, or its error.
+
     Args:
         name: The command's, and its configuration's.
         task: What it does.
     """
+    flags: set[str] = set()
 
     @functools.wraps(task)
     def run(cfg: DictConfig) -> None:
@@ -435,36 +439,45 @@ def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], Non
             if not (cfg.get("resume") or cfg.get("ckpt_path")) or root_problems(plain_values(cfg)):
                 check_config(cfg)
             gc.enable()
-            task(cfg)
+            with logs.speaking(quiet="--quiet" in flags):
+                task(cfg)
         except (ValueError, OSError, OmegaConfBaseException) as error:
             if os.environ.get("MPP_TRACEBACK"):
                 raise
+            said = plain_words(error)
             if is_out_of_space(error) and _NO_SPACE not in str(error):  # a logger's, which names no file
-                error = f"{_NO_SPACE} logs below {cfg.get('output_dir', '.')} ({error}): free space, run again"
-            print(f"error: {plain_words(error) if isinstance(error, Exception) else error}", file=sys.stderr)
-            sys.exit(1)
+                said = f"{_NO_SPACE} logs below {cfg.get('output_dir', '.')} ({error}): free space, run again"
+            logs.note(f"error: {said}")
+            sys.exit(f"error: {said}")
 
     def main() -> None:
         """Command line entry."""
-        cli.rewrite_arguments(name)
-        own = os.environ.get(_RAISE)
-        os.environ[_RAISE] = "1"  # or Hydra would print errors in its own words, and exit
-        gc.disable()  # reading classes and YAML makes a million small objects at once, which all stay: a quarter of it
-        try:
-            if _flags(name).help:
-                print(explanation(name, sys.argv[1:]))
-                return
-            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(run)()
-        except (HydraException, OmegaConfBaseException, ValueError, OSError, yaml.YAMLError) as error:
-            if os.environ.get("MPP_TRACEBACK"):
-                raise
-            sys.exit(f"error: {plain_words(error)}")
-        finally:
-            gc.enable()
-            os.environ.pop(_RAISE)
-            os.environ.update({} if own is None else {_RAISE: own})
+        with logs.recording(name, said="--json" in sys.argv[1:]):
+            flags.clear()
+            flags.update(cli.rewrite_arguments(name))
+            _start(name, run)
 
     return main
+
+
+def _start(name: str, run: Callable[[DictConfig], None]) -> None:
+    """Let Hydra compose what is typed and run a command with it; or explain the command."""
+    own = os.environ.get(_RAISE)
+    os.environ[_RAISE] = "1"  # or Hydra would print errors in its own words, and exit
+    gc.disable()  # reading classes and YAML makes a million small objects at once, which all stay: a quarter of it
+    try:
+        if _flags(name).help:
+            print(explanation(name, sys.argv[1:]))
+            return
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(run)()
+    except (HydraException, OmegaConfBaseException, ValueError, OSError, yaml.YAMLError) as error:
+        if os.environ.get("MPP_TRACEBACK"):
+            raise
+        sys.exit(f"error: {plain_words(error)}")
+    finally:
+        gc.enable()
+        os.environ.pop(_RAISE)
+        os.environ.update({} if own is None else {_RAISE: own})
 
 
 def _flags(name: str) -> argparse.Namespace:

@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mpp.config import build, check_config, command
+from mpp.logs import record
 
 log = logging.getLogger("mpp")
 
@@ -21,6 +22,7 @@ def run(cfg: DictConfig) -> list[Path]:
     written = build(cfg.export).run(build(cfg.model))
     for path in written:
         print(f"wrote {path}")
+    record(files=[str(path) for path in written])
     return written
 
 

@@ -12,26 +12,32 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, Progres
 from omegaconf import DictConfig, OmegaConf
 
 from mpp.batching.datamodule import LatentDataModule
+from mpp.cache.format import Cache, evenly_spread
 from mpp.config import CONFIG_DIR, build, build_all, check_config, plain_values
 from mpp.core.loss import MaskedPriorLoss
 from mpp.files import check_writable, remove_leftovers
 from mpp.jobs import begin_record, job_number, repeat_output
-from mpp.lora.export import program_of
+from mpp.logs import adopt, record
 from mpp.lora.stack import base_fingerprint, check_loras
 from mpp.lora.starting import Start
-from mpp.lora.writing import scale_is_said
 from mpp.recorded import followers, going_on
+from mpp.reporting.findings import find
+from mpp.reporting.rows import look_at
 from mpp.training.beginning import Beginning
 from mpp.training.callbacks import Checkpoints, is_finished
 from mpp.training.checkpoint import AtomicCheckpointIO, validation_is_due
+from mpp.training.conclusion import ending, outcome
 from mpp.training.ema import AdapterEma
 from mpp.training.endings import Endings
 from mpp.training.flags import check_flags, check_trainer, check_validation
 from mpp.training.module import MaskedPriorModule
 from mpp.training.runs import newest
 from mpp.training.schedule import planned_steps
+from mpp.training.start_report import RunReport
 
 log = logging.getLogger("mpp")
+
+_LOOKED_AT = 500  # samples in which the start looks for what mpp.report finds
 
 
 def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
@@ -43,6 +49,7 @@ def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     Raises:
         ValueError: Bad settings, a cache or checkpoint that does not fit, a model that is not there.
     """
+    adopt()
     resumption = going_on(cfg)
     check_config(cfg)
     settings = plain_values(cfg)
@@ -88,7 +95,14 @@ def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     if resumption is not None and trainer.is_global_zero:
         resumption.say(cfg.trainer.max_steps)
     with endings.handling(trainer):
-        fit(trainer, module, data, resumption and resumption.checkpoint, validate_first=cfg.validate_first)
+        try:
+            fit(trainer, module, data, resumption and resumption.checkpoint, validate_first=cfg.validate_first)
+        finally:
+            if trainer.is_global_zero:
+                record(**outcome(trainer, module, folder))
+    if trainer.is_global_zero:
+        for line in ending(outcome(trainer, module, folder), folder):
+            log.info(line)
     return trainer, module
 
 
@@ -118,12 +132,17 @@ def build_trainer(
     endings = Endings(savers[0].save if savers else lambda *_: False, folder)
     averages = [callback for callback in callbacks if isinstance(callback, AdapterEma)]  # complete when endings save
     others = [callback for callback in callbacks if callback not in averages]
+    said = [line.text for line in build(cfg.sampling).lines]
+    beginning = Beginning(partial(begin, cfg, folder), loggers, plain_values(cfg), said)
+    for report in [callback for callback in callbacks if isinstance(callback, RunReport)]:
+        report.findings = partial(found_in, data, module.loss)
     try:
         trainer = build(
             cfg.trainer,
             limit_val_batches=cfg.trainer.limit_val_batches if data.val_entries else 0,
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),  # of the user's own
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            callbacks=[Beginning(partial(begin, cfg, folder), loggers), *averages, endings, *others],
+            callbacks=[beginning, *averages, endings, *others],
             logger=False,  # until the run begins
             plugins=[AtomicCheckpointIO()],
             default_root_dir=str(folder),
@@ -137,6 +156,17 @@ def build_trainer(
             "each job by a command of its own"
         )
     return trainer, endings
+
+
+def found_in(data: LatentDataModule, loss: MaskedPriorLoss) -> str:
+    """What `mpp.report` finds in some of a run's samples, counted; "" where it cannot look."""
+    if not isinstance(data.cache, Cache):
+        return ""
+    identity = data.cache.identity()
+    rows = [look_at(data.cache, entry, loss, identity) for entry in evenly_spread(data.train_entries, _LOOKED_AT)]
+    found = find(rows, loss, data.cache.notes())
+    counts = "; ".join(f"{finding.title}: {finding.count}" for finding in found)
+    return f"findings of mpp.report (in {len(rows)} samples): {counts}" if found else ""
 
 
 def begin(cfg: DictConfig, folder: Path) -> None:
@@ -177,14 +207,6 @@ def fit(
             "killed. "
             + (f"The run goes on from {last} with resume={folder}" if last.is_file() else "No checkpoint was written")
         ) from error
-    if trainer.is_global_zero:
-        for file in sorted(Path(trainer.default_root_dir).glob("lora*.safetensors")):  # with experts one each
-            what = "average of the LoRA" if "ema" in file.stem.split("_") else "LoRA"
-            program = program_of(file)
-            alone = program == "diffusers" and scale_is_said(file)
-            log.info(
-                "%s for %s%s: %s", what, program, " alone, whose metadata others do not read" if alone else "", file
-            )
 
 
 def is_lost_process(error: RuntimeError) -> bool:

@@ -16,8 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mpp.cli import quoted
 from mpp.files import write_atomically
-
-_LOG = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+from mpp.logs import FILE
 
 
 def _scratch_folder(output_dir: str) -> str:
@@ -69,7 +68,7 @@ def begin_record(cfg: DictConfig, folder: Path) -> None:
         text = OmegaConf.to_yaml(content)
         write_atomically(folder / ".hydra" / f"{name}.yaml", lambda path, text=text: path.write_text(text, "utf-8"))
     log = logging.FileHandler(folder / f"{HydraConfig.get().job.name}.log", encoding="utf-8")
-    log.setFormatter(logging.Formatter(_LOG))
+    log.setFormatter(FILE)
     root = logging.getLogger()
     for waiting in [handler for handler in root.handlers if isinstance(handler, MemoryHandler)]:
         waiting.setTarget(log)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from mpp.config import build, check_config, command, device_of
+from mpp.logs import record
 
 if TYPE_CHECKING:
     from mpp.masking.job import JobSummary
@@ -22,6 +23,7 @@ def run(cfg: DictConfig) -> "JobSummary":
     summary = build(cfg.job, tool=build(cfg.tool)).run()
     for line in summary.lines():
         print(line)
+    record(output=str(summary.output), written=len(summary.written), kept=len(summary.kept), failures=summary.failures)
     summary.check()
     return summary
 

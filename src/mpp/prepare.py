@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from mpp import BEGAN
 from mpp.config import build, check_config, command, device_of
 from mpp.jobs import job_number
+from mpp.logs import adopt, record
 
 if TYPE_CHECKING:
     from mpp.musubi.export import MusubiSummary
@@ -31,10 +32,13 @@ def run(cfg: DictConfig, began: float | None = None) -> "Summary | MusubiSummary
         raise ValueError(f"export_dir={cfg.export_dir} is for an export; add export=musubi")
     from mpp.preparing.preparation import Preparation
 
+    adopt()
     model, device = build(cfg.model), device_of(cfg.device)
     summary = Preparation(build(cfg.data), model, device, build(cfg.sampling), build(cfg.prepare)).run(began)
     for line in summary.lines():
         print(line)
+    counted = ("encoded", "current", "validation", "masks_written", "masks_current", "skipped", "seconds")
+    record(cache_dir=str(cfg.data.cache_dir), **{name: getattr(summary, name) for name in counted})
     return summary
 
 
@@ -55,6 +59,7 @@ def export(cfg: DictConfig) -> "MusubiSummary":
     summary = export_musubi(Cache(cfg.data.cache_dir), build(cfg.model), cfg.export_dir)
     for line in summary.lines():
         print(line)
+    record(folders={str(folder): count for folder, count in summary.folders.items()})
     return summary
 
 

@@ -38,9 +38,11 @@ FOLLOWING = {  # what followed from other settings in 0.1.0, whose checkpoints d
     "logger.tensorboard.save_dir": "${output_dir}",
     "logger.wandb.save_dir": "${output_dir}",
 }
+_PROGRESS = "mpp.training.progress.Progress"
 MOVED = {  # classes by their names in 0.1.0
     "mpp.callbacks.Checkpoints": "mpp.training.callbacks.Checkpoints",
-    "mpp.callbacks.LossBar": "mpp.training.callbacks.LossBar",
+    "mpp.callbacks.LossBar": _PROGRESS,
+    "mpp.training.callbacks.LossBar": _PROGRESS,
     "mpp.callbacks.RunReport": "mpp.training.start_report.RunReport",
     "mpp.callbacks.Samples": "mpp.training.callbacks.Generations",
     "mpp.data.datamodule.LatentDataModule": "mpp.batching.datamodule.LatentDataModule",
@@ -167,6 +169,8 @@ def recorded_settings(record: Mapping[str, Any] | None, *, follow: bool = True) 
 
 def _renamed(node: Any) -> Any:  # noqa: ANN401
     """Plain values with classes by their names of today."""
+    if isinstance(node, Mapping) and MOVED.get(str(node.get("_target_"))) == _PROGRESS:  # was a bar of Lightning's
+        return {"_target_": _PROGRESS, "bar": "${trainer.enable_progress_bar}"}
     if isinstance(node, Mapping):
         return {
             name: _class_of(value) if name == "_target_" and isinstance(value, str) else _renamed(value)

@@ -6,6 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mpp.config import build, check_config, command
+from mpp.logs import record
 
 
 def run(cfg: DictConfig) -> Path:
@@ -24,6 +25,7 @@ def run(cfg: DictConfig) -> Path:
     for finding in findings:
         print(f"{finding.severity}: {finding.title}: {finding.count}")
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    record(page=str(path), findings={finding.kind: finding.count for finding in findings})
     return path
 
 

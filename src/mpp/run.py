@@ -14,11 +14,12 @@ from mpp import cli
 from mpp.job_file import STARTS, commands_of, is_job_file
 
 STAGES = ("prepare", "report", "train")
-HELP = """python -m mpp.run mychar.yaml [KEY=VALUE ...] [--show]
+HELP = """python -m mpp.run mychar.yaml [KEY=VALUE ...] [--show] [--quiet] [--json]
 
 Prepares, reports and trains by a job file, which python -m mpp.init writes. The first that fails ends it, with its exit
 code. Settings that are typed win over the file; each goes to the commands that have it. --show prints the commands
-instead. docs/job.md says more.
+instead; --quiet leaves warnings and errors, and --json makes the last line of each command a JSON object of what it
+came to. docs/job.md says more.
 """
 
 
@@ -34,7 +35,7 @@ def commands(words: Sequence[str]) -> dict[str, list[str]]:
     for word in words[1:]:
         key, equals, _ = word.lstrip("+").partition("=")
         if not equals or key.startswith(("-", "~")):
-            raise ValueError(f"mpp.run takes KEY=VALUE and --show behind the job file, got {word}")
+            raise ValueError(f"mpp.run takes KEY=VALUE, --show, --quiet and --json behind the job file, got {word}")
         owners = ("train",) if key in STARTS else commands_of(key)
         if not set(owners) & set(STAGES):
             raise ValueError(
@@ -70,16 +71,18 @@ def call(command: str, words: Sequence[str]) -> int:
 def main() -> None:
     """Command line entry."""
     words = cli.words_or_help(HELP)
+    flags = [word for word in words if word in cli.SWITCHES and word != "--show"]
     try:
-        todo = commands([word for word in words if word != "--show"])
+        todo = commands([word for word in words if word not in cli.SWITCHES])
     except ValueError as error:
         sys.exit(f"error: {error}")
     for command, meant in todo.items():
         if "--show" in words:
             print(cli.shown(command, meant))
             continue
-        print(f"--- {command}", flush=True)
-        code = call(command, meant)
+        if not flags:
+            print(f"--- {command}", flush=True)
+        code = call(command, [*meant, *flags])
         if code:
             left = [f"mpp.{name}" for name in STAGES[STAGES.index(command) + 1 :]]
             if left:

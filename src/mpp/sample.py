@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mpp.config import build, check_config, command, device_of
+from mpp.logs import adopt, record
 
 
 def run(cfg: DictConfig) -> list[Path]:
@@ -23,6 +24,7 @@ def run(cfg: DictConfig) -> list[Path]:
     from mpp.models.experts import parts_of
     from mpp.sampling.generation import generate, generation_name, save
 
+    adopt()
     check_config(cfg)
     architecture, prompts, device = build(cfg.model), build(cfg.sampling), device_of(cfg.device)
     if not prompts.lines:
@@ -50,6 +52,7 @@ def run(cfg: DictConfig) -> list[Path]:
             written += save(generate(architecture, transformer, encoders, ready, name=name, device=device), folder)
     for file in written:
         print(file)
+    record(files=[str(file) for file in written])
     return written
 
 

@@ -10,7 +10,7 @@ from diffusers import optimization
 from torch import nn
 
 from mpp.lora.adapters import Adapter
-from mpp.training.rates import check_ratio, optimizer_of, renew_rates
+from mpp.training.rates import check_ratio, effective_rates, optimizer_of, renew_rates
 from tests.helpers import logged, module, train
 
 
@@ -173,8 +173,28 @@ def test_an_optimizer_or_schedule_that_would_lose_the_ratio_is_refused():
 
 @pytest.mark.slow
 def test_the_log_says_both_rates(pipeline, prepared, tmp_path):
-    node = "callbacks.learning_rate={_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: step}"
-    train(pipeline, prepared, tmp_path, "lora.b_lr_ratio=16", "optimizer.lr=1e-3", node)
-    rows = [row for row in logged(tmp_path) if "lr-AdamW/A" in row]
+    train(pipeline, prepared, tmp_path, "lora.b_lr_ratio=16", "optimizer.lr=1e-3")
+    rows = [row for row in logged(tmp_path) if "train/lr" in row]
     assert rows
-    assert all((row["lr-AdamW/A"], row["lr-AdamW/B"]) == pytest.approx((1e-3, 16e-3)) for row in rows)
+    assert all((row["train/lr"], row["train/lr_b"]) == pytest.approx((1e-3, 16e-3)) for row in rows)
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.3])
+def test_the_rate_in_effect_has_the_optimizers_own_estimate_in_it(lr):
+    prodigyopt, schedulefree = pytest.importorskip("prodigyopt"), pytest.importorskip("schedulefree")
+    weight = nn.Parameter(torch.ones(3))
+    prodigy = prodigyopt.Prodigy([weight], lr=lr)
+    for _ in range(5):
+        before = weight.detach().clone()
+        weight.grad = torch.full((3,), 0.5)
+        prodigy.step()
+    (group,) = prodigy.param_groups
+    assert effective_rates([prodigy]) == {"train/lr": pytest.approx(group["d"] * lr)}
+    moved = float((before - weight.detach()).abs().max())  # by Adam's update, which is about 1 to 6 without weights
+    assert 1 < moved / effective_rates([prodigy])["train/lr"] < 8
+    free = schedulefree.AdamWScheduleFree([weight], lr=lr, warmup_steps=10)
+    free.train()
+    assert effective_rates([free]) == {"train/lr": lr}
+    weight.grad = torch.ones(3)
+    free.step()
+    assert effective_rates([free])["train/lr"] == pytest.approx(lr / 10)

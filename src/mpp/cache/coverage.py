@@ -9,6 +9,7 @@ from mpp.cache.format import evenly_spread
 from mpp.cache.index import Entry
 from mpp.cache.reader import Reader
 from mpp.core.loss import MaskedPriorLoss
+from mpp.models.contract import LatentSpec
 
 _SCANNED = 512  # masks read at the start of a run; more would delay it without changing the means
 # Student step over teacher forward (S/T) between no attention and all attention: a frozen linear layer costs 1
@@ -101,6 +102,13 @@ def measure_coverage(cache: Reader, entries: Sequence[Entry], loss: MaskedPriorL
     """
     chosen = evenly_spread(entries, _SCANNED)
     return Coverage.of(cover(loss, cache.mask(entry)[None, :, given:], entry) for entry in chosen)
+
+
+def bucket_of(shape: Sequence[int], spec: LatentSpec) -> str:
+    """Width and height in pixels of latents `(c, f, h, w)`, with the number of layers or frames of several."""
+    _, frames, height, width = shape
+    size = f"{width * spec.spatial_stride}x{height * spec.spatial_stride}"
+    return size if frames == 1 else f"{size}, {spec.frames.count(frames, spec.temporal_stride)}"
 
 
 def mode_of(loss: MaskedPriorLoss) -> str:

@@ -8,14 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mpp.cache.coverage import SampleCoverage, cover
+from mpp.cache.coverage import SampleCoverage, bucket_of, cover
 from mpp.cache.format import Cache, CacheIdentity, made_from
 from mpp.cache.index import Entry
 from mpp.cache.mask_facts import MaskFacts
 from mpp.cache.provenance import LatentsProvenance, TextProvenance
 from mpp.core.loss import MaskedPriorLoss
 from mpp.media.geometry import Geometry
-from mpp.models.contract import LatentSpec
 from mpp.models.frame_axis import FrameAxis
 from mpp.reporting.near_duplicates import Print, motion, open_small, print_of
 
@@ -82,7 +81,7 @@ def look_at(cache: Cache, entry: Entry, loss: MaskedPriorLoss, identity: CacheId
     made = made_from(cache.text_path(entry.text), TextProvenance)
     sample = ReportRow(
         entry,
-        bucket_of(entry, identity.latents),
+        bucket_of(entry.shape, identity.latents),
         views,
         cropped=_cropped(cache, entry),
         unread="" if made is None else made.unread,
@@ -113,13 +112,6 @@ def weights_of(cache: Cache, sample: ReportRow, loss: MaskedPriorLoss, given: in
     weights = loss.weights(cache.mask(sample.entry)[None, :, given:])
     frames = [view.frame - given for view in sample.views if not view.given]
     return torch.stack([field[0, 0, frames] for field in (weights.raw, weights.target, weights.prior)])
-
-
-def bucket_of(entry: Entry, spec: LatentSpec) -> str:
-    """Width and height in pixels, with the number of layers or frames where there are several."""
-    _, frames, height, width = entry.shape
-    size = f"{width * spec.spatial_stride}x{height * spec.spatial_stride}"
-    return size if frames == 1 else f"{size}, {spec.frames.count(frames, spec.temporal_stride)}"
 
 
 def _cropped(cache: Cache, entry: Entry) -> float | None:

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import Checkpoint
 from PIL import Image
 
 from mpp.batching.datamodule import LatentDataModule
@@ -26,32 +25,54 @@ from mpp.sampling.prompts import Prompts, ReadyPrompt
 from mpp.training.ema import AdapterEma, ema_of
 from mpp.training.endings import endings_of
 from mpp.training.facts import facts_of
+from mpp.training.loggers import log_image
 from mpp.training.module import MaskedPriorModule
+from mpp.training.retention import outdated
 
 log = logging.getLogger("mpp")
 
+MONITORED = ("val/loss", "val/target_loss", "val/prior_loss", "val/drift")
+
 
 class Checkpoints(Checkpoint):
-    """Saves `last.ckpt` and the LoRA every so many steps and at the end.
+    """Saves `last.ckpt` and the LoRA every so many steps or epochs and at the end.
 
     Args:
         folder: The run's output folder: `checkpoints/last.ckpt`, `lora.safetensors` (the newest) and
             `lora/step-000500.safetensors` (each of them). Of a run with an average of the adapter (`AdapterEma`) also
             `lora_ema.safetensors` and `lora/step-000500_ema.safetensors`.
-        every_n_steps: Optimizer steps between two saves, >= 1.
+        every_n_steps: Optimizer steps between two saves, >= 1; None: they are not counted.
+        every_n_epochs: Epochs between two saves, >= 1; None: they are not counted.
         keep_all: Also keep each checkpoint as `checkpoints/step-000500.ckpt`.
+        keep_last: Steps whose files are kept, >= 1; None: all. `lora.safetensors` and `last.ckpt` always are.
+        monitor: What validation measures, `val/loss` say, of which the lowest is best: its LoRA is also
+            `lora_best.safetensors`; None: no step is better than others.
         exports: Files for other programs, beside each LoRA.
 
     Raises:
-        ValueError: `every_n_steps` is below 1.
+        ValueError: A number is below 1, or `monitor` is nothing that validation measures.
     """
 
     def __init__(
-        self, folder: str, every_n_steps: int = 500, *, keep_all: bool = False, exports: Exports | None = None
+        self,
+        folder: str,
+        every_n_steps: int | None = 500,
+        *,
+        every_n_epochs: int | None = None,
+        keep_all: bool = False,
+        keep_last: int | None = None,
+        monitor: str | None = None,
+        exports: Exports | None = None,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"callbacks.checkpoints.every_n_steps must be at least 1, got {every_n_steps}")
-        self.folder, self.every_n_steps, self.keep_all = Path(folder), every_n_steps, keep_all
+        given = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs, "keep_last": keep_last}
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise ValueError(f"callbacks.checkpoints.{name} must be at least 1, got {value}")
+        if monitor is not None and monitor not in MONITORED:
+            raise ValueError(f"callbacks.checkpoints.monitor must be one of {', '.join(MONITORED)}, got {monitor}")
+        self.folder, self.every_n_steps, self.every_n_epochs = Path(folder), every_n_steps, every_n_epochs
+        self.keep_all, self.keep_last, self.monitor = keep_all, keep_last, monitor
+        self.best: float | None = None
         self.exports = Exports([]) if exports is None else exports
         self.formats: tuple[str, ...] | None = None
         self._left_out: tuple[str, ...] = ()
@@ -59,13 +80,27 @@ class Checkpoints(Checkpoint):
         self._sample: Image.Image | None = None  # the newest one
         self._facts: Facts | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on has to be better than; no paths, so that a run may move."""
+        return {} if self.monitor is None else {"monitor": self.monitor, "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As it was when the checkpoint was saved; of another measure it says nothing."""
+        if state_dict.get("monitor") == self.monitor:
+            self.best = state_dict.get("best")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a thumbnail of samples that there are none of, before the transformer is loaded.
+        """Refuse what there is nothing for, before the transformer is loaded.
 
         Raises:
-            ValueError: As above.
+            ValueError: A thumbnail of samples without prompts; the best validation without any.
         """
         del pl_module, stage
+        if self.monitor is not None and not trainer.datamodule.val_entries:
+            raise ValueError(
+                f"callbacks.checkpoints.monitor={self.monitor}: there are no validation samples; set "
+                "data.val_fraction=0.1, say, or prepare some with data.val_image_dir"
+            )
         generations = [callback for callback in trainer.callbacks if isinstance(callback, Generations)]
         if self.exports.metadata.thumbnail is True and not any(found.prompts.lines for found in generations):
             raise ValueError(
@@ -101,8 +136,28 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save at the chosen steps, and at the last one."""
-        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+        step, epoch = trainer.global_step, trainer.current_epoch + 1
+        due = self.every_n_steps is not None and step % self.every_n_steps == 0
+        ends = self.every_n_epochs is not None and trainer.is_last_batch and epoch % self.every_n_epochs == 0
+        if due or ends or step == trainer.max_steps:
             self.save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the LoRA of the best validation."""
+        value = trainer.callback_metrics.get(self.monitor or "")
+        trained = trainer.global_step > 0 and not trainer.sanity_checking
+        if value is None or not trained or not (self.best is None or float(value) < self.best):
+            return
+        self.best = float(value)
+        with pl_module.pace.pause():
+            self._write(trainer, pl_module, self.folder / "lora_best.safetensors")
+        if trainer.is_global_zero:
+            log.info(
+                "best %s so far, %.4f: lora_best.safetensors is of step %d",
+                self.monitor,
+                self.best,
+                trainer.global_step,
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save whatever has not been saved."""
@@ -124,6 +179,13 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if step == self._saved_at:
             return step > 0
+        with module.pace.pause():
+            self._save(trainer, module, step)
+        if trainer.is_global_zero:
+            log.info("saved step %d: %s", step, self.folder / "lora.safetensors")
+        return True
+
+    def _save(self, trainer: Trainer, module: MaskedPriorModule, step: int) -> None:
         if (endings := endings_of(trainer)) is not None:
             endings.check_adapter(trainer, module)
         self._write(trainer, module, self._lora_of(step))
@@ -133,7 +195,10 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
         self._saved_at = step
         self._write(trainer, module, self.folder / "lora.safetensors")
-        return True
+        if self.keep_last is not None and trainer.is_global_zero:
+            for kept in (self.folder / "lora", checkpoints):
+                for file in outdated(kept, step, self.keep_last):
+                    file.unlink(missing_ok=True)
 
     def _lora_of(self, step: int) -> Path:
         return self.folder / "lora" / f"step-{step:06d}.safetensors"
@@ -258,6 +323,10 @@ class Generations(Checkpoint):
         if not self._ready or step == self._done_at:
             return
         self._done_at = step
+        with module.pace.pause():
+            self._generate_step(trainer, module, step, missing=missing)
+
+    def _generate_step(self, trainer: Trainer, module: MaskedPriorModule, step: int, *, missing: bool) -> None:
         folder = self.folder / f"step-{step:06d}"
         names = [generation_name(number, ready.prompt) for number, ready in enumerate(self._ready)]
         if missing and trainer.strategy.broadcast(all((folder / f"{name}.png").is_file() for name in names)):
@@ -268,6 +337,7 @@ class Generations(Checkpoint):
             log.warning("the samples of step %d failed, training goes on: %s", step, error)
         trainer.strategy.barrier("samples")
         if trainer.is_global_zero:
+            log.info("samples of step %d: %s", step, folder)
             for file in sorted(folder.glob("*.png")):
                 for logger in trainer.loggers:
                     log_image(logger, f"samples/{file.stem}", Image.open(file).convert("RGB"), step)
@@ -299,20 +369,3 @@ class Generations(Checkpoint):
             encoders.release()
         for saver in [callback for callback in trainer.callbacks if first and isinstance(callback, Checkpoints)]:
             saver.illustrate(trainer, module, frame_image(first.lora[0]))
-
-
-class LossBar(TQDMProgressBar):
-    """Progress with the losses by their short names."""
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
-        """Loss, target and prior of the last report."""
-        found = super().get_metrics(trainer, pl_module)
-        return {name.removeprefix("train/"): value for name, value in found.items() if name.startswith("train/")}
-
-
-def log_image(logger: Logger, name: str, image: Image.Image, step: int) -> None:
-    """Hand an image to a logger that takes any."""
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
-    elif hasattr(logger, "log_image"):
-        logger.log_image(name, [image], step=step)

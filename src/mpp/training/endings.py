@@ -173,6 +173,7 @@ class Endings(Callback):
         """
         if not self._leaving:
             return
+        trainer.lightning_module.report_rest()
         if not trainer.is_global_zero:
             sys.exit(0)
         if self._saved:

@@ -1,6 +1,7 @@
 """The LightningModule: a frozen DiT with an adapter, taught by itself without it."""
 
-import time
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,11 +23,14 @@ from mpp.lora.starting import Start
 from mpp.models.contract import Architecture
 from mpp.training import metrics
 from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, settled
-from mpp.training.metrics import LossMetrics
-from mpp.training.rates import check_ratio, optimizer_of, renew_rates
+from mpp.training.metrics import LossMetrics, Point
+from mpp.training.pace import Pace, peak_memory
+from mpp.training.rates import check_ratio, effective_rates, optimizer_of, renew_rates
 from mpp.training.schedule import schedule_for
 from mpp.training.step import MaskedPriorStep, Position, StepOutput, WholePasses
 from mpp.training.teacher import Teacher
+
+log = logging.getLogger("mpp")
 
 
 class MaskedPriorModule(LightningModule):
@@ -99,7 +103,8 @@ class MaskedPriorModule(LightningModule):
         self.train_metrics, self.val_metrics = LossMetrics(loss), LossMetrics(loss)
         self.samples_seen = 0
         self._base: str | None = None
-        self._reported_at = 0.0
+        self.pace, self.point = Pace(), Point()
+        self._norms: list[Tensor] = []  # of the gradients since the last report
         self._warned = False
         self._window: tuple[Tensor, ...] | None = None  # the accumulation window that `_over` was measured on
         self._over: LossSums | None = None
@@ -182,7 +187,8 @@ class MaskedPriorModule(LightningModule):
         output = self.step(batch, Position(self.seed, self.current_epoch))
         over, parts = self.effective_batch(output, batch)
         self.train_metrics.update(output)
-        self.report_train(batch, batch_idx)
+        self._learning += len(batch) - batch.preserved
+        self.samples_seen += len(batch) * self.trainer.world_size
         total = self.loss.terms(output.sums, over).total * parts
         self._losses.append((total.detach(), self.trainer.global_step + 1, batch.keys))
         return total
@@ -239,38 +245,62 @@ class MaskedPriorModule(LightningModule):
 
     # ---------------------------------------------------------------- reports
 
-    def report_train(self, batch: Batch, batch_idx: int) -> None:
-        """Log the running sums every `log_every_n_steps` optimizer steps."""
-        trainer = self.trainer
-        self._learning += len(batch) - batch.preserved
-        self.samples_seen += len(batch) * trainer.world_size
-        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if not ends_step or (trainer.global_step + 1) % trainer.log_every_n_steps:
-            return
-        values = self.train_metrics.compute()  # collective: every rank comes here
-        now = time.monotonic()
-        rate = self.train_metrics.samples * trainer.world_size / max(now - self._reported_at, 1e-9)
-        self._reported_at = now
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step is complete but for the optimizer: report every `log_every_n_steps` of them.
+
+        Gradients are whole here, over accumulated batches and ranks, unscaled, and not clipped yet.
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            self._norms.append(nn.utils.get_total_norm(gradients))
+        step = self.trainer.global_step + 1
+        if step % self.trainer.log_every_n_steps == 0:
+            self.point = self._measured(step)
+            for name, value in self.point.values.items():
+                self.log(name, value, on_step=True, on_epoch=False, prog_bar=name in metrics.PROGRESS_BAR)
+
+    def report_rest(self) -> None:
+        """A last point of the logs, for the steps since the last report; all ranks come here."""
+        step = self.trainer.global_step
+        if self.pace.steps(step):
+            self.point = self._measured(step)
+            for logger in self.trainer.loggers:
+                logger.log_metrics(self.point.values, step=step - 1)
+                logger.save()
+
+    def _measured(self, step: int) -> Point:
+        values = metrics.names("train", self.train_metrics.compute())  # collective: every rank comes here
+        finite = [norm for norm in map(float, self._norms) if math.isfinite(norm)]
+        if finite:  # of 16 bits some overflow, and their step is left out
+            values["train/grad_norm"] = sum(finite) / len(finite)
+        values |= effective_rates(self.trainer.optimizers)
+        values |= self.pace.lap(step, self.train_metrics.samples * self.trainer.world_size)
+        memory = peak_memory(self.device)
+        if memory is not None:
+            values["perf/peak_memory_gib"] = memory
         self._warn_if_nothing_learned(self.train_metrics.sums)
         self.train_metrics.reset()
-        for name, value in metrics.names("train", values).items():
-            self.log(name, value, prog_bar=name.split("/")[1] in metrics.PROGRESS_BAR, batch_size=len(batch))
-        self.log("perf/samples_per_second", rate, batch_size=len(batch))
+        self._norms.clear()
+        return Point(step, values)
 
     def _warn_if_nothing_learned(self, sums: Tensor) -> None:
         nothing, self._learning = float(sums[0]) == 0 and self._learning > 0, 0
-        if nothing and not self._warned:
+        if nothing and not self._warned and self.trainer.is_global_zero:
             self._warned = True
-            self.print(
-                "warning: nothing is learned: every mask since the last report is empty (all 0); check that masks are "
+            log.warning(
+                "nothing is learned: every mask since the last report is empty (all 0); check that masks are "
                 "not inverted (1 = white = learn)"
             )
 
     def on_train_start(self) -> None:
         """Start the clock of the first report."""
-        self._reported_at = time.monotonic()
+        self.pace.begin(self.trainer.global_step)
         self.resumed = None
         self._optimizer_mode("train")
+
+    def on_train_end(self) -> None:
+        """Nothing of what was measured is left out of the logs."""
+        self.report_rest()
 
     def on_fit_start(self) -> None:
         """Refuse weights that do not go with the precision."""
@@ -279,11 +309,13 @@ class MaskedPriorModule(LightningModule):
     def on_validation_start(self) -> None:
         """Schedule-free optimizers evaluate other weights than they train."""
         self._check_weights()
+        self.pace.halt()
         self._evaluate()
 
     def on_validation_end(self) -> None:
         """Back to the weights that are trained."""
         self.train_on()
+        self.pace.go_on()
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation breakdown over all ranks."""
@@ -361,7 +393,8 @@ class MaskedPriorModule(LightningModule):
             steps = min(checkpoint["global_step"], self.held_after or checkpoint["global_step"])
             ratio = self.adapter.b_lr_ratio
             rate = renew_rates(checkpoint, self.make_optimizer, self.make_schedule, steps, ratio)
-            self.print(f"learning rates are made anew: that of the next step is {rate:g}")
+            if self.trainer.is_global_zero:
+                log.info("learning rates are made anew: that of the next step is %g", rate)
         self.samples_seen = checkpoint["mpp"]["samples_seen"]
         self.resumed = checkpoint
 

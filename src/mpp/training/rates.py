@@ -97,3 +97,17 @@ def renew_rates(
             group.update({name: value for name, value in now.items() if name == "lr" or was.get(name) != value})
     checkpoint["lr_schedulers"] = states
     return float(stand_in.param_groups[0]["lr"])
+
+
+def effective_rates(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
+    """What the updates are multiplied by, as `train/lr` and, where the matrices B have another, `train/lr_b`.
+
+    An optimizer that finds its own rate multiplies the one that is set by an estimate `d` (D-Adaptation, Prodigy);
+    schedule-free ones keep what they used as `scheduled_lr`.
+    """
+    found = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            name = "train/lr_b" if group.get("name") == "B" else "train/lr"
+            found.setdefault(name, float(group.get("scheduled_lr") or group["lr"]) * float(group.get("d", 1)))
+    return found

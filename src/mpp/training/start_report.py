@@ -1,6 +1,7 @@
 """What a run says at its start: what is on, with what data, at what cost, and the regions of a few samples."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,16 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image, ImageDraw
 
 from mpp.batching.datamodule import LatentDataModule
-from mpp.cache.coverage import Coverage, measure_coverage, mode_of, step_cost
+from mpp.cache.coverage import measure_coverage
 from mpp.cache.index import Entry
-from mpp.cache.mask_facts import MaskDoubts, black_under
+from mpp.cache.mask_facts import MaskDoubts
 from mpp.cache.reader import Reader
 from mpp.core.loss import MaskedPriorLoss
 from mpp.files import write_atomically
 from mpp.media.own import mark
 from mpp.models.frame_axis import FrameAxis
-from mpp.training.callbacks import log_image
-from mpp.training.module import MaskedPriorModule
+from mpp.training.banner import banner, data_advice
+from mpp.training.loggers import log_image
 from mpp.training.schedule import schedule_advice
 
 log = logging.getLogger("mpp")
@@ -36,19 +37,32 @@ class RunReport(Callback):
 
     def __init__(self, folder: str, pictures: int = 4) -> None:
         self.folder, self.pictures = Path(folder), pictures
+        self.findings: Callable[[], str] = str  # how `mpp.report` sees the data, in words
+        self._said = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the banner, the warnings and the images, on the first process only."""
-        if not trainer.is_global_zero:
+        """A run without a validation before it."""
+        self._say(trainer, pl_module)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """A run that validates the untrained adapter first."""
+        self._say(trainer, pl_module)
+
+    def _say(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the banner, the warnings and the images, once, on the first process only."""
+        if self._said or not trainer.is_global_zero:
             return
+        self._said = True
         data: LatentDataModule = trainer.datamodule
         loss = pl_module.loss
         coverage = measure_coverage(data.cache, data.train_entries, loss, pl_module.architecture.given_frames)
-        for line in banner(pl_module, data, coverage):
+        for line in banner(trainer, pl_module, data, coverage):
+            log.info(line)
+        for line in filter(None, (self.findings(), f"output: {self.folder}")):
             log.info(line)
         given = pl_module.architecture.given_frames
         doubts = MaskDoubts.of(data.cache, data.train_entries, loss, given, most=_LOOKED_AT)
-        advice = loss.advice() + data.cache.advice(loss) + _data_advice(loss, data, coverage) + doubts.lines()
+        advice = loss.advice() + data.cache.advice(loss) + data_advice(loss, data, coverage) + doubts.lines()
         for line in advice + schedule_advice(pl_module.make_schedule, pl_module.planned_steps):
             log.warning(line)
         self._show_regions(trainer, data, loss)
@@ -70,75 +84,6 @@ class RunReport(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         mark(self.folder)
         write_atomically(self.folder / "regions.png", lambda temporary: sheet.save(temporary, "PNG"))
-
-
-def banner(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage) -> list[str]:
-    """What is on, in words: mode, settings, data, coverage, expected cost of the teacher."""
-    loss = module.loss
-    settings = ", ".join(f"{name}={value}" for name, value in vars(loss).items())
-    visits, masks = int(data.train_entries.repeats.sum()), int(data.train_entries.masked.sum())
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    picks = data.pool_picks
-    rate = picks / (picks + visits)
-    taught = coverage.taught * (1 - data.changes.unmasked_probability) * (1 - rate) + rate
-    least, most = step_cost(taught, gradient_checkpointing=module.gradient_checkpointing)
-    cost = (
-        f"teacher: runs for {taught:.0%} of the samples; steps take about {least:.2f}x (long videos) to {most:.2f}x "
-        f"(small images) as long"
-        if loss.prior_weight > 0
-        else "teacher: never runs"
-    )
-    lines = [
-        f"{mode_of(loss)}: {settings}",
-        f"samples: {len(data.train_entries)} for training ({masks} with masks), {len(data.val_entries)} for validation",
-        f"coverage: learn {coverage.learn:.1%}, preserve {coverage.preserve:.1%} of the area "
-        f"(from {coverage.scanned} samples)",
-        cost,
-        f"adapter: {module.adapter.kind}, rank {module.adapter.rank}, {trained:,} trainable parameters",
-    ]
-    if visits > len(data.train_entries):
-        lines.append(f"repeats: {visits} visits per epoch")
-    if data.changes.unmasked_probability:
-        lines.append(f"mask dropout: {data.changes.unmasked_probability:.0%} of the visits train without their mask")
-    if data.changes.caption_dropout:
-        lines.append(f"caption dropout: {data.changes.caption_dropout:.0%} of the visits have the empty caption")
-    if data.pool:
-        lines.append(f"preservation: {picks} more samples per epoch ({rate:.0%}) from a pool of {len(data.pool)}")
-    if data.empty_masks and data.empty_masks.skipped:
-        lines.append(f"left out by data.on_empty_mask=skip: {data.empty_masks}")
-    if data.source_changes.unchecked:
-        lines.append(f"media, masks and captions were not all compared with the cache: {data.source_changes.unchecked}")
-    if data.unchecked:
-        lines.append(f"not on this machine, so not compared with the cache's: {', '.join(data.unchecked)}")
-    return lines
-
-
-def _data_advice(loss: MaskedPriorLoss, data: LatentDataModule, coverage: Coverage) -> list[str]:
-    advice = []
-    masked = bool(data.train_entries.masked.any())
-    advice += [
-        f"{line}; this run uses the old ones: run `python -m mpp.prepare` again, which makes what changed"
-        for line in data.source_changes.lines()
-    ]
-    if data.empty_masks and not data.empty_masks.skipped:
-        advice.append(
-            f"{data.empty_masks}: {black_under(loss)}; draw them, or leave them out by data.on_empty_mask=skip"
-        )
-    if data.changes.unmasked_probability and not masked:
-        share = data.changes.unmasked_probability
-        advice.append(f"data.unmasked_probability={share} changes nothing: no sample has a mask")
-    if loss.prior_weight > 0 and not masked and not data.pool:
-        advice.append(
-            "loss.prior_weight > 0 while no sample has a mask: the prior never applies; prepare with data.mask_dir, or "
-            "choose loss=plain"
-        )
-    threshold = loss.prior_threshold
-    if loss.prior_weight > 0 and threshold is not None and masked and coverage.lowest >= threshold:
-        advice.append(
-            f"no mask goes below loss.prior_threshold={threshold} (lowest value {coverage.lowest:.3f}): the prior "
-            "region is empty; a floor may be baked into the masks: remove it, or raise the threshold above it"
-        )
-    return advice
 
 
 def region_strip(cache: Reader, entry: Entry, loss: MaskedPriorLoss, axis: FrameAxis, given: int = 0) -> Image.Image:

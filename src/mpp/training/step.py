@@ -67,6 +67,8 @@ class StepOutput:
         kept: Where the base model's prediction is to be kept, for the drift: the prior weights, which `measure` gives
             also where the run has no prior.
         pred: Student prediction.
+        target: What it is to be where it learns.
+        sigma: Noise levels of the samples, in [0, 1].
         prior: The base model's prediction, or None where no sample has anything to keep.
         taught: Number of samples that the teacher ran for.
     """
@@ -75,8 +77,24 @@ class StepOutput:
     weights: MaskWeights
     kept: Mask
     pred: Latents
+    target: Latents
+    sigma: Float[Tensor, " b"]
     prior: Latents | None
     taught: int
+
+    def by_sample(self, loss: MaskedPriorLoss) -> list[LossSums]:
+        """The statistics of each sample by itself."""
+        if len(self.pred) == 1:
+            return [self.sums]
+        return [
+            loss.sums(
+                self.pred[row],
+                self.target[row],
+                MaskWeights(*(field[row] for field in (self.weights.raw, self.weights.target, self.weights.prior))),
+                None if self.prior is None else self.prior[row],
+            )
+            for row in (slice(number, number + 1) for number in range(len(self.pred)))
+        ]
 
 
 @dataclass(frozen=True)
@@ -137,7 +155,7 @@ class MaskedPriorStep:
         weights, kept = weights.to(device), kept.to(device)  # before the passes: a copy waits for what is queued
         prior, pred = self.passes(noisy, batch.conditioning, samples)
         sums = self.loss.sums(pred, noisy.target, weights, prior)
-        return StepOutput(sums, weights, kept.prior, pred, prior, len(samples))
+        return StepOutput(sums, weights, kept.prior, pred, noisy.target, noisy.sigma, prior, len(samples))
 
     def _quantiles(self, batch: Batch) -> list[float]:
         middles = torch.tensor([0.125, 0.375, 0.625, 0.875])

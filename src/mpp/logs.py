@@ -1,0 +1,119 @@
+"""What commands say: one form for all lines, on stdout and in a run's log; libraries speak when something is wrong."""
+
+import contextlib
+import io
+import json
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+log = logging.getLogger("mpp")
+
+_LIBRARIES = ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "diffusers", "peft", "accelerate")
+_KNOWN = (  # what libraries warn of and is as it should be
+    "Mismatch dtype between input and weight",  # float32 norms on bfloat16, as the original models have it
+)
+
+
+class Line(logging.Formatter):
+    """`TIME message`, and `TIME warning: message`.
+
+    Args:
+        time: As `strftime` has it.
+    """
+
+    def __init__(self, time: str) -> None:
+        super().__init__("%(asctime)s %(message)s", time)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the library's name)
+        """The line, without a traceback."""
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return f"{record.asctime} {level}{record.message}"
+
+
+CONSOLE, FILE = Line("%H:%M:%S"), Line("%Y-%m-%d %H:%M:%S")
+
+
+@contextlib.contextmanager
+def speaking(*, quiet: bool = False) -> Iterator[None]:
+    """Give what is said inside its form, libraries' warnings with it; entered before these are imported.
+
+    A mistake of the program, whose traceback the console gets, is in the log files too.
+
+    Args:
+        quiet: On the console warnings and errors alone.
+    """
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # torchvision is not missed
+    for message in _KNOWN:
+        warnings.filterwarnings("ignore", message=message)
+    warnings.showwarning = _warn
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(CONSOLE)
+            handler.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+            yield
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError):
+            note(traceback.format_exc())
+        raise
+
+
+def adopt() -> None:
+    """Bring what libraries warn of to the root logger, once they are imported, and leave out what they tell besides."""
+    for name in _LIBRARIES:
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+        library.setLevel(logging.WARNING)
+
+
+def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    log.warning("%s (%s, %s:%d)", str(message).strip(), category.__name__, filename, lineno)
+
+
+def note(text: str) -> None:
+    """Write into the log files alone what the console gets in another way."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(log.makeRecord(log.name, logging.INFO, "", 0, text, (), None))
+
+
+_record: dict[str, Any] = {}
+
+
+def record(**values: Any) -> None:  # noqa: ANN401
+    """Say what a command has come to, for the line that `--json` prints."""
+    _record.update(values)
+
+
+@contextlib.contextmanager
+def recording(command: str, *, said: bool) -> Iterator[None]:
+    """What is recorded inside becomes one JSON object on a line of stdout, also where it fails.
+
+    Args:
+        command: The command's name.
+        said: Whether it is asked for.
+    """
+    _record.clear()
+    code: Any = 0
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):
+            _record.setdefault("error", code.removeprefix("error: "))
+            code = 1
+        raise
+    except BaseException as error:
+        code = 1
+        _record.setdefault("error", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if said:
+            sys.stdout.write(f"{json.dumps({'command': command, 'exit_code': code, **_record})}\n")
+            sys.stdout.flush()
