@@ -88,7 +88,7 @@ def main() -> None:
     print(f"LoRA (diffusers format):  {run / 'lora.safetensors'}")
     print(f"TensorBoard logs:         tensorboard --logdir {out}")
     print(f"Report of the data:       {out / 'report.html'}  (open it in a browser)")
-    print(f"Image to look at:       {run / 'regions.png'}  (photo, mask, what learns, what keeps the base)")
+    print(f"Image to look at:       {run / 'regions.png'}  (photo, regions, mask, what is learned, what is preserved)")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def test_to_alpha_needs_masks():
 # ---------------------------------------------------------------- preview
 
 
-def test_white_is_shown_as_it_is_and_black_without_colour_in_red(tmp_path):
+def test_white_is_shown_as_learned_and_black_as_preserved(tmp_path):
     colours = rgba(0, (10, 20), channels=3)
     mask = np.zeros((10, 20), np.uint8)
     mask[:, 10:] = 255
@@ -201,9 +201,24 @@ def test_white_is_shown_as_it_is_and_black_without_colour_in_red(tmp_path):
     save(tmp_path / "masks" / "p.png", mask)
     run("preview", tmp_path / "in", tmp_path / "out", f"tool.masks={tmp_path / 'masks'}")
     got = levels(tmp_path / "out" / "p.png")
-    np.testing.assert_array_equal(got[:, 10:], colours[:, 10:])
-    assert (got[:, :10, 0] > got[:, :10, 1].astype(int) + 100).all()
-    np.testing.assert_array_equal(got[:, :10, 1], got[:, :10, 2])
+    grey = np.asarray(Image.fromarray(colours).convert("L")).astype(float)[..., None]
+    assert np.abs(got[:, 10:] - (grey[:, 10:] + (213, 94, 0)) / 2).max() <= 0.5
+    hatched = np.abs(got[:, :10] - (grey[:, :10] + (150, 205, 245)) / 2).max(2) <= 0.5
+    plain = np.abs(got[:, :10] - (grey[:, :10] + (0, 114, 178)) / 2).max(2) <= 0.5
+    assert (hatched ^ plain).all()
+    assert 0.2 < hatched.mean() < 0.5
+
+
+def test_wide_previews_stand_above_a_legend(tmp_path):
+    save(tmp_path / "in" / "p.png", rgba(0, (100, 320), channels=3))
+    save(tmp_path / "masks" / "p.png", np.full((100, 320), 255, np.uint8))
+    run("preview", tmp_path / "in", tmp_path / "out", f"tool.masks={tmp_path / 'masks'}")
+    got = levels(tmp_path / "out" / "p.png").astype(int)
+    assert got.shape[1] == 320
+    assert 110 < got.shape[0] < 140
+    below = got[100:]
+    assert (below[..., 0] - below[..., 2]).max() > 90  # learned
+    assert (below[..., 2] - below[..., 0]).max() > 80  # preserved
 
 
 def test_previews_are_small_and_take_masks_of_any_size_of_the_same_shape(tmp_path):

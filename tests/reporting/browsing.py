@@ -35,7 +35,7 @@ FLAGS = [
 WAIT = 8.0
 THRESHOLD = MaskedPriorLoss(prior_weight=1.0, prior_threshold=0.1, normalization="per_sample")
 CONTINUOUS = MaskedPriorLoss(prior_weight=1.0, mask_gamma=0.7, normalization="per_sample")
-LEARN, KEEP, GREY = (140, 224, 0), (0, 120, 255), 128
+LEARN, KEEP, HATCHING, GREY = (213, 94, 0), (0, 114, 178), (150, 205, 245), 128
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> <b>bold</b> & 'quotes'"
 TIERS = torch.tensor([[1.0, 0.5, 0.05], [0.31, 0.0, 0.8]]).repeat_interleave(2, 0).repeat_interleave(2, 1)
 ARROW_RIGHT, ARROW_LEFT, ARROW_DOWN, ENTER, ESCAPE, END = "\ue014", "\ue012", "\ue015", "\ue007", "\ue00c", "\ue010"
@@ -139,12 +139,24 @@ class Browser:
         return [url for url in urls if url.split("#")[0] != own and not url.startswith("data:")]
 
 
-def cells_of(browser, css):
-    """A canvas as `(h, w, 4)`."""
+def cells_of(browser, css, cells=None):
+    """A canvas as `(h, w, 4)`; with a number of rows and columns the middle of each cell."""
     browser.until(f'document.querySelector("{css}").width > 0 && !document.querySelector("{css}").hidden')
     script = (
         f'(() => {{ const c = document.querySelector("{css}"); return [c.height, c.width, '
         "...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; })()"
     )
     height, width, *values = browser.js(script)
-    return np.array(values).reshape(height, width, 4)
+    found = np.array(values).reshape(height, width, 4)
+    if cells is None:
+        return found
+    down, across = (
+        ((np.arange(count) + 0.5) * size / count).astype(int)
+        for count, size in zip(cells, found.shape[:2], strict=True)
+    )
+    return found[np.ix_(down, across)]
+
+
+def off_colour(got, colours):
+    """How far pixels `(..., 3)` are from the nearest of some colours, at most."""
+    return np.min([np.abs(got - colour).max(-1) for colour in colours], axis=0).max()

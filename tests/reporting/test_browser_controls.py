@@ -128,7 +128,7 @@ def test_the_address_keeps_what_is_chosen(browser, page):
     want = browser.shown()
     browser.open(page, address[1:])
     assert browser.shown() == want
-    assert browser.js("document.querySelector('#overlays [aria-pressed=true]').textContent") == "Learns"
+    assert browser.js("document.querySelector('#overlays [aria-pressed=true]').textContent") == "Learned"
     browser.driver.get(f"{page.as_uri()}#q=cat&sort=nonsense&open=none")  # the same page: only the address changes
     browser.until("document.querySelectorAll('.card').length === 2")
     assert browser.find("#sort").get_property("value") == "key"
@@ -190,7 +190,7 @@ def test_o_goes_round_the_overlays_and_none_hides_them(browser, page):
     for _ in range(4):
         browser.press("o")
         seen.append(browser.js(pressed))
-    assert seen == ["Both", "Learns", "Preserved", "Mask", "None"]
+    assert seen == ["Both", "Learned", "Preserved", "Mask", "None"]
     browser.until("[...document.querySelectorAll('.card canvas')].every((canvas) => canvas.hidden)")
     browser.press("O", "O")
     assert browser.js(pressed) == "Preserved"

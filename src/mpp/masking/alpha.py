@@ -11,10 +11,11 @@ from mpp.masking.pixels import Pixels, enlarge, fit_mask, read_rgb
 from mpp.masking.sequences import FrameSequence
 from mpp.masking.tools import Tool, needs_masks, one_of, together
 from mpp.media.geometry import check_aspect
+from mpp.media.lettering import font_size
 from mpp.media.mask import Mask
+from mpp.media.region_colours import LEARNED, PRESERVED, plain_weights, region_overlay, with_legend
 
-_RED = np.array([230, 30, 30], np.float32)
-_STRENGTH = 0.6
+_LEAST_LEGEND = 280  # pixels of width: below that its words cannot be read
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,14 @@ def _with_alpha(pixels: Pixels, mask: Mask) -> Pixels:
 
 @dataclass(frozen=True)
 class Preview(Tool):
-    """Images with their masks over them, for looking: red is preserved, clear is learned.
+    """Images with their masks over them, for looking, in the colours and above the legend of `region_colours`.
+
+    Images that are too narrow for the legend have none.
 
     Args:
         masks: Folder of masks, matched by path and name, or one mask for all.
         side: Longest side of the result in pixels; smaller images stay as they are.
-        missing: Images without a mask: `fail`, or `white`: show them clear, as they are learned.
+        missing: Images without a mask: `fail`, or `white`: show all of it as learned.
 
     Raises:
         ValueError: A setting is missing, unknown or out of range.
@@ -135,21 +138,22 @@ class Preview(Tool):
         """RGB, 8 bits."""
         if other is None:
             for image in clip.images():
-                yield Pixels(np.asarray(self._small(image.rgb)))
+                yield self._shown(image.rgb, _white(clip))
             return
         for image, mask in together(clip, clip.images(), other, other.masks()):
             check_aspect(mask.size, image.rgb.size, f"{other.path} and {clip.path}")
-            yield Pixels(overlay(self._small(image.rgb), mask))
+            yield self._shown(image.rgb, mask)
+
+    def settings(self, key: str) -> dict[str, object]:
+        """And that the colours are these: before, what is preserved was red."""
+        return {**super().settings(key), "colours": [LEARNED, PRESERVED]}
+
+    def _shown(self, image: Image.Image, mask: Mask) -> Pixels:
+        small = self._small(image)
+        shown = region_overlay(small, *plain_weights(enlarge(mask.values, small.size)))
+        return Pixels(np.asarray(with_legend(shown, font_size(shown.width)) if shown.width >= _LEAST_LEGEND else shown))
 
     def _small(self, image: Image.Image) -> Image.Image:
         shrink = min(1.0, self.side / max(image.size))
         size = max(1, round(image.width * shrink)), max(1, round(image.height * shrink))
         return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def overlay(image: Image.Image, mask: Mask) -> np.ndarray:
-    """`(height, width, 3)` uint8: in colour where all is learned, red and grey where nothing is."""
-    learned = enlarge(mask.values, image.size)[..., None]
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
-    preserved = _STRENGTH * _RED + (1 - _STRENGTH) * grey
-    return (np.asarray(image, dtype=np.float32) * learned + preserved * (1 - learned)).round().astype(np.uint8)

@@ -13,6 +13,7 @@ from string import Template
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from mpp import __version__
 from mpp.cache.coverage import Coverage, mode_of, step_cost
 from mpp.cache.format import Cache, CacheIdentity
 from mpp.core.loss import MaskedPriorLoss
+from mpp.media.region_colours import HATCHING, LEARNED, PRESERVED, WORDS
 from mpp.reporting.charts import bins_of, charts_of
 from mpp.reporting.findings import Finding
 from mpp.reporting.rows import ReportRow, used_for_training, weights_of
@@ -33,6 +35,8 @@ _PIXELS = 60e6  # of all images together: about 12 MB of JPEG
 _SIDES = 112, 512
 _QUALITY = 75
 _LINES = 500  # of one finding
+_RAMP = 64  # mask values in the legend
+_COLOURS = f":root {{ --learn: rgb{LEARNED}; --keep: rgb{PRESERVED}; --hatching: rgb{HATCHING}; }}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,16 @@ def render(subject: Subject, samples: Sequence[ReportRow], findings: Sequence[Fi
         "charts": [asdict(chart) for chart in charts],
         "findings": [_finding(finding, set(shown)) for finding in findings],
         "samples": rows,
+        "colours": {"learned": LEARNED, "preserved": PRESERVED, "hatching": HATCHING, "words": WORDS},
+        "ramp": _ramp(subject.loss),
     }
     return _fill(data, images, weights)
+
+
+def _ramp(loss: MaskedPriorLoss) -> list[list[float]]:
+    """Target and prior weights of masks from white to black, for the legend."""
+    weights = loss.weights(torch.linspace(1, 0, _RAMP).view(1, 1, 1, -1))
+    return [field.flatten().tolist() for field in (weights.target, weights.prior)]
 
 
 def image_side(count: int) -> int:
@@ -213,7 +225,7 @@ def _image(path: Path | None, side: int, images: _Lines) -> int | None:
 
 def _fill(data: dict[str, Any], images: Sequence[str], weights: Sequence[str]) -> str:
     """The template with everything in it; nothing in the data can end its script element."""
-    style = "\n".join((_PARTS / name).read_text("utf-8") for name in _STYLES)
+    style = "\n".join([_COLOURS, *((_PARTS / name).read_text("utf-8") for name in _STYLES)])
     script = '"use strict";\n' + "\n".join((_PARTS / name).read_text("utf-8") for name in _SCRIPTS)
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return Template((_PARTS / "page.html").read_text("utf-8")).substitute(

@@ -7,7 +7,7 @@ const packed = byId("weights").textContent.split("\n");
 
 const SEVERITIES = ["error", "warning", "info"];
 const SEVERITY_NAMES = { error: "error", warning: "warning", info: "hint" };
-const OVERLAYS = { both: "Both", target: "Learns", prior: "Preserved", mask: "Mask", none: "None" };
+const OVERLAYS = { both: "Both", target: "Learned", prior: "Preserved", mask: "Mask", none: "None" };
 const SORTS = {
   key: "name", learn: "learned area", preserve: "preserved area", bucket: "bucket", findings: "findings",
 };

@@ -1,7 +1,7 @@
 // One sample at large: image with overlay, its regions side by side, all its frames or layers, and its facts.
 
 const detail = byId("detail");
-const WAYS = { target: "learns", prior: "keeps the base", mask: "raw mask" };
+const WAYS = { target: "learned", prior: "preserved", mask: "raw mask" };
 let opened = null;
 let view = 0;
 let running = null;
@@ -87,8 +87,8 @@ async function readCell(sample, figure, event, readout) {
   const bytes = await weightsOf(sample);
   const [mask, target, prior] = ["mask", "target", "prior"].map((plane) => planeOf(sample, bytes, view, plane));
   if (!mask || opened !== sample) return;
-  const value = (plane) => (plane[row * width + column] / 255).toFixed(2);
-  const said = `mask ${value(mask)}, learns ${value(target)}, keeps ${value(prior)}`;
+  const value = (plane) => plane[row * width + column].toFixed(2);
+  const said = `mask ${value(mask)}, learned ${value(target)}, preserved ${value(prior)}`;
   readout.textContent = `row ${row}, column ${column}: ${said}`;
 }
 
@@ -156,7 +156,7 @@ async function showDetailView(place) {
   for (const pane of detail.querySelectorAll(".pane")) {
     const canvas = pane.querySelector("canvas");
     const values = paintPlane(canvas, sample, bytes, place, canvas.dataset.plane);
-    const mean = values ? values.reduce((sum, value) => sum + value, 0) / values.length / 255 : null;
+    const mean = values ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
     pane.querySelector("b").textContent = percent(mean);
   }
 }

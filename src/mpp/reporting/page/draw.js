@@ -1,7 +1,7 @@
-// Weights at latent resolution, drawn one pixel per cell; CSS enlarges them without smoothing.
+// Regions over images: learned and preserved in the colours of `region_colours.py`, whose rule this is too.
 
-const LEARN = [140, 224, 0];
-const KEEP = [0, 120, 255];
+const { learned: LEARNED, preserved: PRESERVED, hatching: HATCHING } = page.colours;
+const HATCH = { period: 7, line: 2 }; // CSS pixels
 const PLANES = { mask: 0, target: 1, prior: 2 };
 const decoded = new Map();
 const KEPT = 400;
@@ -23,56 +23,92 @@ async function inflate(text) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-/** One plane of one view, or null where the model is given that frame. */
+/** One plane of one view, shares in [0, 1], or null where the model is given that frame. */
 function planeOf(sample, bytes, view, plane) {
   const own = sample.views.filter((one) => !one.given);
   const place = own.indexOf(sample.views[view]);
   if (!bytes || place < 0) return null;
   const cells = sample.cells[0] * sample.cells[1];
   const start = (PLANES[plane] * own.length + place) * cells;
-  return bytes.subarray(start, start + cells);
+  return Float32Array.from(bytes.subarray(start, start + cells), (value) => value / 255);
 }
 
-/** Draw an overlay for the eye on top of the image: colour by region, strength by weight. */
+/** Draw a sample's overlay as large as it is shown: its regions, or its mask. */
 function paintOverlay(canvas, sample, bytes, view, overlay) {
-  const [height, width] = sample.cells;
-  const planes = ["mask", "target", "prior"].map((plane) => planeOf(sample, bytes, view, plane));
-  canvas.width = width;
-  canvas.height = height;
-  canvas.hidden = overlay === "none" || !planes[0];
+  const [mask, target, prior] = ["mask", "target", "prior"].map((plane) => planeOf(sample, bytes, view, plane));
+  const regions = ["both", "target", "prior"].includes(overlay) && mask !== null;
+  canvas.hidden = overlay === "none" || !mask;
+  canvas.parentElement.classList.toggle("regions", regions);
   if (canvas.hidden) return;
-  const [mask, target, prior] = planes;
-  const image = new ImageData(width, height);
-  for (let cell = 0; cell < mask.length; cell += 1) {
-    if (overlay === "mask") image.data.set([mask[cell], mask[cell], mask[cell], 255], 4 * cell);
-    else {
-      const learn = overlay === "prior" ? 0 : target[cell];
-      const keep = overlay === "target" ? 0 : prior[cell];
-      image.data.set(mixed(learn, keep), 4 * cell);
-    }
+  const none = new Float32Array(mask.length);
+  sizeAsShown(canvas, sample.cells);
+  if (!regions) paintCells(canvas, sample.cells, (cell) => grey(mask[cell]));
+  else paintRegions(canvas, sample.cells, overlay === "prior" ? none : target, overlay === "target" ? none : prior);
+}
+
+const grey = (share) => { const level = Math.round(255 * share); return pixel(level, level, level, 255); };
+const pixel = (red, green, blue, alpha) => ((alpha << 24) | (blue << 16) | (green << 8) | red) >>> 0; // little-endian
+
+/** One canvas pixel for each of the screen's; where nothing is shown yet, some for each cell. */
+function sizeAsShown(canvas, [rows, columns]) {
+  const { clientWidth: width, clientHeight: height } = canvas.parentElement;
+  canvas.width = width ? Math.round(width * devicePixelRatio) : 4 * columns;
+  canvas.height = height ? Math.round(height * devicePixelRatio) : 4 * rows;
+}
+
+/**
+ * Paint regions for the eye: colours by the weights of both, the more opaque the more there is of them, and lines over
+ * what is preserved. `learned` and `preserved` are shares in [0, 1] of `rows * columns` cells.
+ */
+function paintRegions(canvas, cells, learned, preserved) {
+  const colours = [PRESERVED, HATCHING].map((keep) => Uint32Array.from(learned, (learn, cell) => {
+    const sum = learn + preserved[cell];
+    if (sum === 0) return 0;
+    const mixed = LEARNED.map((level, at) => Math.round((level * learn + keep[at] * preserved[cell]) / sum));
+    return pixel(...mixed, Math.round(255 * Math.min(1, sum)));
+  }));
+  const [period, line] = [HATCH.period, HATCH.line].map((length) => Math.round(length * devicePixelRatio));
+  paintCells(canvas, cells, (cell, x, y) => colours[(x + y) % period < line ? 1 : 0][cell]);
+}
+
+/** Fill a canvas pixel by pixel, each by its cell and where it is. */
+function paintCells(canvas, [rows, columns], colourOf) {
+  const image = new ImageData(canvas.width, canvas.height);
+  const out = new Uint32Array(image.data.buffer);
+  const across = Array.from({ length: canvas.width }, (_, x) => Math.floor(((x + 0.5) * columns) / canvas.width));
+  for (let y = 0; y < canvas.height; y += 1) {
+    const row = columns * Math.floor(((y + 0.5) * rows) / canvas.height);
+    for (let x = 0; x < canvas.width; x += 1) out[y * canvas.width + x] = colourOf(row + across[x], x, y);
   }
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-function mixed(learn, keep) {
-  const sum = learn + keep;
-  if (sum === 0) return [0, 0, 0, 0];
-  const colour = LEARN.map((value, channel) => (value * learn + KEEP[channel] * keep) / sum);
-  return [...colour, Math.min(255, sum)];
-}
-
-/** Draw one plane by itself on black. */
+/** Draw one plane by itself on black, one pixel per cell; CSS enlarges it without smoothing. */
 function paintPlane(canvas, sample, bytes, view, plane) {
   const values = planeOf(sample, bytes, view, plane);
+  const colour = { mask: [255, 255, 255], target: LEARNED, prior: PRESERVED }[plane];
   [canvas.height, canvas.width] = sample.cells;
-  const colour = { mask: [255, 255, 255], target: LEARN, prior: KEEP }[plane];
-  const image = new ImageData(canvas.width, canvas.height);
-  for (let cell = 0; cell < canvas.width * canvas.height; cell += 1) {
-    const share = values ? values[cell] / 255 : 0;
-    image.data.set([...colour.map((value) => value * share), 255], 4 * cell);
-  }
-  canvas.getContext("2d").putImageData(image, 0, 0);
+  paintCells(canvas, sample.cells, (cell) => {
+    const share = values ? values[cell] : 0;
+    return pixel(...colour.map((level) => Math.round(level * share)), 255);
+  });
   return values;
+}
+
+/** What the colours mean: each word beside its colour, and between them what masks from white to black come to. */
+function drawLegend() {
+  const [learned, between, preserved] = page.colours.words;
+  const ramp = page.ramp; // of mask values from 1 to 0: target and prior weights
+  const items = [[learned, [1], [0]], [between, ...ramp], [preserved, [0], [1]]];
+  byId("legend").replaceChildren(...items.map(([word, target, prior]) => {
+    const canvas = el("canvas", { class: target.length > 1 ? "ramp" : null, "aria-hidden": "true" });
+    const item = el("li", {}, el("span", { class: "swatch" }, canvas), span(word));
+    requestAnimationFrame(() => {
+      sizeAsShown(canvas, [1, target.length]);
+      paintRegions(canvas, [1, target.length], target, prior);
+    });
+    return item;
+  }));
 }
 
 /** Put a view's image and overlay into a figure with `img` and `canvas`. */

@@ -7,11 +7,11 @@ function change(values, { keepGrid = false } = {}) {
   writeAddress();
   const differs = (names) => names.some((name) => before[name] !== state[name]);
   if (!keepGrid && differs([...FILTERS, "sort", "down"])) updateGrid();
-  if (differs(["overlay"])) {
+  if (!keepGrid) showState();
+  if (differs(["overlay", "size"])) {
     repaint();
     repaintDetail();
   }
-  if (!keepGrid) showState();
 }
 
 const KEYS = [
@@ -99,6 +99,7 @@ function start() {
   drawControls();
   drawCharts();
   drawHelp();
+  drawLegend();
   updateGrid();
   showState();
   if (state.open) openDetail(byKey.get(state.open));
@@ -110,6 +111,10 @@ function start() {
     const wanted = byKey.get(state.open) ?? null;
     if (wanted && wanted !== opened) openDetail(wanted);
     if (!wanted && opened) closeDetail();
+  });
+  window.addEventListener("resize", () => {
+    cancelAnimationFrame(start.resized);
+    start.resized = requestAnimationFrame(() => { repaint(); repaintDetail(); });
   });
   document.documentElement.dataset.ready = "1";
 }
