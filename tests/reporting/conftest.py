@@ -33,7 +33,7 @@ def page(tmp_path_factory):
     drawn.add("clip@0", mask=masks, image=greys, caption="a clip", source="clip")
     drawn.add("@val/v", split="val", caption="for validation")
     drawn.write(unused=("stray.png",))
-    return Report(str(drawn.cache.folder)).run(THRESHOLD, "threshold")[0]
+    return Report(str(drawn.cache.folder)).run(THRESHOLD, ("threshold", THRESHOLD))[0]
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ class _Scripts(HTMLParser):
 
 
 class Page:
-    """A report's data, images and weights."""
+    """A report's data, images and masks."""
 
     def __init__(self, path):
         parser = _Scripts()
@@ -38,17 +38,19 @@ class Page:
         self.parts, self.tags = parser.found, parser.tags
         self.data = json.loads(self.parts["data"])
         self.images = self.parts.get("images", "").split("\n")
-        self.weights = self.parts.get("weights", "").split("\n")
+        self.masks = self.parts.get("masks", "").split("\n")
 
     def sample(self, key):
         """A sample's row."""
         return next(sample for sample in self.data["samples"] if sample["key"] == key)
 
-    def weights_of(self, key):
-        """Bytes `(3, views, h, w)`: raw mask, target, prior."""
+    def mask_of(self, key):
+        """Raw masks of the frames that it holds, float32 `(frames, h, w)`."""
         sample = self.sample(key)
-        content = zlib.decompress(base64.b64decode(self.weights[sample["weights"]]))
-        return np.frombuffer(content, np.uint8).reshape(3, -1, *sample["cells"])
+        content = zlib.decompress(base64.b64decode(self.masks[sample["raw"]]))
+        planes = np.frombuffer(content, np.uint8).reshape(4, -1)
+        found = b"".join(bytes(number) for number in planes.T)
+        return np.frombuffer(found, "<f4").reshape(len(sample["held"]), *sample["cells"])
 
     def image(self, key, view=0):
         """Bytes of a view's JPEG."""

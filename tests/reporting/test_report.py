@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import mpp.report
+import mpp.reporting.page
 from mpp.core.loss import MaskedPriorLoss
 from mpp.reporting.output import Report
 from mpp.reporting.page import image_side
-from tests import reference
 from tests.helpers import config
 from tests.reporting.drawn import Drawn, disc, smooth
 from tests.reporting.reading import Page
@@ -42,24 +42,30 @@ def drawn(tmp_path):
 # ---------------------------------------------------------------- what it holds
 
 
-@pytest.mark.parametrize("loss", [THRESHOLD, CONTINUOUS, MaskedPriorLoss(mask_min_weight=0.05)])
-def test_weights_are_those_of_the_loss_at_latent_resolution(drawn, loss):
-    mask = torch.maximum(disc(6, 9, 0.2), 0.5 * disc(6, 9, 0.4))
-    found = report(drawn.add("a", mask=mask), loss).weights_of("a")
-    fields = reference.weights(
-        mask[None].tolist(),
-        threshold=loss.prior_threshold,
-        gamma=loss.mask_gamma,
-        floor=loss.mask_min_weight,
-        kernel=0,
-        prior_applies=loss.prior_weight > 0,
-    )
-    want = np.array(fields) * 255
-    assert found.shape == (3, 1, 6, 9)
-    assert np.abs(found - want).max() <= 0.5 + 1e-3  # one byte per cell
+@pytest.mark.parametrize("seed", range(4))
+def test_the_page_holds_raw_masks_to_the_bit(drawn, seed):
+    mask = torch.rand(3, 6, 9, generator=torch.Generator().manual_seed(seed)) * 1.2 - 0.1
+    page = report(drawn.add("a", mask=mask, image=None))
+    assert (page.sample("a")["held"], page.sample("a")["whole"]) == ([0, 1, 2], True)
+    np.testing.assert_array_equal(page.mask_of("a"), mask.clamp(0, 1).numpy())
 
 
-def test_a_clip_shows_its_key_frames_without_weights_for_those_that_are_given(tmp_path):
+def test_of_clips_whose_masks_would_make_the_page_too_large_the_key_frames_are_there(drawn, monkeypatch):
+    masks = torch.rand(30, 8, 8, generator=torch.Generator().manual_seed(0))
+    for key in "abc":
+        drawn.add(key, mask=masks, image=None)
+    drawn.add("image", mask=masks[0], image=None)
+    size = len(base64.b64encode(mpp.reporting.page.pack_floats(masks.numpy())))
+    monkeypatch.setattr("mpp.reporting.page._MASKS", 1.5 * size)
+    page = report(drawn)
+    assert [page.sample(key)["whole"] for key in ("a", "b", "c", "image")] == [True, False, False, True]
+    views = [view["frame"] for view in page.sample("b")["views"]]
+    assert page.sample("b")["held"] == views
+    np.testing.assert_array_equal(page.mask_of("b"), masks[views].numpy())
+    assert page.data["coverage"]["learn"] > 0  # measured on all frames all the same
+
+
+def test_a_clip_shows_its_key_frames_without_a_mask_for_those_that_are_given(tmp_path):
     drawn = Drawn(tmp_path / "cache", given=1)
     masks = torch.stack([torch.full((4, 6), n / 16) for n in range(17)])
     images = [Image.new("RGB", (48, 32), (15 * n, 0, 0)) for n in range(17)]
@@ -67,7 +73,8 @@ def test_a_clip_shows_its_key_frames_without_weights_for_those_that_are_given(tm
     views = page.sample("clip")["views"]
     assert [view["frame"] for view in views] == [0, 2, 5, 7, 9, 11, 14, 16]
     assert [view["given"] for view in views] == [True] + [False] * 7
-    assert page.weights_of("clip")[0, :, 0, 0].tolist() == [round(n / 16 * 255) for n in (2, 5, 7, 9, 11, 14, 16)]
+    assert page.sample("clip")["held"] == list(range(1, 17))
+    assert page.mask_of("clip")[:, 0, 0].tolist() == [n / 16 for n in range(1, 17)]
     reds = [np.asarray(Image.open(io.BytesIO(page.image("clip", n))))[..., 0].mean() for n in range(8)]
     assert reds == pytest.approx([15 * view["frame"] for view in views], abs=4)
     frames = page.sample("clip")["frames"]
@@ -81,14 +88,14 @@ def test_each_layer_is_a_view_of_its_own(tmp_path):
     masks = torch.stack([torch.full((4, 4), value) for value in (1.0, 0.25, 0.75)])
     page = report(drawn.add("a", mask=masks, image=[smooth(n, 32, 32) for n in range(3)]))
     assert [view["name"] for view in page.sample("a")["views"]] == ["whole", "layer 0", "layer 1"]
-    assert page.weights_of("a")[0, :, 0, 0].tolist() == [255, 64, 191]
+    assert page.mask_of("a")[:, 0, 0].tolist() == [1, 0.25, 0.75]
     assert len({page.image("a", n) for n in range(3)}) == 3
 
 
-def test_without_a_preview_the_weights_are_there_all_the_same(drawn):
+def test_without_a_preview_the_mask_is_there_all_the_same(drawn):
     page = report(drawn.add("a", image=None))
     assert page.sample("a")["views"] == [{"name": "", "frame": 0, "given": False, "image": None}]
-    assert page.weights_of("a").shape == (3, 1, 16, 16)
+    assert page.mask_of("a").shape == (1, 16, 16)
 
 
 def test_a_sample_that_cannot_be_read_is_shown_with_the_reason(drawn):
@@ -96,7 +103,7 @@ def test_a_sample_that_cannot_be_read_is_shown_with_the_reason(drawn):
     drawn.cache.mask_path("b").unlink()
     page = report(drawn)
     row = page.sample("b")
-    assert (row["weights"], row["learn"], row["bins"]["learn"]) == (None, None, None)
+    assert (row["raw"], row["learn"], row["bins"]["learn"]) == (None, None, None)
     assert "is missing" in row["problem"]
     assert page.data["coverage"]["learn"] == pytest.approx(page.sample("a")["learn"])
 
@@ -109,14 +116,14 @@ def test_totals_speak_of_training_samples_by_their_visits(drawn):
     assert data["teacher"]["share"] == pytest.approx(3 / 4)
     assert data["splits"] == {"train": 2, "val": 1}
     assert data["masks"] == {"folder": 3}
-    # three quarters of a forward on top of a step of 4.5 and of 3 forwards, and of 3.5 and of 2
-    assert "about 1.17x (long videos) to 1.25x (small images)" in data["teacher"]["text"]
-    assert "1.21x to 1.38x without gradient checkpointing" in data["teacher"]["text"]
+    # one forward on top of a step of 4.5 and of 3 forwards, and of 3.5 and of 2
+    assert data["teacher"]["costs"]["checkpointed"] == pytest.approx([1 + 1 / 4.5, 1 + 1 / 3])
+    assert data["teacher"]["costs"]["kept"] == pytest.approx([1 + 1 / 3.5, 1 + 1 / 2])
 
 
 def test_without_a_prior_the_teacher_costs_nothing(drawn):
     data = report(drawn.add("a"), MaskedPriorLoss()).data
-    assert data["teacher"] == {"share": 0.0, "text": "it costs nothing"}
+    assert data["teacher"]["share"] == 0.0
     assert data["loss"]["mode"] == "masked training without a prior"
 
 
@@ -298,9 +305,11 @@ def test_the_command_names_the_preset_and_bad_input_in_one_message(drawn, tmp_pa
         environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
         return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
-    good = command("data.cache_dir=cache", "loss=binary", "output=here.html")
+    good = command("data.cache_dir=cache", "loss=binary", "loss.mask_gamma=0.6", "output=here.html")
     assert good.returncode == 0, good.stderr
-    assert Page(tmp_path / "here.html").data["loss"]["name"] == "binary"
+    loss = Page(tmp_path / "here.html").data["loss"]
+    assert (loss["name"], loss["preset"]["name"], loss["settings"]["mask_gamma"]) == ("binary", "binary", 0.6)
+    assert (loss["preset"]["settings"]["mask_gamma"], loss["preset"]["settings"]["prior_weight"]) == (1.0, 1.0)
     bad = command("data.cache_dir=cache", "limit=many")
     assert bad.returncode == 1
     assert "report.limit should be a valid integer" in bad.stderr

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpp.cache.mask_facts import BINS
-from mpp.core.loss import MaskedPriorLoss
 from mpp.reporting.rows import ReportRow
 
 _TENTHS = 10
 _NOTHING, _ALL = 1e-6, 1 - 1e-6
+_ROUNDING = 1e-5  # in tenths: a share that is a tenth but for rounding begins the next bar
 _NOTED = 0.01  # share of a sample's cells from which it counts as having a mask value
 _COVERAGE_LABELS = ("nothing", *(f"{10 * n} to {10 * n + 10} %" for n in range(_TENTHS)), "all of it")
 _VALUE_LABELS = ("black", *(f"{n / BINS:.2f} to {(n + 1) / BINS:.2f}" for n in range(BINS)), "white")
@@ -28,7 +28,6 @@ class Chart:
         counts: Samples in each; of `values` the mean share of the cells.
         ticks: Bars below which a label stands, and the label.
         scale: Of the height: `linear` or `log`.
-        mark: Where a line stands, in bars, and its label.
     """
 
     name: str
@@ -38,10 +37,9 @@ class Chart:
     counts: tuple[float, ...]
     ticks: tuple[tuple[float, str], ...] = ()
     scale: str = "linear"
-    mark: dict[str, Any] | None = None
 
 
-def charts_of(samples: Sequence[ReportRow], loss: MaskedPriorLoss) -> list[Chart]:
+def charts_of(samples: Sequence[ReportRow]) -> list[Chart]:
     """All histograms; that of mask values only where there are masks."""
     found = []
     for name, title in (("learn", "Area that learns"), ("preserve", "Area that is preserved")):
@@ -53,11 +51,8 @@ def charts_of(samples: Sequence[ReportRow], loss: MaskedPriorLoss) -> list[Chart
     if masked:
         means = tuple(sum(column) / len(masked) for column in zip(*masked, strict=True))
         ticks = ((0.5, "0"), *((1 + BINS * part, f"{part}") for part in (0.25, 0.5, 0.75)), (BINS + 1.5, "1"))
-        mark = None
-        if loss.prior_weight > 0 and loss.prior_threshold is not None:
-            mark = {"bin": 1 + BINS * loss.prior_threshold, "text": f"threshold {loss.prior_threshold:g}"}
         note = "share of the latent cells, logarithmic"
-        found.append(Chart("values", "Raw mask values", note, _VALUE_LABELS, means, ticks, "log", mark))
+        found.append(Chart("values", "Raw mask values", note, _VALUE_LABELS, means, ticks, "log"))
     buckets = Counter(sample.bucket for sample in samples).most_common()
     labels, counts = zip(*buckets, strict=True)
     return [*found, Chart("bucket", "Buckets", "samples of one shape train in one batch", labels, counts)]
@@ -67,7 +62,7 @@ def coverage_bin(share: float) -> int:
     """Number of the bar of a share of the area: none at all, ten tenths, all of it."""
     if share <= _NOTHING:
         return 0
-    return _TENTHS + 1 if share >= _ALL else 1 + min(int(share * _TENTHS), _TENTHS - 1)
+    return _TENTHS + 1 if share >= _ALL else 1 + min(int(share * _TENTHS + _ROUNDING), _TENTHS - 1)
 
 
 def bins_of(sample: ReportRow, buckets: dict[str, int]) -> dict[str, Any]:

@@ -51,12 +51,14 @@ class Report:
         folder = Path(self.cache_dir).expanduser().resolve()
         return folder.with_name(f"{folder.name}_report.html")
 
-    def run(self, loss: MaskedPriorLoss, loss_name: str | None = None) -> tuple[Path, list[Finding]]:
+    def run(
+        self, loss: MaskedPriorLoss, preset: tuple[str, MaskedPriorLoss] | None = None
+    ) -> tuple[Path, list[Finding]]:
         """Write the page.
 
         Args:
             loss: Whose regions are shown.
-            loss_name: The preset's name, for the page's head.
+            preset: The preset's name and the preset itself, for the page's head and the commands that it shows.
 
         Returns:
             The page, and what looked wrong.
@@ -76,7 +78,7 @@ class Report:
         samples = [look_at(cache, row, loss, identity) for row in bar]
         findings = find(samples, loss, notes)
         made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-        subject = Subject(cache, identity, loss, loss_name, len(entries), made)
+        subject = Subject(cache, identity, loss, preset, len(entries), made)
         page = render(subject, samples, findings, choose(samples, findings, self.limit))
         write_atomically(self.path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
         return self.path, findings

@@ -13,8 +13,8 @@ from string import Template
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from mpp import __version__
@@ -24,18 +24,26 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.media.region_colours import HATCHING, LEARNED, PRESERVED, WORDS
 from mpp.reporting.charts import bins_of, charts_of
 from mpp.reporting.findings import Finding
-from mpp.reporting.rows import ReportRow, used_for_training, weights_of
+from mpp.reporting.rows import ReportRow, mask_of, used_for_training
 from mpp.wording import few
 
 MARK = '<meta name="generator" content="mpp report">'
 _PARTS = Path(__file__).parent / "page"
 _STYLES = ("page.css", "samples.css")
-_SCRIPTS = ("data.js", "draw.js", "charts.js", "cards.js", "detail.js", "overview.js", "controls.js", "main.js")
+_SCRIPTS = (
+    "data.js", "rule.js", "draw.js", "charts.js", "cards.js", "detail.js", "overview.js", "controls.js", "settings.js",
+    "main.js",
+)  # fmt: skip
 _PIXELS = 60e6  # of all images together: about 12 MB of JPEG
 _SIDES = 112, 512
 _QUALITY = 75
 _LINES = 500  # of one finding
-_RAMP = 64  # mask values in the legend
+_MASKS = 24e6  # bytes of all masks together; of clips beyond them the key frames are embedded
+_CLASS = "plain", MaskedPriorLoss()
+_COSTS = {  # of steps where the teacher runs for all samples, over those without it: long videos, small images
+    "checkpointed": step_cost(1, gradient_checkpointing=True),
+    "kept": step_cost(1, gradient_checkpointing=False),
+}
 _COLOURS = f":root {{ --learn: rgb{LEARNED}; --keep: rgb{PRESERVED}; --hatching: rgb{HATCHING}; }}"
 
 
@@ -47,7 +55,7 @@ class Subject:
         cache: The cache.
         identity: Its identity.
         loss: Whose regions are shown.
-        loss_name: The preset's name, where it is known.
+        preset: What the loss is said against in commands: a preset's name and the preset itself.
         total: Samples in the cache.
         made: When, in words.
     """
@@ -55,7 +63,7 @@ class Subject:
     cache: Cache
     identity: CacheIdentity
     loss: MaskedPriorLoss
-    loss_name: str | None
+    preset: tuple[str, MaskedPriorLoss] | None
     total: int
     made: str
 
@@ -69,30 +77,23 @@ def render(subject: Subject, samples: Sequence[ReportRow], findings: Sequence[Fi
         findings: About them.
         shown: Numbers of those that the page holds, ascending.
     """
-    charts = charts_of(samples, subject.loss)
+    charts = charts_of(samples)
     buckets = {label: number for number, label in enumerate(charts[-1].labels)}
-    images, weights = _Lines(), _Lines()
+    images, masks = _Lines(), _Lines()
     side = image_side(sum(view.image is not None for number in shown for view in samples[number].views))
     said = _said(findings)
     rows = []
     for number in tqdm(shown, desc="images", unit="sample", disable=None):
         sample = samples[number]
-        row = _row(subject, sample, side, images, weights)
+        row = _row(subject, sample, side, images, masks)
         rows.append(row | {"bins": bins_of(sample, buckets), "findings": said.get(number, [])})
     data = _summary(subject, samples) | {
         "charts": [asdict(chart) for chart in charts],
         "findings": [_finding(finding, set(shown)) for finding in findings],
         "samples": rows,
         "colours": {"learned": LEARNED, "preserved": PRESERVED, "hatching": HATCHING, "words": WORDS},
-        "ramp": _ramp(subject.loss),
     }
-    return _fill(data, images, weights)
-
-
-def _ramp(loss: MaskedPriorLoss) -> list[list[float]]:
-    """Target and prior weights of masks from white to black, for the legend."""
-    weights = loss.weights(torch.linspace(1, 0, _RAMP).view(1, 1, 1, -1))
-    return [field.flatten().tolist() for field in (weights.target, weights.prior)]
+    return _fill(data, images, masks)
 
 
 def image_side(count: int) -> int:
@@ -102,11 +103,14 @@ def image_side(count: int) -> int:
 
 
 class _Lines(list[str]):
-    """Lines of a text block, referred to by their numbers."""
+    """Lines of a text block, referred to by their numbers; `size` is that of all of them in bytes."""
+
+    size = 0
 
     def put(self, content: bytes) -> int:
         """Add a line; returns its number."""
         self.append(base64.b64encode(content).decode())
+        self.size += len(self[-1])
         return len(self) - 1
 
 
@@ -120,28 +124,24 @@ def _summary(subject: Subject, samples: Sequence[ReportRow]) -> dict[str, Any]:
         "family": subject.identity.family,
         "version": __version__,
         "made": subject.made,
-        "loss": {"name": subject.loss_name, "mode": mode_of(subject.loss), "settings": vars(subject.loss)},
+        "loss": _loss(subject),
         "total": subject.total,
         "scanned": len(samples),
         "coverage": None if coverage is None else {"learn": coverage.learn, "preserve": coverage.preserve},
-        "teacher": _teacher(coverage),
+        "teacher": {"share": None if coverage is None else coverage.taught, "costs": _COSTS},
         "masks": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "splits": {split: splits.count(split) for split in ("train", "val")},
     }
 
 
-def _teacher(coverage: Coverage | None) -> dict[str, Any]:
-    if coverage is None:
-        return {"share": None, "text": "no training sample could be measured"}
-    if coverage.taught == 0:
-        return {"share": 0.0, "text": "it costs nothing"}
-    least, most = step_cost(coverage.taught, gradient_checkpointing=True)
-    bare_least, bare_most = step_cost(coverage.taught, gradient_checkpointing=False)
-    text = (
-        f"steps take about {least:.2f}x (long videos) to {most:.2f}x (small images) as long; {bare_least:.2f}x to "
-        f"{bare_most:.2f}x without gradient checkpointing"
-    )
-    return {"share": coverage.taught, "text": text}
+def _loss(subject: Subject) -> dict[str, Any]:
+    name, preset = subject.preset or _CLASS
+    return {
+        "name": subject.preset[0] if subject.preset else None,
+        "mode": mode_of(subject.loss),
+        "settings": vars(subject.loss),
+        "preset": {"name": name, "settings": vars(preset)},
+    }
 
 
 def _said(findings: Sequence[Finding]) -> dict[int, list[tuple[int, str, int]]]:
@@ -166,15 +166,13 @@ def _finding(finding: Finding, shown: set[int]) -> dict[str, Any]:
     }
 
 
-def _row(subject: Subject, sample: ReportRow, side: int, images: _Lines, weights: _Lines) -> dict[str, Any]:
-    """A sample as the page's script reads it; its images and weights go into the text blocks."""
+def _row(subject: Subject, sample: ReportRow, side: int, images: _Lines, masks: _Lines) -> dict[str, Any]:
+    """A sample as the page's script reads it; its images and its mask go into the text blocks."""
     entry, coverage, mask = sample.entry, sample.coverage, sample.mask
     own = mask is not None and entry.mask is not None
     clip = subject.identity.latents.frames.plays(entry.shape[1])
+    mask_line, held = _embed(mask_of(subject.cache, sample), sample, subject.identity.given_frames, masks)
     stride = subject.identity.latents.spatial_stride
-    planes = weights_of(subject.cache, sample, subject.loss, subject.identity.given_frames)
-    if planes is not None:
-        planes = zlib.compress((planes.numpy() * 255).round().astype(np.uint8).tobytes(), 9)
     return {
         "key": entry.key,
         "origin": entry.origin,
@@ -203,8 +201,28 @@ def _row(subject: Subject, sample: ReportRow, side: int, images: _Lines, weights
             }
             for view in sample.views
         ],
-        "weights": None if planes is None else weights.put(planes),
+        "raw": mask_line,
+        "held": held,
+        "whole": len(held) == entry.shape[1] - subject.identity.given_frames,
     }
+
+
+def _embed(mask: Tensor | None, sample: ReportRow, given: int, masks: _Lines) -> tuple[int | None, list[int]]:
+    """Put a sample's mask into its text block; the line, and the latent frames that it holds."""
+    if mask is None:
+        return None, []
+    held = list(range(given, len(mask)))
+    packed = pack_floats(mask[held].numpy())
+    if masks.size + len(packed) * 4 / 3 > _MASKS and len(sample.views) < len(mask):
+        held = [view.frame for view in sample.views if not view.given]
+        packed = pack_floats(mask[held].numpy())
+    return masks.put(packed), held
+
+
+def pack_floats(values: np.ndarray) -> bytes:
+    """Compressed float32: first the lowest byte of each number, then the second, ..., which compress best apart."""
+    little = np.ascontiguousarray(values, dtype="<f4").reshape(-1)
+    return zlib.compress(little.view(np.uint8).reshape(-1, 4).T.tobytes(), 9)
 
 
 def _image(path: Path | None, side: int, images: _Lines) -> int | None:
@@ -223,7 +241,7 @@ def _image(path: Path | None, side: int, images: _Lines) -> int | None:
     return images.put(content.getvalue())
 
 
-def _fill(data: dict[str, Any], images: Sequence[str], weights: Sequence[str]) -> str:
+def _fill(data: dict[str, Any], images: Sequence[str], masks: Sequence[str]) -> str:
     """The template with everything in it; nothing in the data can end its script element."""
     style = "\n".join([_COLOURS, *((_PARTS / name).read_text("utf-8") for name in _STYLES)])
     script = '"use strict";\n' + "\n".join((_PARTS / name).read_text("utf-8") for name in _SCRIPTS)
@@ -235,7 +253,7 @@ def _fill(data: dict[str, Any], images: Sequence[str], weights: Sequence[str]) -
         script_hash=_hash(script),
         data=text,
         images="\n".join(images),
-        weights="\n".join(weights),
+        masks="\n".join(masks),
     )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -105,13 +104,9 @@ def views_of(cache: Cache, entry: Entry, identity: CacheIdentity) -> tuple[View,
     return tuple(views)
 
 
-def weights_of(cache: Cache, sample: ReportRow, loss: MaskedPriorLoss, given: int) -> Tensor | None:
-    """Raw mask, target and prior weights of the views that are not given, `(3, views, h, w)`; None with a problem."""
-    if sample.coverage is None:
-        return None
-    weights = loss.weights(cache.mask(sample.entry)[None, :, given:])
-    frames = [view.frame - given for view in sample.views if not view.given]
-    return torch.stack([field[0, 0, frames] for field in (weights.raw, weights.target, weights.prior)])
+def mask_of(cache: Cache, sample: ReportRow) -> Tensor | None:
+    """A sample's raw mask `(f, h, w)` in [0, 1], given frames included; None with a problem."""
+    return None if sample.coverage is None else cache.mask(sample.entry)[0].clamp(0, 1)
 
 
 def _cropped(cache: Cache, entry: Entry) -> float | None:

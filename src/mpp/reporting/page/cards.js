@@ -53,7 +53,7 @@ function buildCard(sample) {
     el(
       "div", { class: "words" },
       nameOf(sample),
-      el("p", { class: "figures" }, ...figuresOf(sample)),
+      el("p", { class: `figures ${asMade(sample)}` }, ...figuresOf(sample)),
       el("p", { class: "caption", title: sample.caption, text: sample.caption || "no caption" }),
       el("p", { class: "meta", text: metaOf(sample) }),
       flagsOf(sample),
@@ -97,7 +97,7 @@ function flagsOf(sample) {
     const { severity, title } = page.findings[finding];
     return el("li", { class: `flag ${severity}`, title: note || null, text: title });
   });
-  return el("ul", { class: "flags" }, ...flags);
+  return el("ul", { class: "flags as-made" }, ...flags);
 }
 
 /** Buttons for the layers of a sample. */
@@ -151,6 +151,14 @@ function updateGrid() {
   });
   byId("nothing").hidden = shown.length > 0;
   updateCharts(shown);
+}
+
+/** Figures of all cards that are there. */
+function refreshCards() {
+  for (const [place, card] of cards) {
+    card.querySelector(".figures").replaceChildren(...figuresOf(samples[place]));
+    card.querySelector(".open").setAttribute("aria-label", describe(samples[place]));
+  }
 }
 
 function repaint() {

@@ -2,16 +2,20 @@
 
 const CHART = { width: 330, height: 118, left: 34, bottom: 22, top: 8 };
 const drawn = [];
+const FOLLOWS_LOSS = ["learn", "preserve"];
 
 function drawCharts() {
   const place = byId("charts");
+  place.replaceChildren();
+  drawn.length = 0;
   for (const chart of page.charts) {
     const readout = el("p", { class: "readout", "aria-hidden": "true", text: chart.note });
     const plot = chart.name === "bucket" ? rows(chart) : columns(chart);
     const one = { chart, readout, ...plot };
     one.bars.forEach((bar, bin) => connect(one, bar, bin));
     const title = el("figcaption", { text: chart.title });
-    place.append(el("figure", { class: `chart ${chart.name}` }, title, readout, one.box));
+    const kind = FOLLOWS_LOSS.includes(chart.name) && !allHere ? "as-made" : "";
+    place.append(el("figure", { class: `chart ${chart.name} ${kind}` }, title, readout, one.box));
     drawn.push(one);
   }
 }
@@ -52,10 +56,11 @@ function columns(chart) {
   for (const [bin, text] of chart.ticks) {
     root.append(svg("text", { x: left + bin * step, y: height - 7, class: "tick middle", text }));
   }
-  if (chart.mark) {
-    const x = left + chart.mark.bin * step;
+  const mark = markOf(chart);
+  if (mark) {
+    const x = left + mark.bin * step;
     root.append(svg("line", { x1: x, x2: x, y1: top - 4, y2: top + inner, class: "mark" }));
-    root.append(svg("text", { x: x + 4, y: top + 3, class: "tick mark-text", text: chart.mark.text }));
+    root.append(svg("text", { x: x + 4, y: top + 3, class: "tick mark-text", text: mark.text }));
   }
   const size = (value) => scaled(chart, value, most) * inner;
   const update = (bar, value) => {
@@ -63,6 +68,13 @@ function columns(chart) {
     bar.setAttribute("y", top + inner - size(value));
   };
   return { box: root, bars, update };
+}
+
+/** Where the threshold stands among the mask values. */
+function markOf(chart) {
+  const { prior_weight: weight, prior_threshold: threshold } = loss;
+  if (chart.name !== "values" || weight === 0 || threshold === null) return null;
+  return { bin: 1 + (chart.labels.length - 2) * threshold, text: `threshold ${threshold}` };
 }
 
 /** One line at a round number. */

@@ -101,23 +101,27 @@ function toGrid(event) {
 }
 
 /** The names of what is shown, one a line, for other tools. */
-async function copyNames() {
-  const text = shown.map((sample) => sample.key).join("\n");
+function copyNames() {
+  copyText(shown.map((sample) => sample.key).join("\n"), `${plural(shown.length, "name")} copied`);
+}
+
+async function copyText(text, said) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
     const area = el("textarea", { class: "sr", "aria-hidden": "true" });
     area.value = text;
-    document.body.append(area);
+    (document.querySelector("dialog[open]") ?? document.body).append(area); // nothing outside a dialog has the focus
     area.select();
     document.execCommand("copy");
     area.remove();
   }
-  toast(`${plural(shown.length, "name")} copied`);
+  toast(said);
 }
 
 function toast(text) {
   const place = byId("toast");
+  (document.querySelector("dialog[open]") ?? document.body).append(place);
   place.textContent = text;
   place.classList.add("on");
   clearTimeout(toast.timer);

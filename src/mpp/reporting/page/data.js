@@ -3,7 +3,7 @@
 const byId = (id) => document.getElementById(id);
 const page = JSON.parse(byId("data").textContent);
 const images = byId("images").textContent.split("\n");
-const packed = byId("weights").textContent.split("\n");
+const packed = byId("masks").textContent.split("\n");
 
 const SEVERITIES = ["error", "warning", "info"];
 const SEVERITY_NAMES = { error: "error", warning: "warning", info: "hint" };
@@ -14,7 +14,9 @@ const SORTS = {
 const SIZES = { s: "S", m: "M", l: "L" };
 const CHART_FILTERS = ["learn", "preserve", "values"];
 const FILTERS = ["q", "split", "bucket", "mask", "finding", ...CHART_FILTERS];
+const SETTINGS = ["prior_threshold", "mask_gamma", "mask_min_weight", "mask_blur"]; // of the loss; "": the page's
 const DEFAULTS = {
+  ...Object.fromEntries(SETTINGS.map((name) => [name, ""])),
   q: "", split: "", bucket: "", mask: "", finding: "", learn: "", preserve: "", values: "",
   sort: "key", down: "", overlay: "both", opacity: "50", size: "m", open: "",
 };
@@ -34,6 +36,8 @@ const byKey = new Map(samples.map((sample) => [sample.key, sample]));
 const charts = Object.fromEntries(page.charts.map((chart) => [chart.name, chart]));
 
 const state = { ...DEFAULTS };
+/** The settings under which regions are shown: the page's, or those that are tried. */
+let loss = page.loss.settings;
 
 function severityWeight(severity) {
   return [10000, 100, 1][SEVERITIES.indexOf(severity)];
@@ -95,6 +99,7 @@ function readAddress() {
     const value = words.get(name) ?? DEFAULTS[name];
     state[name] = !ALLOWED[name] || ALLOWED[name].includes(value) ? value : DEFAULTS[name];
   }
+  for (const name of SETTINGS) if (!isSetting(name, state[name])) state[name] = "";
   if (!(Number(state.opacity) >= 0 && Number(state.opacity) <= 100)) state.opacity = DEFAULTS.opacity;
   if (!byKey.has(state.open)) state.open = "";
 }

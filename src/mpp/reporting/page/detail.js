@@ -22,6 +22,7 @@ function closeDetail() {
 
 detail.addEventListener("close", () => {
   stopRunning();
+  byId("try").append(byId("settings"));
   const place = shown.indexOf(opened);
   opened = null;
   change({ open: "" }, { keepGrid: true });
@@ -76,7 +77,7 @@ function stageOf(sample) {
 }
 
 function hint(sample) {
-  return sample.weights === null ? (sample.problem ?? "") : "Point at a cell to read its weights.";
+  return sample.raw === null ? (sample.problem ?? "") : "Point at a cell to read its weights.";
 }
 
 async function readCell(sample, figure, event, readout) {
@@ -84,11 +85,10 @@ async function readCell(sample, figure, event, readout) {
   const [height, width] = sample.cells;
   const row = Math.min(height - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * height)));
   const column = Math.min(width - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * width)));
-  const bytes = await weightsOf(sample);
-  const [mask, target, prior] = ["mask", "target", "prior"].map((plane) => planeOf(sample, bytes, view, plane));
-  if (!mask || opened !== sample) return;
-  const value = (plane) => plane[row * width + column].toFixed(2);
-  const said = `mask ${value(mask)}, learned ${value(target)}, preserved ${value(prior)}`;
+  const fields = fieldsOf(sample, await rawOf(sample), view);
+  if (!fields || opened !== sample) return;
+  const value = (plane) => fields[plane][row * width + column].toFixed(2);
+  const said = `mask ${value("mask")}, learned ${value("target")}, preserved ${value("prior")}`;
   readout.textContent = `row ${row}, column ${column}: ${said}`;
 }
 
@@ -151,11 +151,12 @@ async function showDetailView(place) {
     range.setAttribute("aria-valuetext", one.name);
     detail.querySelector("#view-name").textContent = one.name;
   }
-  const bytes = await weightsOf(sample);
+  const fields = fieldsOf(sample, await rawOf(sample), place);
   if (opened !== sample || view !== place) return;
   for (const pane of detail.querySelectorAll(".pane")) {
     const canvas = pane.querySelector("canvas");
-    const values = paintPlane(canvas, sample, bytes, place, canvas.dataset.plane);
+    const values = fields ? fields[canvas.dataset.plane] : null;
+    paintPlane(canvas, sample, values, canvas.dataset.plane);
     const mean = values ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
     pane.querySelector("b").textContent = percent(mean);
   }
@@ -163,8 +164,16 @@ async function showDetailView(place) {
 
 function repaintDetail() {
   if (!opened) return;
-  showView(detail.querySelector(".stage .figure"), opened, view);
+  showDetailView(view);
   detail.querySelectorAll(".film .figure").forEach((figure, place) => showView(figure, opened, place));
+}
+
+/** What of an open sample follows from the settings, besides its images. */
+function refreshDetail() {
+  if (!opened) return;
+  detail.querySelector(".cover-large").replaceChildren(...areasOf(opened));
+  detail.querySelector(".teacher").textContent = teacherOf(opened);
+  detail.querySelector(".timeline")?.replaceWith(timelineOf(opened));
 }
 
 function togglePlay() {
@@ -192,7 +201,7 @@ function factsOf(sample) {
     ["Latent cells", `${sample.cells[1]} x ${sample.cells[0]}${sample.clip ? `, ${sample.clip} frames` : ""}`],
     ["Mask", sample.mask ?? "none: learns everywhere"],
     ["Mask values", sample.range ? `${sample.range[0].toFixed(2)} to ${sample.range[1].toFixed(2)}` : "–"],
-    ["Teacher", sample.taught === null ? "–" : sample.taught ? "runs for it" : "is skipped"],
+    ["Teacher", teacherOf(sample)],
     ["Split", sample.split === "val" ? "validation" : "training"],
     ["Visits per epoch", String(sample.repeats)],
     ["Made from", sample.origin === sample.key ? null : sample.origin],
@@ -200,17 +209,24 @@ function factsOf(sample) {
   ];
   const list = el("dl");
   for (const [name, value] of rows.filter((row) => row[1] !== null)) {
-    list.append(el("dt", { text: name }), el("dd", { text: value }));
+    list.append(el("dt", { text: name }), el("dd", { class: name.toLowerCase(), text: value }));
   }
-  const figures = [span(`learns ${percent(sample.learn)}`, "l"), span(`preserves ${percent(sample.preserve)}`, "p")];
   return el(
     "div", { class: "facts" },
-    el("div", { class: "cover-large" }, coverageBar(sample), el("p", {}, ...figures)),
-    sample.findings.length ? el("ul", { class: "said" }, ...sample.findings.map(saidOf)) : null,
+    el("div", { class: `cover-large ${asMade(sample)}` }, ...areasOf(sample)),
+    sample.findings.length ? el("ul", { class: "said as-made" }, ...sample.findings.map(saidOf)) : null,
     el("p", { class: sample.caption ? "caption" : "caption lacking", text: sample.caption || "no caption" }),
     ...sample.variants.map((text) => el("p", { class: "caption variant", text })),
     list,
+    byId("settings"),
   );
+}
+
+const teacherOf = ({ taught }) => (taught === null ? "–" : taught ? "runs for it" : "is skipped");
+
+function areasOf(sample) {
+  const figures = [span(`learns ${percent(sample.learn)}`, "l"), span(`preserves ${percent(sample.preserve)}`, "p")];
+  return [coverageBar(sample), el("p", {}, ...figures)];
 }
 
 function saidOf([place, note]) {

@@ -2,19 +2,25 @@
 
 const { learned: LEARNED, preserved: PRESERVED, hatching: HATCHING } = page.colours;
 const HATCH = { period: 7, line: 2 }; // CSS pixels
-const PLANES = { mask: 0, target: 1, prior: 2 };
 const decoded = new Map();
-const KEPT = 400;
+const KEPT = 16e6; // cells of all masks that are kept decoded
+let kept = 0;
 const canInflate = typeof DecompressionStream === "function";
 
-/** A sample's weights as bytes `[plane][view][row][column]`; null where it has none. */
-function weightsOf(sample) {
-  if (sample.weights === null || !canInflate) return Promise.resolve(null);
+/** A sample's raw masks as floats `[frame][row][column]`; null where it has none. */
+function rawOf(sample) {
+  if (sample.raw === null || !canInflate) return Promise.resolve(null);
   if (!decoded.has(sample.place)) {
-    if (decoded.size >= KEPT) decoded.delete(decoded.keys().next().value);
-    decoded.set(sample.place, inflate(packed[sample.weights]));
+    const cells = sample.held.length * sample.cells[0] * sample.cells[1];
+    for (const [place, one] of decoded) {
+      if (kept + cells <= KEPT) break;
+      kept -= one.cells;
+      decoded.delete(place);
+    }
+    kept += cells;
+    decoded.set(sample.place, { cells, raw: inflate(packed[sample.raw]).then(floats) });
   }
-  return decoded.get(sample.place);
+  return decoded.get(sample.place).raw;
 }
 
 async function inflate(text) {
@@ -23,23 +29,32 @@ async function inflate(text) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-/** One plane of one view, shares in [0, 1], or null where the model is given that frame. */
-function planeOf(sample, bytes, view, plane) {
-  const own = sample.views.filter((one) => !one.given);
-  const place = own.indexOf(sample.views[view]);
-  if (!bytes || place < 0) return null;
-  const cells = sample.cells[0] * sample.cells[1];
-  const start = (PLANES[plane] * own.length + place) * cells;
-  return Float32Array.from(bytes.subarray(start, start + cells), (value) => value / 255);
+/** Floats of which first the lowest bytes of all lie there, then the second, ... */
+function floats(bytes) {
+  const count = bytes.length / 4;
+  const own = new Uint8Array(bytes.length);
+  for (let plane = 0; plane < 4; plane += 1) {
+    for (let at = 0; at < count; at += 1) own[4 * at + plane] = bytes[plane * count + at];
+  }
+  return new Float32Array(own.buffer); // little-endian, as all machines with browsers are
+}
+
+/** Raw mask and weights of one view, shares in [0, 1]; null where the model is given that frame, or with a problem. */
+function fieldsOf(sample, raw, view) {
+  const place = sample.held.indexOf(sample.views[view].frame);
+  if (!raw || place < 0) return null;
+  const [rows, columns] = sample.cells;
+  const mask = raw.subarray(place * rows * columns, (place + 1) * rows * columns);
+  return { mask, ...weightsUnder(loss, mask, rows, columns) };
 }
 
 /** Draw a sample's overlay as large as it is shown: its regions, or its mask. */
-function paintOverlay(canvas, sample, bytes, view, overlay) {
-  const [mask, target, prior] = ["mask", "target", "prior"].map((plane) => planeOf(sample, bytes, view, plane));
-  const regions = ["both", "target", "prior"].includes(overlay) && mask !== null;
-  canvas.hidden = overlay === "none" || !mask;
+function paintOverlay(canvas, sample, fields, overlay) {
+  const regions = ["both", "target", "prior"].includes(overlay) && fields !== null;
+  canvas.hidden = overlay === "none" || !fields;
   canvas.parentElement.classList.toggle("regions", regions);
   if (canvas.hidden) return;
+  const { mask, target, prior } = fields;
   const none = new Float32Array(mask.length);
   sizeAsShown(canvas, sample.cells);
   if (!regions) paintCells(canvas, sample.cells, (cell) => grey(mask[cell]));
@@ -84,22 +99,21 @@ function paintCells(canvas, [rows, columns], colourOf) {
 }
 
 /** Draw one plane by itself on black, one pixel per cell; CSS enlarges it without smoothing. */
-function paintPlane(canvas, sample, bytes, view, plane) {
-  const values = planeOf(sample, bytes, view, plane);
+function paintPlane(canvas, sample, values, plane) {
   const colour = { mask: [255, 255, 255], target: LEARNED, prior: PRESERVED }[plane];
   [canvas.height, canvas.width] = sample.cells;
   paintCells(canvas, sample.cells, (cell) => {
     const share = values ? values[cell] : 0;
     return pixel(...colour.map((level) => Math.round(level * share)), 255);
   });
-  return values;
 }
 
 /** What the colours mean: each word beside its colour, and between them what masks from white to black come to. */
 function drawLegend() {
   const [learned, between, preserved] = page.colours.words;
-  const ramp = page.ramp; // of mask values from 1 to 0: target and prior weights
-  const items = [[learned, [1], [0]], [between, ...ramp], [preserved, [0], [1]]];
+  const values = Float32Array.from({ length: 64 }, (_, at) => 1 - at / 63);
+  const ramp = weightsUnder({ ...loss, mask_blur: 0 }, values, 1, values.length);
+  const items = [[learned, [1], [0]], [between, ramp.target, ramp.prior], [preserved, [0], [1]]];
   byId("legend").replaceChildren(...items.map(([word, target, prior]) => {
     const canvas = el("canvas", { class: target.length > 1 ? "ramp" : null, "aria-hidden": "true" });
     const item = el("li", {}, el("span", { class: "swatch" }, canvas), span(word));
@@ -119,9 +133,9 @@ async function showView(figure, sample, view) {
   image.hidden = one.image === null;
   note.hidden = one.image !== null;
   if (one.image !== null) image.src = `data:image/jpeg;base64,${images[one.image]}`;
-  const bytes = await weightsOf(sample);
+  const raw = await rawOf(sample);
   const wanted = figure.dataset.live && figure.dataset.view === String(view);
-  if (wanted) paintOverlay(canvas, sample, bytes, view, state.overlay);
+  if (wanted) paintOverlay(canvas, sample, fieldsOf(sample, raw, view), state.overlay);
 }
 
 const ratioOf = (sample) => sample.size[0] / sample.size[1];

@@ -8,6 +8,7 @@ function change(values, { keepGrid = false } = {}) {
   const differs = (names) => names.some((name) => before[name] !== state[name]);
   if (!keepGrid && differs([...FILTERS, "sort", "down"])) updateGrid();
   if (!keepGrid) showState();
+  if (differs(SETTINGS)) trySettings();
   if (differs(["overlay", "size"])) {
     repaint();
     repaintDetail();
@@ -94,7 +95,9 @@ document.addEventListener("keydown", (event) => {
 
 function start() {
   readAddress();
+  loss = triedLoss();
   drawHead();
+  drawSettings();
   drawFindings();
   drawControls();
   drawCharts();
@@ -102,12 +105,14 @@ function start() {
   drawLegend();
   updateGrid();
   showState();
+  if (isTried()) trySettings();
   if (state.open) openDetail(byKey.get(state.open));
   window.addEventListener("hashchange", () => {
     readAddress();
     updateGrid();
     showState();
     repaint();
+    trySettings();
     const wanted = byKey.get(state.open) ?? null;
     if (wanted && wanted !== opened) openDetail(wanted);
     if (!wanted && opened) closeDetail();

@@ -18,19 +18,31 @@ function drawHead() {
 const settingOf = ([name, value]) => el("li", {}, span(name), el("b", { text: String(value ?? "none") }));
 
 function drawTiles() {
-  const { coverage, teacher, splits } = page;
+  const { splits } = page;
+  const { learn, preserve, taught } = totals;
+  const kind = allHere ? "" : "as-made";
   const tile = (figure, text, kind = "") => el("div", { class: `tile ${kind}` }, el("b", { text: figure }), span(text));
   const validated = splits.val ? `, ${number.format(splits.val)} of them for validation` : "";
   const masked = page.scanned - (page.masks.none ?? 0);
-  const cost = tile(percent(teacher.share), "of the training visits run the teacher", "wide");
-  cost.append(span(teacher.text, "small"));
-  byId("tiles").append(
+  const cost = tile(percent(taught), "of the training visits run the teacher", `wide ${kind}`);
+  cost.append(span(costOf(taught), "small"));
+  byId("tiles").replaceChildren(
     tile(number.format(page.total), `samples${validated}`),
     tile(percent(masked / page.scanned), "have a mask"),
-    tile(percent(coverage?.learn ?? null), "of the area learns", "learn"),
-    tile(percent(coverage?.preserve ?? null), "of the area is preserved", "keep"),
+    tile(percent(learn), "of the area learns", `learn ${kind}`),
+    tile(percent(preserve), "of the area is preserved", `keep ${kind}`),
     cost,
   );
+}
+
+/** How much longer steps take where the teacher runs for a share of the visits. */
+function costOf(share) {
+  if (share === null) return "no training sample could be measured";
+  if (share === 0) return "it costs nothing";
+  const { checkpointed, kept: without } = page.teacher.costs;
+  const [long, small, bareLong, bareSmall] = [...checkpointed, ...without].map((all) => `${(1 + share * (all - 1)).toFixed(2)}x`);
+  return `steps take about ${long} (long videos) to ${small} (small images) as long; ${bareLong} to ${bareSmall} without `
+    + "gradient checkpointing";
 }
 
 /** Say openly what is not all. */
