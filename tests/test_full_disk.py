@@ -166,12 +166,13 @@ def said(done):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("limit", "what"),
-    [(30_000, "logs below out"), (60_000, "out/lora/step-000003"), (400_000, "out/checkpoints/last.ckpt")],
+    ("limit", "shown", "what"),  # the images of regions are larger than the LoRA
+    [(30_000, 4, "logs below out"), (60_000, 0, "out/lora/step-000003"), (400_000, 0, "out/checkpoints/last.ckpt")],
 )
-def test_a_run_that_meets_a_full_disk_says_what_could_not_be_written(pipeline, prepared, tmp_path, limit, what):
+def test_a_run_that_meets_a_full_disk_says_what_could_not_be_written(pipeline, prepared, tmp_path, limit, shown, what):
     words = ["model=tiny_wan", f"model.pretrained={pipeline}", f"data.cache_dir={prepared}", "output_dir=out"]
     words += ["data.num_workers=0", "trainer.max_steps=3", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+    words += [f"callbacks.report.pictures={shown}"]
     assert what in said(command("-c", LIMITED, limit, "mpp.train", *words, cwd=tmp_path))
     assert not list((tmp_path / "out").rglob(".*.tmp"))
 

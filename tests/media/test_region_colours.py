@@ -118,5 +118,5 @@ def test_panels_have_gaps_and_columns_as_wide_as_their_labels():
     assert red[:20].all()
     assert not red[20:40].any()
     assert font(13).getlength("a label that is long") < sheet.shape[1] / 2
-    stacked = below_each_other([Image.fromarray(sheet)] * 2, 5)
+    stacked = below_each_other([Image.fromarray(sheet)] * 2, 5, 5)
     assert stacked.size == (sheet.shape[1] + 10, 2 * sheet.shape[0] + 15)

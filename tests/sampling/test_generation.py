@@ -1,6 +1,7 @@
 """Samples by base and LoRA: from the same noise, as files, without disturbing the training."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -13,6 +14,7 @@ import mpp.sample
 import mpp.train
 import mpp.training.callbacks
 from mpp.lora.adapters import Adapter, adapters_off, inject
+from mpp.media.lettering import font_size, line_height
 from mpp.models.contract import Generation, Prompt
 from mpp.models.families.wan import WanEncoders
 from mpp.models.frame_axis import Layers, Moments
@@ -77,6 +79,15 @@ def test_generating_leaves_mode_and_random_state_alone_and_generates_the_base_on
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+LINE, GAP = 19, 6  # heights in images that are 64 pixels wide: of a line of text, and between images
+
+
+def frames_of(file):
+    """A video's frames as arrays."""
+    with av.open(str(file)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
 def ramp(frames, channels=3, height=48, width=64, start=0.0):
     """Frames of one colour each, brighter from frame to frame."""
     values = start + torch.arange(frames) * 0.1
@@ -85,36 +96,63 @@ def ramp(frames, channels=3, height=48, width=64, start=0.0):
 
 def test_a_clip_becomes_an_mp4_of_base_beside_lora_and_a_strip(tmp_path):
     files = save(Pair("0_a", "a", ramp(5), ramp(5, start=0.5), Moments()), tmp_path)
-    assert [file.suffix for file in files] == [".png", ".mp4"]
-    with av.open(str(files[1])) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    names = ["0_a.png", "0_a.mp4", "0_a_base.mp4", "0_a_lora.mp4", "0_a_base.png", "0_a_lora.png"]
+    assert [file.name for file in files] == names
+    frames, base, lora = (frames_of(file) for file in files[1:4])
     assert len(frames) == 5
+    for number in range(5):
+        assert base[number].shape == lora[number].shape == (48, 64, 3)
+        assert base[number].mean() / 255 == pytest.approx(0.1 * number, abs=0.03)
+        assert lora[number].mean() / 255 == pytest.approx(0.5 + 0.1 * number, abs=0.03)
+    for file, value in zip(files[4:], (0.2, 0.7), strict=True):  # the middle frame
+        assert np.unique(Image.open(file)).tolist() == [round(255 * value)]
     for number, frame in enumerate(frames):
         assert frame.shape == (48, 128, 3)
         assert frame[:, 8:56].mean() / 255 == pytest.approx(0.1 * number, abs=0.03)
         assert frame[:, 72:120].mean() / 255 == pytest.approx(0.5 + 0.1 * number, abs=0.03)
-    assert np.asarray(Image.open(files[0])).shape == (2 * (48 + 16), 5 * 64, 3)
+    sheet = np.asarray(Image.open(files[0]))
+    assert sheet.shape == (LINE + 2 * (LINE + 48) + GAP, 5 * 64 + 4 * GAP, 3)
+    first = sheet[2 * LINE + 10, [10 + n * (64 + GAP) for n in range(5)], 0]
+    assert np.abs(first - 25.5 * np.arange(5)).max() <= 0.5
 
 
 def test_an_image_is_side_by_side_and_layers_are_a_strip_over_a_checkerboard(tmp_path):
-    (file,) = save(Pair("0_a", "a", ramp(1), ramp(1, start=1.0), Moments()), tmp_path)
+    file, base, lora = save(Pair("0_a", "a", ramp(1), ramp(1, start=1.0), Moments()), tmp_path)
     sheet = np.asarray(Image.open(file))
-    assert sheet.shape == (48 + 16, 128, 3)
-    assert sheet[30, 10].tolist() == [0, 0, 0]
-    assert sheet[30, 100].tolist() == [255, 255, 255]
+    assert sheet.shape == (48 + 2 * LINE, 128 + GAP, 3)
+    assert sheet[2 * LINE + 10, 10].tolist() == [0, 0, 0]
+    assert sheet[2 * LINE + 10, 100].tolist() == [255, 255, 255]
+    assert [np.unique(Image.open(path)).tolist() for path in (base, lora)] == [[0], [255]]
+    assert [np.asarray(Image.open(path)).shape for path in (base, lora)] == [(48, 64, 3)] * 2
     layers = torch.cat([ramp(3, 3), torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 48, 64)], dim=1)
-    (file,) = save(Pair("1_b", "b", layers, None, Layers()), tmp_path)
+    file, whole = save(Pair("1_b", "b", layers, None, Layers()), tmp_path)
     sheet = np.asarray(Image.open(file))
-    assert sheet.shape == (48 + 16, 3 * 64, 3)
-    assert set(np.unique(sheet[17:, :64])) == {200, 255}  # transparent: nothing but the board
-    assert set(np.unique(sheet[17:, 64:128])) == {26}
+    assert sheet.shape == (48 + 2 * LINE, 3 * 64 + 2 * GAP, 3)
+    assert set(np.unique(sheet[2 * LINE :, :64])) == {200, 255}  # transparent: nothing but the board
+    assert set(np.unique(sheet[2 * LINE :, 64 + GAP : 128 + GAP])) == {26}
+    np.testing.assert_array_equal(np.asarray(Image.open(whole)), sheet[2 * LINE :, :64])
+
+
+def test_step_and_seed_are_written_above_and_in_the_file(tmp_path):
+    pair = Pair("0_a", "a cat", ramp(1, width=600), ramp(1, width=600), Moments(), seed=7, step=500)
+    assert pair.title == "step 500, seed 7: a cat"
+    file, base, lora = save(pair, tmp_path)
+    for path in (file, base, lora):
+        with Image.open(path) as image:
+            assert image.text == {"step": "500", "seed": "7"}
+    sheet = np.asarray(Image.open(file))
+    other = np.asarray(strip(replace(pair, step=501)))
+    high = line_height(font_size(600))
+    assert (sheet[:high] != other[:high]).any()
+    np.testing.assert_array_equal(sheet[high:], other[high:])
+    assert replace(pair, step=None).title == "seed 7: a cat"
 
 
 def test_strips_of_long_clips_show_their_first_and_last_frame():
     sheet = np.asarray(strip(Pair("0", "a", ramp(9) / 2, None, Moments())))
-    assert sheet.shape[1] == 6 * 64
-    assert sheet[30, 10, 0] == 0
-    assert sheet[30, -10, 0] == round(0.4 * 255)
+    assert sheet.shape[1] == 6 * 64 + 5 * GAP
+    assert sheet[2 * LINE + 10, 10, 0] == 0
+    assert sheet[2 * LINE + 10, -10, 0] == round(0.4 * 255)
 
 
 def test_samples_during_training_come_from_the_cache_and_change_no_number(pipeline, sampled, tmp_path, monkeypatch):
@@ -122,9 +160,12 @@ def test_samples_during_training_come_from_the_cache_and_change_no_number(pipeli
     plain, generating = tmp_path / "plain", tmp_path / "painting"
     train(pipeline, sampled, plain)
     train(pipeline, sampled, generating, *SAMPLING, "callbacks.samples.every_n_steps=3")
-    assert sorted(p.name for p in (generating / "samples").iterdir()) == [f"step-{n:06d}" for n in (0, 3, 4)]
+    folders = [f"step-{n:06d}" for n in (0, 3, 4)]
+    assert sorted(p.name for p in (generating / "samples").glob("[!.]*")) == ["contact.png", *folders]
     names = sorted(p.name for p in (generating / "samples" / "step-000003").glob("[!.]*"))
-    assert names == ["0_a_red_box.png", "1_a_cat.png"]
+    assert names == [f"{name}{part}.png" for name in ("0_a_red_box", "1_a_cat") for part in ("", "_base", "_lora")]
+    with Image.open(generating / "samples" / "step-000003" / "1_a_cat_lora.png") as image:
+        assert image.text == {"step": "3", "seed": "0"}
     without = [{k: v for k, v in row.items() if "perf" not in k} for row in logged(plain)]
     assert [{k: v for k, v in row.items() if "perf" not in k} for row in logged(generating)] == without
     ours, theirs = (load_file(out / "lora.safetensors") for out in (generating, plain))
@@ -164,10 +205,13 @@ def sample_config(pipeline, out, *overrides):
 def test_the_command_generates_base_and_lora_of_a_run(pipeline, sampled, tmp_path, architecture):
     train(pipeline, sampled, tmp_path / "run", "optimizer.lr=0.5")
     files = mpp.sample.run(sample_config(pipeline, tmp_path / "painted", f"lora_path={tmp_path / 'run'}"))
-    assert [file.name for file in files] == ["0_a_red_box.png", "1_a_cat.png"]
-    sheet = np.asarray(Image.open(files[1]).convert("RGB")).astype(int)[16:]
-    assert sheet.shape == (48, 128, 3)
-    base, lora = sheet[:, :64], sheet[:, 64:]
+    names = [f"{name}{part}.png" for name in ("0_a_red_box", "1_a_cat") for part in ("", "_base", "_lora")]
+    assert [file.name for file in files] == names
+    sheet = np.asarray(Image.open(files[3]).convert("RGB")).astype(int)[2 * LINE :]
+    assert sheet.shape == (48, 128 + GAP, 3)
+    base, lora = sheet[:, :64], sheet[:, 64 + GAP :]
+    for file, part in ((files[4], base), (files[5], lora)):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), part)
     assert np.abs(base - lora).max() > 2
     encoders = architecture.load_encoders("cpu")
     record = architecture.collate(encoders.encode_text([Prompt("a cat")]))
@@ -228,9 +272,10 @@ def test_processes_share_the_prompts(architecture, tmp_path):
             architecture=architecture, transformer=None, device="cpu", evaluated_adapter=nullcontext
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mpp.training.callbacks.generate", lambda *_, name, **__: name)
-            patch.setattr("mpp.training.callbacks.save", lambda name, folder, rank=rank: names.append((rank, name)))
-            callback._generate_own(trainer, module, tmp_path)
+            pair = Pair("", "", ramp(1), None, Moments())
+            patch.setattr("mpp.training.callbacks.generate", lambda *_, name, **__: replace(pair, name=name))  # noqa: B023
+            patch.setattr("mpp.training.callbacks.save", lambda one, folder, rank=rank: names.append((rank, one.name)))
+            callback._generate_own(trainer, module, 3)
     assert names == [(0, "0_a"), (0, "2_c"), (1, "1_b")]
 
 

@@ -80,12 +80,19 @@ def panels(parts: Sequence[tuple[str, Image.Image]], size: int) -> Image.Image:
     return sheet
 
 
-def below_each_other(rows: Sequence[Image.Image], gap: int) -> Image.Image:
-    """RGB images below each other on white, with a gap in pixels between them and around all."""
-    width, height = max(row.width for row in rows), sum(row.height + gap for row in rows)
-    sheet = Image.new("RGB", (width + 2 * gap, height + gap), PAPER)
-    top = gap
+def below_each_other(rows: Sequence[Image.Image], gap: int, margin: int = 0) -> Image.Image:
+    """RGB images below each other on white, with a gap in pixels between them, and a margin around all."""
+    width, height = max(row.width for row in rows), sum(row.height + gap for row in rows) - gap
+    sheet = Image.new("RGB", (width + 2 * margin, height + 2 * margin), PAPER)
+    top = margin
     for row in rows:
-        sheet.paste(row, (gap, top))
+        sheet.paste(row, (margin, top))
         top += row.height + gap
     return sheet
+
+
+def headed(text: str, image: Image.Image, size: int) -> Image.Image:
+    """An RGB image below a line of text, as far as that fits, in a font of a size in pixels."""
+    line = Image.new("RGB", (image.width, line_height(size)), PAPER)
+    write_line(line, (0, 0), text, size, image.width)
+    return below_each_other([line, image], 0)

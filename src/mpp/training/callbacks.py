@@ -19,7 +19,10 @@ from mpp.lora.export import export_path, write_beside
 from mpp.lora.exports import Exports
 from mpp.lora.metadata import Facts, describe
 from mpp.lora.writing import lora_files, save_lora, step_of_lora
+from mpp.media.own import mark
 from mpp.models.experts import parts_of
+from mpp.sampling.contact import NAME as CONTACT
+from mpp.sampling.contact import step_folder, write_contact
 from mpp.sampling.generation import frame_image, generate, generation_name, save
 from mpp.sampling.prompts import Prompts, ReadyPrompt
 from mpp.training.ema import AdapterEma, ema_of
@@ -274,7 +277,8 @@ class Generations(Checkpoint):
     `Checkpoint` it comes after the callbacks listed before it, so that a step is saved before it is generated.
 
     Args:
-        folder: The run's output folder; `samples/step-000500/` holds PNG and MP4 files.
+        folder: The run's output folder; `samples/step-000500/` holds PNG and MP4 files, as `save` writes them, and
+            `samples/contact.png` shows all prompts over the steps.
         every_n_steps: Optimizer steps between two samples, >= 1.
         prompts: What is generated, as it was prepared.
 
@@ -327,24 +331,33 @@ class Generations(Checkpoint):
             self._generate_step(trainer, module, step, missing=missing)
 
     def _generate_step(self, trainer: Trainer, module: MaskedPriorModule, step: int, *, missing: bool) -> None:
-        folder = self.folder / f"step-{step:06d}"
+        folder = step_folder(self.folder, step)
         names = [generation_name(number, ready.prompt) for number, ready in enumerate(self._ready)]
         if missing and trainer.strategy.broadcast(all((folder / f"{name}.png").is_file() for name in names)):
             return
         try:
-            self._generate_own(trainer, module, folder)
+            self._generate_own(trainer, module, step)
         except (RuntimeError, OSError) as error:
             log.warning("the samples of step %d failed, training goes on: %s", step, error)
         trainer.strategy.barrier("samples")
         if trainer.is_global_zero:
             log.info("samples of step %d: %s", step, folder)
-            for file in sorted(folder.glob("*.png")):
-                for logger in trainer.loggers:
-                    log_image(logger, f"samples/{file.stem}", Image.open(file).convert("RGB"), step)
+            self._show(trainer, folder, names, step)
         if (endings := endings_of(trainer)) is not None:
             endings.attend(trainer, module)
 
-    def _generate_own(self, trainer: Trainer, module: MaskedPriorModule, folder: Path) -> None:
+    def _show(self, trainer: Trainer, folder: Path, names: list[str], step: int) -> None:
+        """Hand the samples of a step to the loggers, and renew the contact sheet."""
+        for file in [folder / f"{name}.png" for name in names if (folder / f"{name}.png").is_file()]:
+            for logger in trainer.loggers:
+                log_image(logger, f"samples/{file.stem}", Image.open(file).convert("RGB"), step)
+        try:
+            write_contact(self.folder, self._ready)
+        except OSError as error:
+            log.warning("samples/%s could not be renewed, training goes on: %s", CONTACT, error)
+        mark(self.folder)
+
+    def _generate_own(self, trainer: Trainer, module: MaskedPriorModule, step: int) -> None:
         """This process's prompts."""
         endings = endings_of(trainer)
         share, first = list(enumerate(self._ready))[trainer.global_rank :: trainer.world_size], None
@@ -363,7 +376,7 @@ class Generations(Checkpoint):
                         device=module.device,
                         bases=self._bases,
                     )
-                    save(pair, folder)
+                    save(replace(pair, step=step), step_folder(self.folder, step))
                     first = pair if number == 0 else first  # of the first process, which saves
         finally:
             encoders.release()

@@ -10,7 +10,7 @@ from mpp.cache.index import Entry
 from mpp.cache.reader import Reader
 from mpp.core.loss import MaskedPriorLoss
 from mpp.core.masks import MaskWeights
-from mpp.media.lettering import PAPER, below_each_other, font_size, line_height, panels, write_line
+from mpp.media.lettering import below_each_other, font_size, headed, panels
 from mpp.media.region_colours import LEARNED, PRESERVED, WORDS, Weights, field_image, legend, region_overlay
 from mpp.models.frame_axis import FrameAxis
 
@@ -28,7 +28,7 @@ def region_sheet(rows: Sequence[Image.Image], loss: MaskedPriorLoss) -> Image.Im
     width = max(row.width for row in rows)
     size = font_size(width // _PANELS)
     line = legend(width, size, weights)
-    return below_each_other([*rows, line], size)
+    return below_each_other([*rows, line], size, size)
 
 
 def region_strip(cache: Reader, entry: Entry, loss: MaskedPriorLoss, axis: FrameAxis, given: int = 0) -> Image.Image:
@@ -48,13 +48,9 @@ def region_strip(cache: Reader, entry: Entry, loss: MaskedPriorLoss, axis: Frame
             image = _scaled(opened.convert("RGB"))
         size = font_size(max(image.size))
         row = panels(_parts(image, weights, max(0, number - given)), size)
-        rows.append(
-            _headed(", ".join(word for word in (entry.key, axis.name(number, entry.shape[1])) if word), row, size)
-        )
-    sheet = Image.new("RGB", (rows[0].width, sum(row.height + size for row in rows) - size), PAPER)
-    for number, row in enumerate(rows):
-        sheet.paste(row, (0, number * (row.height + size)))
-    return sheet
+        words = entry.key, axis.name(number, entry.shape[1])
+        rows.append(headed(", ".join(word for word in words if word), row, size))
+    return below_each_other(rows, size)
 
 
 def _parts(image: Image.Image, weights: MaskWeights, frame: int) -> list[tuple[str, Image.Image]]:
@@ -64,14 +60,6 @@ def _parts(image: Image.Image, weights: MaskWeights, frame: int) -> list[tuple[s
     fields = (("mask", mask, (255, 255, 255)), (learned, target, LEARNED), (preserved, prior, PRESERVED))
     alone = [(f"{word} {field.mean():.0%}", field_image(field, image.size, colour)) for word, field, colour in fields]
     return [("image", image), ("regions", region_overlay(image, target, prior)), *alone]
-
-
-def _headed(text: str, row: Image.Image, size: int) -> Image.Image:
-    header = line_height(size)
-    sheet = Image.new("RGB", (row.width, header + row.height), PAPER)
-    write_line(sheet, (0, 0), text, size, row.width)
-    sheet.paste(row, (0, header))
-    return sheet
 
 
 def _scaled(image: Image.Image) -> Image.Image:
