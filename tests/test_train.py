@@ -284,7 +284,7 @@ def test_accumulated_batches_have_the_gradient_of_one_big_batch(
 
 
 def test_tensorboard_holds_scalars_and_the_regions_as_images(pipeline, prepared, tmp_path):
-    train(pipeline, prepared, tmp_path, "logger=tensorboard")
+    train(pipeline, prepared, tmp_path, "logger=tensorboard", "callbacks.report.pictures=4")
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
     assert set(events.Tags()["scalars"]) >= TRAIN_NAMES
     assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]

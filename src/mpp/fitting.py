@@ -23,6 +23,7 @@ from mpp.lora.starting import Start
 from mpp.recorded import followers, going_on
 from mpp.reporting.findings import find
 from mpp.reporting.rows import look_at
+from mpp.reporting.run_page import render_run
 from mpp.training.beginning import Beginning
 from mpp.training.callbacks import Checkpoints, is_finished
 from mpp.training.checkpoint import AtomicCheckpointIO, validation_is_due
@@ -30,6 +31,7 @@ from mpp.training.conclusion import ending, outcome
 from mpp.training.ema import AdapterEma
 from mpp.training.endings import Endings
 from mpp.training.flags import check_flags, check_trainer, check_validation
+from mpp.training.history import RunPage
 from mpp.training.module import MaskedPriorModule
 from mpp.training.runs import newest
 from mpp.training.schedule import planned_steps
@@ -136,6 +138,8 @@ def build_trainer(
     beginning = Beginning(partial(begin, cfg, folder), loggers, plain_values(cfg), said)
     for report in [callback for callback in callbacks if isinstance(callback, RunReport)]:
         report.findings = partial(found_in, data, module.loss)
+    for page in [callback for callback in callbacks if isinstance(callback, RunPage)]:
+        page.render = render_run
     try:
         trainer = build(
             cfg.trainer,

@@ -1,15 +1,10 @@
 """One self-contained HTML page from samples, findings and charts."""
 
-import base64
-import hashlib
-import io
-import json
 import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -24,19 +19,18 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.media.region_colours import HATCHING, LEARNED, PRESERVED, WORDS
 from mpp.reporting.charts import bins_of, charts_of
 from mpp.reporting.findings import Finding
+from mpp.reporting.inline import Lines, filled
 from mpp.reporting.rows import ReportRow, mask_of, used_for_training
 from mpp.wording import few
 
 MARK = '<meta name="generator" content="mpp report">'
-_PARTS = Path(__file__).parent / "page"
 _STYLES = ("page.css", "samples.css")
 _SCRIPTS = (
-    "data.js", "rule.js", "draw.js", "charts.js", "cards.js", "detail.js", "overview.js", "controls.js", "settings.js",
-    "main.js",
+    "elements.js", "data.js", "rule.js", "draw.js", "charts.js", "cards.js", "detail.js", "overview.js", "controls.js",
+    "settings.js", "main.js",
 )  # fmt: skip
 _PIXELS = 60e6  # of all images together: about 12 MB of JPEG
 _SIDES = 112, 512
-_QUALITY = 75
 _LINES = 500  # of one finding
 _MASKS = 24e6  # bytes of all masks together; of clips beyond them the key frames are embedded
 _CLASS = "plain", MaskedPriorLoss()
@@ -44,7 +38,6 @@ _COSTS = {  # of steps where the teacher runs for all samples, over those withou
     "checkpointed": step_cost(1, gradient_checkpointing=True),
     "kept": step_cost(1, gradient_checkpointing=False),
 }
-_COLOURS = f":root {{ --learn: rgb{LEARNED}; --keep: rgb{PRESERVED}; --hatching: rgb{HATCHING}; }}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def render(subject: Subject, samples: Sequence[ReportRow], findings: Sequence[Fi
     """
     charts = charts_of(samples)
     buckets = {label: number for number, label in enumerate(charts[-1].labels)}
-    images, masks = _Lines(), _Lines()
+    images, masks = Lines(), Lines()
     side = image_side(sum(view.image is not None for number in shown for view in samples[number].views))
     said = _said(findings)
     rows = []
@@ -93,25 +86,13 @@ def render(subject: Subject, samples: Sequence[ReportRow], findings: Sequence[Fi
         "samples": rows,
         "colours": {"learned": LEARNED, "preserved": PRESERVED, "hatching": HATCHING, "words": WORDS},
     }
-    return _fill(data, images, masks)
+    return filled("page.html", _STYLES, _SCRIPTS, data, images=images, masks=masks)
 
 
 def image_side(count: int) -> int:
     """Longest side in pixels at which `count` images are embedded: the more, the smaller."""
     low, high = _SIDES
     return int(min(high, max(low, math.sqrt(_PIXELS / max(1, count)))))
-
-
-class _Lines(list[str]):
-    """Lines of a text block, referred to by their numbers; `size` is that of all of them in bytes."""
-
-    size = 0
-
-    def put(self, content: bytes) -> int:
-        """Add a line; returns its number."""
-        self.append(base64.b64encode(content).decode())
-        self.size += len(self[-1])
-        return len(self) - 1
 
 
 def _summary(subject: Subject, samples: Sequence[ReportRow]) -> dict[str, Any]:
@@ -166,7 +147,7 @@ def _finding(finding: Finding, shown: set[int]) -> dict[str, Any]:
     }
 
 
-def _row(subject: Subject, sample: ReportRow, side: int, images: _Lines, masks: _Lines) -> dict[str, Any]:
+def _row(subject: Subject, sample: ReportRow, side: int, images: Lines, masks: Lines) -> dict[str, Any]:
     """A sample as the page's script reads it; its images and its mask go into the text blocks."""
     entry, coverage, mask = sample.entry, sample.coverage, sample.mask
     own = mask is not None and entry.mask is not None
@@ -207,7 +188,7 @@ def _row(subject: Subject, sample: ReportRow, side: int, images: _Lines, masks: 
     }
 
 
-def _embed(mask: Tensor | None, sample: ReportRow, given: int, masks: _Lines) -> tuple[int | None, list[int]]:
+def _embed(mask: Tensor | None, sample: ReportRow, given: int, masks: Lines) -> tuple[int | None, list[int]]:
     """Put a sample's mask into its text block; the line, and the latent frames that it holds."""
     if mask is None:
         return None, []
@@ -225,38 +206,13 @@ def pack_floats(values: np.ndarray) -> bytes:
     return zlib.compress(little.view(np.uint8).reshape(-1, 4).T.tobytes(), 9)
 
 
-def _image(path: Path | None, side: int, images: _Lines) -> int | None:
+def _image(path: Path | None, side: int, images: Lines) -> int | None:
     """Embed a preview; None where it cannot be read."""
     if path is None:
         return None
-    content = io.BytesIO()
     try:
         with Image.open(path) as image:
             image.draft("RGB", (side, side))
-            small = image.convert("RGB")
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        small.save(content, "JPEG", quality=_QUALITY, optimize=True)
+            return images.put_image(image, side)
     except (OSError, ValueError, SyntaxError):
         return None
-    return images.put(content.getvalue())
-
-
-def _fill(data: dict[str, Any], images: Sequence[str], masks: Sequence[str]) -> str:
-    """The template with everything in it; nothing in the data can end its script element."""
-    style = "\n".join([_COLOURS, *((_PARTS / name).read_text("utf-8") for name in _STYLES)])
-    script = '"use strict";\n' + "\n".join((_PARTS / name).read_text("utf-8") for name in _SCRIPTS)
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return Template((_PARTS / "page.html").read_text("utf-8")).substitute(
-        style=style,
-        style_hash=_hash(style),
-        script=script,
-        script_hash=_hash(script),
-        data=text,
-        images="\n".join(images),
-        masks="\n".join(masks),
-    )
-
-
-def _hash(text: str) -> str:
-    """As a content security policy names an inline element."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

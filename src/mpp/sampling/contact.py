@@ -36,7 +36,7 @@ def write_contact(folder: Path, prompts: Sequence[ReadyPrompt]) -> Path | None:
         OSError: An image cannot be read, or the file not written; an older one is untouched.
     """
     names = [generation_name(number, ready.prompt) for number, ready in enumerate(prompts)][:_PROMPTS]
-    steps = _chosen([step for step in _steps(folder) if any(_still(folder, step, name, LORA) for name in names)])
+    steps = _chosen([step for step in steps_of(folder) if any(_still(folder, step, name, LORA) for name in names)])
     if not steps:
         return None
     side = int(min(_SIDES[1], max(_SIDES[0], math.sqrt(_PIXELS / (len(names) * (len(steps) + 1))))))
@@ -78,7 +78,7 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def _steps(folder: Path) -> list[int]:
+def steps_of(folder: Path) -> list[int]:
     """Steps of which there are samples, ascending."""
     return sorted(int(match[1]) for path in folder.glob("step-*") if (match := _STEP.fullmatch(path.name)))
 

@@ -1,7 +1,7 @@
 """What a run saves and shows on its way: checkpoints, the LoRA, samples, the losses."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,7 +79,7 @@ class Checkpoints(Checkpoint):
         self.exports = Exports([]) if exports is None else exports
         self.formats: tuple[str, ...] | None = None
         self._left_out: tuple[str, ...] = ()
-        self._saved_at = 0
+        self.saved_at = 0
         self._sample: Image.Image | None = None  # the newest one
         self._facts: Facts | None = None
 
@@ -133,9 +133,9 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for line in self._left_out:
                 log.warning(line)
-        self._saved_at = trainer.global_step
-        if self._saved_at:
-            self._complete(trainer, pl_module, self._saved_at)
+        self.saved_at = trainer.global_step
+        if self.saved_at:
+            self._complete(trainer, pl_module, self.saved_at)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save at the chosen steps, and at the last one."""
@@ -180,7 +180,7 @@ class Checkpoints(Checkpoint):
             OSError: The disk is full or not writable.
         """
         step = trainer.global_step
-        if step == self._saved_at:
+        if step == self.saved_at:
             return step > 0
         with module.pace.pause():
             self._save(trainer, module, step)
@@ -196,7 +196,7 @@ class Checkpoints(Checkpoint):
         if self.keep_all:
             trainer.save_checkpoint(checkpoints / f"step-{step:06d}.ckpt", weights_only=False)
         trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
-        self._saved_at = step
+        self.saved_at = step
         self._write(trainer, module, self.folder / "lora.safetensors")
         if self.keep_last is not None and trainer.is_global_zero:
             for kept in (self.folder / "lora", checkpoints):
@@ -218,8 +218,8 @@ class Checkpoints(Checkpoint):
     def illustrate(self, trainer: Trainer, module: MaskedPriorModule, sample: Image.Image) -> None:
         """Show a sample in the files of the step at hand, which were saved before it was there, and in later ones."""
         self._sample = sample
-        if self.exports.metadata.thumbnail is True and trainer.global_step == self._saved_at > 0:
-            for path in (self._lora_of(self._saved_at), self.folder / "lora.safetensors"):
+        if self.exports.metadata.thumbnail is True and trainer.global_step == self.saved_at > 0:
+            for path in (self._lora_of(self.saved_at), self.folder / "lora.safetensors"):
                 self._write(trainer, module, path)
 
     def _write(self, trainer: Trainer, module: MaskedPriorModule, path: Path, steps: int | None = None) -> None:
@@ -300,6 +300,11 @@ class Generations(Checkpoint):
         self.prompts.check(pl_module.architecture)
         data: LatentDataModule = trainer.datamodule
         self._ready = self.prompts.read(pl_module.architecture, data.cache)
+
+    @property
+    def ready(self) -> Sequence[ReadyPrompt]:
+        """What is generated, with its embeddings; none without prompts."""
+        return self._ready
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that had ended is not trained again, so what a kill left out at its end is made up for here."""
