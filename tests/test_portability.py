@@ -22,7 +22,10 @@ ELSEWHERE = {  # what only some systems have: modules, and attributes of `os`, `
     *("SIGKILL", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGCHLD", "SIGALRM", "alarm", "setitimer", "pause"),
     *("pthread_sigmask", "sigtimedwait", "sigwaitinfo", "sigwait"),
 }
-GUARDED = {"workers": {"pthread_sigmask", "sigtimedwait"}}  # behind `hasattr`
+GUARDED = {  # behind `hasattr`, or where the import fails
+    "workers": {"pthread_sigmask", "sigtimedwait"},
+    "training/pace": {"resource"},
+}
 
 
 def _calls(path):

@@ -172,6 +172,21 @@ def test_sliders_by_keys_reset_and_the_address(browser, page):
     assert not browser.find(".made-note").is_displayed()
 
 
+def test_the_legend_says_three_words_and_shows_what_masks_between_come_to(browser, page):
+    browser.open(page, "prior_threshold=0.5")
+    assert browser.texts("#legend li") == ["learned", "between", "preserved"]
+    learned, ramp, preserved = (
+        cells_of(browser, f"#legend li:nth-child({n}) canvas", cells)
+        for n, cells in ((1, (1, 1)), (2, (1, 8)), (3, (1, 1)))
+    )
+    assert off_colour(learned[..., :3], [LEARN]) <= 1
+    assert off_colour(preserved[..., :3], (KEEP, HATCHING)) <= 1
+    assert off_colour(ramp[0, :4, :3], [LEARN]) <= 3  # the weaker the darker the mask
+    assert (np.diff(ramp[0, :4, 3]) < -20).all()
+    assert off_colour(ramp[0, 4:, :3], (KEEP, HATCHING)) <= 1
+    assert (ramp[0, 4:, 3] == 255).all()
+
+
 def test_exact_values_can_be_typed_and_others_are_refused(browser, page):
     browser.open(page)
     for name, text, said in (

@@ -16,6 +16,7 @@ from PIL import Image
 import mpp.report
 import mpp.reporting.page
 from mpp.core.loss import MaskedPriorLoss
+from mpp.media import region_colours
 from mpp.reporting.output import Report
 from mpp.reporting.page import image_side
 from tests.helpers import config
@@ -210,6 +211,14 @@ def test_nothing_in_a_caption_or_name_ends_the_data(drawn):
     assert page.data["findings"][0]["lines"] == ["</script><b>.png"]
     assert [tag for tag, _ in page.tags].count("script") == 4
     assert not {"img", "b"} & {tag for tag, _ in page.tags}
+
+
+def test_the_page_has_the_colours_of_every_other_image_of_regions(drawn):
+    page = report(drawn.add("a"))
+    assert page.data["colours"]["learned"] == list(region_colours.LEARNED)
+    assert page.data["colours"]["preserved"] == list(region_colours.PRESERVED)
+    for name, colour in (("learn", region_colours.LEARNED), ("keep", region_colours.PRESERVED)):
+        assert f"--{name}: rgb{colour};" in page.parts["style"]
 
 
 def test_the_page_may_load_nothing_and_run_nothing_but_itself(drawn):

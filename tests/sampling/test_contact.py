@@ -49,7 +49,7 @@ def test_rows_are_prompts_and_columns_the_base_and_the_steps(tmp_path):
     assert got.tolist() == [[200, 0, 50, 100], [200, 20, 70, 120]]
 
 
-@pytest.mark.parametrize("count", [12, 13, 30, 101])
+@pytest.mark.parametrize("count", [13, *(pytest.param(count, marks=pytest.mark.slow) for count in (12, 30, 101))])
 def test_of_many_steps_twelve_are_shown_the_first_and_the_newest_among_them(tmp_path, count):
     prompts = [ready("a cat")]
     generated(tmp_path, prompts, range(count), lambda _, step: 2 * step)
@@ -84,6 +84,7 @@ def test_clips_show_their_middle_frame(tmp_path):
     assert cells(tmp_path / "contact.png", 1, 3)[0, :, 0].tolist() == [220, 20, 60]
 
 
+@pytest.mark.slow
 def test_many_prompts_make_no_huge_sheet(tmp_path):
     prompts = [ready(f"prompt {number}", 1024, 1024) for number in range(30)]
     generated(tmp_path, prompts, [0, 5])

@@ -106,9 +106,9 @@ def _with_alpha(pixels: Pixels, mask: Mask) -> Pixels:
 
 @dataclass(frozen=True)
 class Preview(Tool):
-    """Images with their masks over them, for looking, in the colours and above the legend of `region_colours`.
+    """Images in grey with their masks over them, for looking: orange is learned, hatched blue is preserved.
 
-    Images that are too narrow for the legend have none.
+    Below images that are wide enough stands the legend.
 
     Args:
         masks: Folder of masks, matched by path and name, or one mask for all.

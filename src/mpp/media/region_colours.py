@@ -3,7 +3,7 @@
 Both colours are from Okabe and Ito's set, which people with any colour vision tell apart; the hatching tells them
 apart without colour, and the grey below leaves no colour to the image, so that none of it can be taken for a region.
 A cell between shows both colours by its weights; the less it weighs in all, the more of the grey image shows. The page
-of `mpp.report` does the same in its `draw.js`, with the numbers here.
+of `mpp.report` does the same in its `regions.js`, with the numbers here.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,7 @@ from mpp import __version__
 from mpp.cache.coverage import Coverage, mode_of, step_cost
 from mpp.cache.format import Cache, CacheIdentity
 from mpp.core.loss import MaskedPriorLoss
-from mpp.media.region_colours import HATCHING, LEARNED, PRESERVED, WORDS
+from mpp.media.region_colours import HATCHING, LEARNED, OPACITY, PRESERVED, WORDS
 from mpp.reporting.charts import bins_of, charts_of
 from mpp.reporting.findings import Finding
 from mpp.reporting.inline import Lines, filled
@@ -26,8 +26,8 @@ from mpp.wording import few
 MARK = '<meta name="generator" content="mpp report">'
 _STYLES = ("page.css", "samples.css")
 _SCRIPTS = (
-    "elements.js", "data.js", "rule.js", "draw.js", "charts.js", "cards.js", "detail.js", "overview.js", "controls.js",
-    "settings.js", "main.js",
+    "elements.js", "data.js", "rule.js", "regions.js", "draw.js", "charts.js", "cards.js", "detail.js", "overview.js",
+    "controls.js", "settings.js", "main.js",
 )  # fmt: skip
 _PIXELS = 60e6  # of all images together: about 12 MB of JPEG
 _SIDES = 112, 512
@@ -38,6 +38,9 @@ _COSTS = {  # of steps where the teacher runs for all samples, over those withou
     "checkpointed": step_cost(1, gradient_checkpointing=True),
     "kept": step_cost(1, gradient_checkpointing=False),
 }
+_COLOURS = {
+    "learned": LEARNED, "preserved": PRESERVED, "hatching": HATCHING, "opacity": OPACITY, "words": WORDS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def render(subject: Subject, samples: Sequence[ReportRow], findings: Sequence[Fi
         "charts": [asdict(chart) for chart in charts],
         "findings": [_finding(finding, set(shown)) for finding in findings],
         "samples": rows,
-        "colours": {"learned": LEARNED, "preserved": PRESERVED, "hatching": HATCHING, "words": WORDS},
+        "colours": _COLOURS,
     }
     return filled("page.html", _STYLES, _SCRIPTS, data, images=images, masks=masks)
 

@@ -17,12 +17,8 @@ const SETTINGS = ["prior_threshold", "mask_gamma", "mask_min_weight", "mask_blur
 const DEFAULTS = {
   ...Object.fromEntries(SETTINGS.map((name) => [name, ""])),
   q: "", split: "", bucket: "", mask: "", finding: "", learn: "", preserve: "", values: "",
-  sort: "key", down: "", overlay: "both", opacity: "50", size: "m", open: "",
+  sort: "key", down: "", overlay: "both", opacity: String(100 * page.colours.opacity), size: "m", open: "",
 };
-
-const collator = new Intl.Collator("en", { numeric: true });
-const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`);
-const plural = (count, name) => `${number.format(count)} ${name}${count === 1 ? "" : "s"}`;
 
 const samples = page.samples.map((sample, place) => ({
   ...sample,

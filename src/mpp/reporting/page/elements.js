@@ -1,7 +1,10 @@
-// Elements of a page, and how numbers read.
+// Elements, numbers and words, for any page.
 
 const byId = (id) => document.getElementById(id);
 const number = new Intl.NumberFormat("en");
+const collator = new Intl.Collator("en", { numeric: true });
+const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`);
+const plural = (count, name) => `${number.format(count)} ${name}${count === 1 ? "" : "s"}`;
 
 /** An element; text goes in as text, so that nothing in captions is read as markup. */
 function el(tag, options = {}, ...children) {
