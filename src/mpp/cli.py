@@ -20,7 +20,8 @@ SHORT = {  # by command: what may be typed for a longer key
     "report": {"data.cache_dir": "report.cache_dir"}
     | {name: f"report.{name}" for name in ("output", "limit", "scanned")},
     "masks": {
-        name: f"job.{name}" for name in ("input", "output", "overwrite", "video_format", "frame_folders", "preview")
+        name: f"job.{name}"
+        for name in ("input", "output", "overwrite", "keep", "video_format", "frame_folders", "preview")
     },
 }
 _A_CACHE = (

@@ -101,6 +101,50 @@ def test_what_others_write_into_their_files_is_not_taken_for_ours(paths, text):
         run("invert", source, output)
 
 
+def test_with_keep_only_what_is_missing_is_made(paths):
+    source, output = paths
+    write_video(source / "v.mkv", [random_mask(0)] * 2)
+    mine = save(output / "sub1" / "m.png", random_mask(20))
+    summary = run("invert", source, output, "keep=true")
+    assert (len(summary.written), summary.kept) == (3, (mine,))
+    np.testing.assert_array_equal(levels(mine), random_mask(20))
+    corrected = save(output / "sub0" / "m.png", random_mask(21))
+    save(source / "new.png", random_mask(5))
+    before = snapshot(output)
+    assert [path.name for path in run("feather", source, output, "keep=true").written] == ["new.png"]
+    np.testing.assert_array_equal(levels(corrected), random_mask(21))
+    assert snapshot(output).items() >= before.items()
+    with pytest.raises(ValueError, match="keep=true leaves results that are there, overwrite=true replaces them"):
+        run("invert", source, output, "keep=true", "overwrite=true")
+
+
+def test_with_keep_images_that_have_a_mask_beside_them_are_left_out(tmp_path):
+    source, key = tmp_path / "in", "tool.color=[0,0,0]"
+    for name in ("a", "a_mask", "b", "b-masklabel", "sub/c", "sub/c.mask", "d", "sub/d", "v.mask/1", "v.mask/2"):
+        save(source / f"{name}.png", random_mask(0))
+    write_video(source / "v.mkv", [random_mask(0)] * 2)
+    run("from_color", source, tmp_path / "all", key)
+    assert sorted(p.relative_to(tmp_path / "all").as_posix() for p in (tmp_path / "all").rglob("*.*")) == [
+        "a.png", "b.png", "d.png", "sub/c.png", "sub/d.png", "v.mkv",
+    ]  # fmt: skip
+    run("from_color", source, tmp_path / "out", key, "keep=true")
+    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")) == [
+        "d.png", "sub/d.png",
+    ]  # fmt: skip
+
+
+def test_masks_in_which_nothing_was_found_are_named(tmp_path):
+    green, red = np.full((8, 8, 3), (0, 255, 0), np.uint8), np.full((8, 8, 3), (255, 0, 0), np.uint8)
+    for name, frames in (("some", [red, green]), ("none", [red, red])):
+        save(tmp_path / "in" / f"{name}.png", frames[-1])
+        write_video(tmp_path / "in" / "clips" / f"{name}.mkv", frames, form="bgr0", layout="rgb24")
+    summary = run("from_color", tmp_path / "in", tmp_path / "out", "tool.color=[0,255,0]")
+    assert [path.name for path in summary.black] == ["none.mkv", "none.png"]
+    assert summary.lines()[-1].startswith("2 are wholly black, as nothing was found; draw these masks: ")
+    again = run("feather", tmp_path / "out", tmp_path / "soft")
+    assert (len(again.written), again.black) == (4, ())  # masks of masks are what they are
+
+
 def test_folders_with_other_things_are_not_replaced_even_when_asked(paths):
     source, output = paths
     write_video(source / "v.mkv", [random_mask(0)] * 2)

@@ -37,6 +37,7 @@ class JobSummary:
         unused: Second inputs that belong to no input: most often a misspelt name.
         failures: What could not be done and why, each with its file.
         output: Where the results lie.
+        black: Of the masks of images written, those that are black everywhere.
     """
 
     written: tuple[Path, ...]
@@ -45,6 +46,7 @@ class JobSummary:
     unused: tuple[Path, ...]
     failures: tuple[str, ...]
     output: Path
+    black: tuple[Path, ...] = ()
 
     def lines(self) -> list[str]:
         """For people."""
@@ -53,6 +55,9 @@ class JobSummary:
         if self.unused:
             names = ", ".join(few(self.unused, _SHOWN))
             found.append(f"{len(self.unused)} of tool.masks belong to no input: {names}")
+        if self.black:
+            names = ", ".join(few(self.black, _SHOWN))
+            found.append(f"{len(self.black)} are wholly black, as nothing was found; draw these masks: {names}")
         return found
 
     def check(self) -> None:
@@ -76,6 +81,8 @@ class MaskJob:
         output: Folder for the results, with the same subfolders: `NAME.png` for images, and as below for clips.
         overwrite: Replace results that are there. Without it, those made of the same files by the same settings are
             kept, and others are errors.
+        keep: Make what is missing alone: results that are there stay as they are, whoever made them, and images with a
+            mask beside them are left out.
         video_format: Of results of videos: `mkv` (lossless FFV1; previews are H.264 in `.mp4`), or `frames`: a folder
             `NAME/000001.png`, ....
         frame_folders: Take the images of each folder for the frames of one clip. Its result is a folder of frames.
@@ -89,6 +96,7 @@ class MaskJob:
     input: str | None = None
     output: str | None = None
     overwrite: bool = False
+    keep: bool = False
     video_format: Literal["mkv", "frames"] = "mkv"
     frame_folders: bool = False
     preview: str | None = None
@@ -96,6 +104,8 @@ class MaskJob:
     def __post_init__(self) -> None:
         """Refuse what is missing or does not go together."""
         one_of("video_format", self.video_format, ("mkv", "frames"))
+        if self.keep and self.overwrite:
+            raise ValueError("keep=true leaves results that are there, overwrite=true replaces them; set one of them")
         if self.output is None:
             raise ValueError("output=... is missing: give a folder for the results")
         if Path(self.output).suffix.lower() in SUFFIXES | VIDEO_SUFFIXES:
@@ -127,12 +137,14 @@ class MaskJob:
         previews = self.output if isinstance(self.tool, Preview) else self.preview
         if previews is not None:
             mark(Path(previews).expanduser())
-        written, failures, frames, still = [], [], 0, set(open_tasks)
+        written, black, failures, frames, still = [], [], [], 0, set(open_tasks)
         for task in tqdm(tasks, desc="masks", unit="file", disable=None):
             try:
                 if task in still:
-                    frames += self._write(self.tool, task)
+                    count, dark = self._write(self.tool, task)
+                    frames += count
                     written.append(task.target)
+                    black += [task.target] if dark and self.tool.reads == "image" else []
                 if self.preview is not None:
                     self._look(task)
             except ValueError as error:
@@ -141,7 +153,7 @@ class MaskJob:
                 raise
             except Exception as error:  # noqa: BLE001 (of a model or a library, or too little memory for it)
                 failures.append(_named(task.clip, f"the model failed on it ({error})".splitlines()[0]))
-        return JobSummary(tuple(written), tuple(kept), frames, unused, tuple(failures), Path(self.output))
+        return JobSummary(tuple(written), tuple(kept), frames, unused, tuple(failures), Path(self.output), tuple(black))
 
     def _tasks(self) -> tuple[list[Task], tuple[Path, ...]]:
         """Everything to be done, and second inputs that nothing needs."""
@@ -149,7 +161,7 @@ class MaskJob:
         check_outside("output", self.output, sources)
         if self.preview is not None:
             check_outside("preview", self.preview, sources | {"output": self.output})
-        pairs, unused = find_pairs(self.tool, self.input, frame_folders=self.frame_folders)
+        pairs, unused = find_pairs(self.tool, self.input, frame_folders=self.frame_folders, masked=not self.keep)
         tasks = [task_for(self.output, *both, self.tool, self.video_format) for both in pairs]
         check_targets(tasks)
         return tasks, unused
@@ -161,7 +173,7 @@ class MaskJob:
             ValueError: A result is there and was made otherwise.
         """
         there = [task for task in tasks if task.target.exists()]
-        kept = {task for task in there if not self.overwrite and self._is_made(self.tool, task)}
+        kept = {task for task in there if self.keep or (not self.overwrite and self._is_made(self.tool, task))}
         foreign = [task for task in there if task not in kept]
         if foreign and not self.overwrite:
             raise ValueError(
@@ -186,18 +198,19 @@ class MaskJob:
             return False
         return not task.timing.frames or {p.name for p in task.target.iterdir()} == set(_names(task.timing))
 
-    def _write(self, tool: Tool, task: Task) -> int:
-        """Write one result; returns its frames if it is a clip."""
+    def _write(self, tool: Tool, task: Task) -> tuple[int, bool]:
+        """Write one result; returns its frames if it is a clip, and whether it is a mask that is black everywhere."""
         if task.other is None and tool.masks is not None and tool.missing == "fail":
             raise ValueError(f"{task.clip.path} has nothing of its name in tool.masks={tool.masks}")
         made = json.dumps({"mpp": __version__} | self._made(tool, task), sort_keys=True)
-        frames, timing = tool.apply(task.clip, task.other), task.timing
+        frames, timing, count = _Watched(tool.apply(task.clip, task.other)), task.timing, 0
         if task.form == "png":
-            write_png(task.target, _only(frames), made)
-            return 0
-        if task.form == "video":
-            return write_video(task.target, frames, read_times(timing.path), made)
-        return write_frames(task.target, frames, tuple(_names(timing)), made)
+            write_png(task.target, _only(iter(frames)), made)
+        elif task.form == "video":
+            count = write_video(task.target, iter(frames), read_times(timing.path), made)
+        else:
+            count = write_frames(task.target, iter(frames), tuple(_names(timing)), made)
+        return count, frames.black
 
     def _look(self, task: Task) -> None:
         """Write the preview of a result, unless it is there."""
@@ -211,6 +224,18 @@ class MaskJob:
                     f"{look.target} is there already and is no preview; choose another folder for previews"
                 )
         self._write(tool, look)
+
+
+class _Watched:
+    """Frames on their way, and whether all of those that passed are masks without anything in them."""
+
+    def __init__(self, frames: Iterator[Mask | Pixels]) -> None:
+        self._frames, self.black = frames, True
+
+    def __iter__(self) -> Iterator[Mask | Pixels]:
+        for frame in self._frames:
+            self.black = self.black and isinstance(frame, Mask) and not frame.levels().any()
+            yield frame
 
 
 def _result(task: Task) -> FrameSequence:

@@ -41,7 +41,7 @@ def task_for(root: str, clip: FrameSequence, other: FrameSequence | None, tool: 
 
 
 def find_pairs(
-    tool: Tool, source: str | None, *, frame_folders: bool
+    tool: Tool, source: str | None, *, frame_folders: bool, masked: bool = True
 ) -> tuple[list[tuple[FrameSequence, FrameSequence | None]], tuple[Path, ...]]:
     """All inputs with their second inputs, and second inputs that nothing needs.
 
@@ -49,11 +49,15 @@ def find_pairs(
         tool: The tool.
         source: Folder or file of inputs.
         frame_folders: Whether the images of one folder are the frames of one clip.
+        masked: Whether images with a mask beside them count too.
 
     Raises:
         ValueError: There are no inputs, or no second inputs of their names.
     """
-    clips = find_sequences(source, "input", masks=tool.reads == "mask", frame_folders=frame_folders, without=tool.masks)
+    images = tool.reads == "image"
+    clips = find_sequences(
+        source, "input", masks=not images, frame_folders=frame_folders, without=tool.masks, masked=masked or not images
+    )
     if tool.masks is None:
         return [(clip, None) for clip in clips.values()], ()
     others = find_sequences(tool.masks, "tool.masks", masks=True)

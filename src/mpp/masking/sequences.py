@@ -91,7 +91,13 @@ class FrameSequence:
 
 
 def find_sequences(
-    root: str | None, option: str, *, masks: bool, frame_folders: bool = False, without: str | None = None
+    root: str | None,
+    option: str,
+    *,
+    masks: bool,
+    frame_folders: bool = False,
+    without: str | None = None,
+    masked: bool = True,
 ) -> dict[str, FrameSequence]:
     """All media below a folder by their key, or one file.
 
@@ -103,6 +109,7 @@ def find_sequences(
             out.
         frame_folders: Whether the images of one folder are the frames of one clip.
         without: A folder inside it that is left out.
+        masked: Whether media beside which a mask lies count too.
 
     Raises:
         ValueError: There is nothing at `root`, no media in it, or two of one name.
@@ -130,6 +137,9 @@ def find_sequences(
         own = f" but in folders that mpp wrote, which are left out ({names}); name one of them itself" if names else ""
         raise ValueError(f"{option}={root} holds no images and no videos{own}")
     clips = _by_key(chosen)
+    if not masked:
+        have = {owner for p, key in beside.items() for owner in (key, _key(path, p).split(".mask/")[0])}
+        clips = {key: clip for key, clip in clips.items() if key not in have}
     return _grouped(clips, option) if frame_folders else clips
 
 
