@@ -326,11 +326,11 @@ def test_the_command_names_the_preset_and_bad_input_in_one_message(drawn, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_the_page(tmp_path):
+def test_a_wheel_carries_the_page_and_the_weights_of_the_mask_tool(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     parts = (REPOSITORY / "src" / "mpp" / "reporting" / "page").iterdir()
     assert {f"mpp/reporting/page/{part.name}" for part in parts} <= names
-    assert "mpp/configs/report.yaml" in names
+    assert {"mpp/configs/report.yaml", "mpp/masking/u2netp.safetensors", "mpp/masking/u2netp.NOTICE"} <= names
