@@ -3,6 +3,7 @@
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
 
 import mpp.init
 import mpp.run
@@ -154,6 +156,7 @@ def test_drawn_misspellings_name_the_line_and_the_nearest(job):
         (("steps: 3", "steps: many"), r"line 5: train.steps must be a whole number, got 'many'"),
         (("steps: 3", "steps: 2.5"), r"line 5: train.steps must be a whole number, got 2.5"),
         (("steps: 3", "steps: true"), r"line 5: train.steps must be a whole number, got True"),
+        (("masks: masks", "masks: auto"), r"line 3: data.masks is a folder; mpp.init masks=auto"),
         (("lr: 1e-3", "lr: [1]"), r"line 6: train.lr must be a number, got \[1\]"),
         (("model: tiny_wan", "model: 3"), r"line 1: model must be a text, got 3; quotes around it make it a text"),
         (("- a red", "- 3\n  - a red"), r"line 8: samples must be a prompt, a list of them or a .txt file, got \[3,"),
@@ -234,6 +237,29 @@ def test_init_writes_a_file_once(tmp_path, monkeypatch, capsys):
         with pytest.raises(ValueError, match=message):
             mpp.init.write(words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my photos", "my photos.yaml"]
+
+
+def test_masks_that_are_to_be_made_are_made_first_and_their_folder_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my photos").mkdir()
+    calls, code = [], 1
+    monkeypatch.setattr(mpp.init, "call", lambda name, words: calls.append((name, words)) or code)
+    words = ["model=tiny_wan", "images=my photos", "masks=auto", "output=outputs/me"]
+    with pytest.raises(ValueError, match="not all masks could be made, so no job file was written; what is done is"):
+        mpp.init.write(words)
+    assert not Path("me.yaml").exists()
+    code = 0
+    monkeypatch.setattr(sys, "argv", ["mpp-init", *words])
+    mpp.init.main()
+    assert "correct those that are wrong" in capsys.readouterr().out
+    tool = ["tool=salient", "input=my photos", "output=masks/me", "keep=true"]
+    assert calls == [("masks", tool)] * 2
+    assert read_job("me.yaml").said["data.masks"] == "masks/me"
+    (typed,) = [line for line in Path("me.yaml").read_text().splitlines() if "mpp.masks" in line]
+    assert shlex.split(typed.partition(": ")[2]) == ["python", "-m", "mpp.masks", *tool]
+    with pytest.raises(ValueError, match="me.yaml is there and stays as it is"):
+        mpp.init.write(words)
+    assert len(calls) == 2
 
 
 def test_run_calls_three_commands_and_stops_at_the_first_that_fails(job, monkeypatch, capsys):
@@ -319,6 +345,31 @@ def test_a_newcomer_from_init_to_samples(tmp_path):
     assert (out / "generated" / "0_a_red_box_a_dog.png").is_file()
     exported = run("mpp.export", "ich.yaml", "format=peft", cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
+
+
+@pytest.mark.slow
+def test_a_first_run_needs_neither_masks_nor_a_hub(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for photo in (REPOSITORY / "tests" / "masking" / "photos").glob("c*.jpg"):
+        shutil.copy(photo, photos)
+    words = ["model=tiny_wan", "images=photos", "masks=auto", "resolution=64", "steps=2"]
+    made = run("mpp.init", *words, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "2 written to masks/photos, 0 there already" in made.stdout
+    corrected = tmp_path / "masks" / "photos" / "cat.png"
+    with Image.open(photos / "cat.jpg") as photo:
+        Image.new("L", photo.size, 255).save(corrected)
+    mine = corrected.read_bytes()
+    (tmp_path / "photos.yaml").unlink()
+    shutil.copy(photos / "coffee.jpg", photos / "more.jpg")
+    again = run("mpp.init", *words, cwd=tmp_path)
+    assert "1 written to masks/photos, 2 there already" in again.stdout
+    done = run("mpp.run", "photos.yaml", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "masks: 3 of 3 (3 from folder)" in done.stdout
+    assert (tmp_path / "outputs" / "photos" / "lora.safetensors").is_file()
+    assert corrected.read_bytes() == mine
 
 
 @pytest.mark.slow

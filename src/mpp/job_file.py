@@ -53,6 +53,7 @@ KEYS = {
     "output": _key("text", train="output_dir", sample="lora_path", export="export.lora"),
 }
 NEEDED = ("model", "data.cache", "output")
+AUTO = "auto"  # what mpp.init takes for masks that it is to make
 GENERATED = "generated"  # where in `output` mpp.sample writes
 
 
@@ -265,6 +266,9 @@ def _plain(node: yaml.Node) -> Any:  # noqa: ANN401
 
 def _checked(key: str, value: Any, at: str) -> Any:  # noqa: ANN401
     kind = KEYS[key].kind
+    if key == "data.masks" and value == AUTO:
+        hint = f"mpp.init masks={AUTO} and mpp.masks tool=salient make one; another of that name is ./{AUTO}"
+        raise ValueError(f"{at}: data.masks is a folder; {hint}")
     number = isinstance(value, int | float) and not isinstance(value, bool)
     texts = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     fits = {
