@@ -252,14 +252,21 @@ def test_masks_that_are_to_be_made_are_made_first_and_their_folder_is_named(tmp_
     monkeypatch.setattr(sys, "argv", ["mpp-init", *words])
     mpp.init.main()
     assert "correct those that are wrong" in capsys.readouterr().out
+    assert read_job("me.yaml").said.get("data.masks") is None  # none were written: all lie beside their images
+    Path("me.yaml").unlink()
+    Path("masks/me").mkdir(parents=True)
+    mpp.init.write(words)
     tool = ["tool=salient", "input=my photos", "output=masks/me", "keep=true"]
-    assert calls == [("masks", tool)] * 2
+    assert calls == [("masks", tool)] * 3
     assert read_job("me.yaml").said["data.masks"] == "masks/me"
     (typed,) = [line for line in Path("me.yaml").read_text().splitlines() if "mpp.masks" in line]
     assert shlex.split(typed.partition(": ")[2]) == ["python", "-m", "mpp.masks", *tool]
     with pytest.raises(ValueError, match="me.yaml is there and stays as it is"):
         mpp.init.write(words)
-    assert len(calls) == 2
+    monkeypatch.chdir("my photos")
+    with pytest.raises(ValueError, match="masks=auto writes masks/me, which would lie in images=.; .*images=my photos"):
+        mpp.init.write(["model=tiny_wan", "images=.", *words[2:]])
+    assert len(calls) == 3
 
 
 def test_run_calls_three_commands_and_stops_at_the_first_that_fails(job, monkeypatch, capsys):

@@ -101,6 +101,8 @@ def write(words: list[str]) -> str:
     if said.get("masks") == AUTO:
         said["masks"] = f"masks/{name}"
         made = make_masks(said["images"], said["masks"])
+        if not os.path.isdir(said["masks"]):  # all images have masks beside them
+            said["masks"] = ""
     try:
         with open(file, "x", encoding="utf-8") as handle:
             handle.write(job_text(_UNPRINTABLE.sub("?", shlex.quote(file)), said, made))
@@ -146,6 +148,11 @@ def make_masks(images: str, folder: str) -> str:
     Raises:
         ValueError: It could not do all of it, and has said why.
     """
+    if Path(folder).resolve().is_relative_to(Path(images).expanduser().resolve()):
+        raise ValueError(
+            f"masks={AUTO} writes {folder}, which would lie in images={images}; start it from the folder above, with "
+            f"images={Path(images).expanduser().resolve().name}"
+        )
     words = ["tool=salient", f"input={images}", f"output={folder}", "keep=true"]
     if call("masks", words):
         raise ValueError("not all masks could be made, so no job file was written; what is done is kept")
