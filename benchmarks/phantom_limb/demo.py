@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.phantom_limb.fine_tune_sets import generate, make_data, prompts_of
 from benchmarks.phantom_limb.proof import side_by_side, table
 from benchmarks.phantom_limb.sampling import toy
 from benchmarks.phantom_limb.study import (
@@ -21,11 +22,8 @@ from benchmarks.phantom_limb.study import (
     KEPT,
     Job,
     damage,
-    generate,
     generated,
     jobs,
-    make_data,
-    prompts_of,
     protocol,
 )
 from benchmarks.phantom_limb.world import SUBJECTS

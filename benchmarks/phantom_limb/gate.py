@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.phantom_limb.detectors import GROUND_SHARE, background_off, find, object_faults
+from benchmarks.phantom_limb.fine_tune_sets import generator, make_data
 from benchmarks.phantom_limb.sampling import draw_noise, grid, sample, toy
-from benchmarks.phantom_limb.study import BASE, HERE, generator, jobs, make_data, parameters, protocol, run
+from benchmarks.phantom_limb.study import BASE, HERE, jobs, parameters, protocol, run
 from benchmarks.phantom_limb.world import SUBJECTS, named_scenes, render, subject_scenes
 from mpp.files import write_json
 

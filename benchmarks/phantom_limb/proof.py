@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from benchmarks.phantom_limb.fine_tune_sets import NOISE_SEEDS, make_data, prompts_of
 from benchmarks.phantom_limb.sampling import grid
 from benchmarks.phantom_limb.study import (
     BASE,
@@ -28,8 +29,6 @@ from benchmarks.phantom_limb.study import (
     fingerprint,
     generated,
     jobs,
-    make_data,
-    prompts_of,
     protocol,
     result,
     run,
@@ -56,7 +55,7 @@ COLUMNS = {  # measure: (heading, digits)
     "seconds": ("s", 0),
 }
 ERRORS = ("held_out_error", "held_out_error_low", "alone_error")
-STUDIES = ("main", "weights", "tiers", "preservation")
+STUDIES = ("main", "weights", "tiers", "preservation", "paste")
 
 
 def data(args: tuple[Path, str, Path, Mapping[str, float]]) -> None:
@@ -64,7 +63,7 @@ def data(args: tuple[Path, str, Path, Mapping[str, float]]) -> None:
     root, name, base, halo = args
     torch.set_num_threads(1)
     rules = protocol()
-    recorded, source = root / name / "made_from", fingerprint(base, rules, name, halo)
+    recorded, source = root / name / "made_from", fingerprint(base, rules, name, halo, NOISE_SEEDS)
     if not recorded.is_file() or recorded.read_text() != source:
         shutil.rmtree(root / name, ignore_errors=True)
         make_data(root / name, name, base, rules, halo)

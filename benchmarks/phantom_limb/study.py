@@ -1,4 +1,4 @@
-"""Data, runs and measures of the experiment; everything trains through `mpp.prepare` and `mpp.train`."""
+"""Runs and measures of the experiment; everything trains through `mpp.train`."""
 
 import contextlib
 import hashlib
@@ -14,20 +14,15 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor, nn
 
-import mpp.prepare
 import mpp.train
 from benchmarks.phantom_limb.detectors import GROUND_SHARE, background_off, find, grow, object_faults, objects
-from benchmarks.phantom_limb.sampling import draw_noise, sample, toy, write_images
+from benchmarks.phantom_limb.fine_tune_sets import configured, generate, generator, prompts_of
 from benchmarks.phantom_limb.world import (
     SIZE,
     SUBJECTS,
-    Scenes,
     Subject,
-    named_scenes,
-    object_coverage,
     render,
     subject_scenes,
 )
@@ -35,18 +30,22 @@ from mpp.batching.batch import Collate
 from mpp.batching.datamodule import CachedSamples
 from mpp.batching.loader import ValidationLoader
 from mpp.cache.format import Cache
-from mpp.config import compose
-from mpp.core import draws
 from mpp.core.loss import MaskedPriorLoss
 from mpp.files import weights_fingerprint, write_json
-from mpp.models.contract import Architecture
 from mpp.training.metrics import LossMetrics
 from mpp.training.module import MaskedPriorModule
 from mpp.training.step import MaskedPriorStep, WholePasses
 
 HERE = Path(__file__).parent
 BASE = HERE / "base"
-NOISE_SEEDS = {"subject": 1000, "others": 2000}
+CACHES = {  # `data` of the protocol: set and cache
+    "train": ("train", "cache"),
+    "unmasked": ("train", "unmasked"),
+    "clean": ("clean", "unmasked"),
+    "paste": ("paste", "unmasked"),
+    "paste_masks": ("paste", "cache"),
+    "paste_unjudged": ("paste_unjudged", "unmasked"),
+}
 JUDGE_SEED = 12345
 KEPT = 8  # images of each run that are kept for the grid
 
@@ -54,94 +53,6 @@ KEPT = 8  # images of each run that are kept for the grid
 def protocol() -> DictConfig:
     """The protocol as committed."""
     return OmegaConf.load(HERE / "protocol.yaml")
-
-
-def generator(*names: object) -> torch.Generator:
-    """Random numbers that depend on names alone."""
-    return draws.generator(0, "phantom limb", " ".join(map(str, names)))
-
-
-# ---------------------------------------------------------------- data
-
-
-def make_data(root: Path, name: str, base: Path, rules: DictConfig, halo: Mapping[str, float]) -> None:
-    """Write a subject's images, masks and captions, prepare them, and generate the base's images to compare with.
-
-    Args:
-        root: Folder of this fine-tune set.
-        name: The subject.
-        base: Folder of the base model.
-        rules: The protocol.
-        halo: Second tier of the masks.
-    """
-    subject = SUBJECTS[name]
-    sets = {
-        "train": subject_scenes(subject, rules.images, generator(name, "train"), alone=False),
-        "clean": subject_scenes(subject, rules.images, generator(name, "clean"), alone=True),
-        "held_out": subject_scenes(subject, rules.held_out, generator(name, "held out"), alone=False),
-        "alone": subject_scenes(subject, rules.held_out, generator(name, "alone"), alone=True),
-        "others": other_scenes(name, rules),
-    }
-    for kind, (scenes, captions) in sets.items():
-        write_images(render(scenes), captions, root / kind / "pictures")
-        masks = []
-        if kind != "others":
-            write_masks(scenes, halo, root / kind / "masks")
-            masks = [f"data.mask_dir={root / kind / 'masks'}"]
-        if kind == "train":
-            masks += [f"data.preservation.replace={{{name}:object}}", "data.preservation.caption=''"]
-        prepare(root / kind, base, masks)
-    for kind in ("train", "clean"):
-        prepare(root / kind, base, [], cache="unmasked")
-    architecture = toy(pretrained=str(base))
-    for kind, images in generate(architecture, architecture.load_transformer(), name, rules).items():
-        torch.save(images, root / f"base_{kind}.pt")
-
-
-def other_scenes(name: str, rules: DictConfig) -> tuple[Scenes, list[str]]:
-    """Other images for preservation: none has a caption that other prompts are judged by."""
-    scenes, captions = named_scenes(16 * rules.images, generator(name, "others"))
-    judged = set(prompts_of(name, rules)["others"])
-    chosen = [number for number, caption in enumerate(captions) if caption not in judged][: 4 * rules.images]
-    return scenes[torch.tensor(chosen)], [captions[number] for number in chosen]
-
-
-def generate(architecture: Architecture, transformer: nn.Module, name: str, rules: DictConfig) -> dict[str, Tensor]:
-    """Images of the protocol's prompts by kind, each kind from its own noise, the same for all models."""
-    images = {}
-    for kind, captions in prompts_of(name, rules).items():
-        noise = draw_noise(architecture, len(captions), NOISE_SEEDS[kind])
-        images[kind] = sample(architecture, transformer.eval(), captions, noise)
-    return images
-
-
-def write_masks(scenes: Scenes, halo: Mapping[str, float], folder: Path) -> None:
-    """Tiered masks: white on the object, grey around it, black elsewhere."""
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = object_coverage(scenes) > 0.5
-    tiers = torch.where(whole, 1.0, torch.where(grow(whole, int(halo["pixels"])), float(halo["value"]), 0.0))
-    for number, tier in enumerate(tiers):
-        Image.fromarray((tier * 255).round().byte().numpy()).save(folder / f"{number:04d}.png")
-
-
-def prompts_of(name: str, rules: DictConfig) -> dict[str, list[str]]:
-    """What is generated to judge a run: the trigger word on named backgrounds, and other objects."""
-    _, subject = subject_scenes(SUBJECTS[name], rules.prompts, generator(name, "prompts"), alone=True)
-    _, others = named_scenes(rules.prompts, generator(name, "other prompts"))
-    return {"subject": subject, "others": others}
-
-
-def configured(name: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration that the command line would make."""
-    return compose(name, list(overrides))
-
-
-def prepare(folder: Path, base: Path, more: Sequence[str], cache: str = "cache") -> None:
-    """`python -m mpp.prepare` on a folder of images."""
-    settings = ["model=toy", f"model.pretrained={base}", f"data.image_dir={folder / 'pictures'}", "device=cpu"]
-    settings += [f"data.cache_dir={folder / cache}", f"data.resolution={SIZE}", *more]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        mpp.prepare.run(configured("prepare", settings))
 
 
 # ---------------------------------------------------------------- runs
@@ -170,12 +81,11 @@ class Job:
 
 def jobs(rules: DictConfig, root: Path, variants: Mapping[str, DictConfig], seeds: Sequence[int]) -> list[Job]:
     """All runs of some variants."""
-    folders = {"clean": ("clean", "unmasked"), "unmasked": ("train", "unmasked"), "train": ("train", "cache")}
     found = []
     for seed in seeds:
         for subject in rules.subjects:
             for name, variant in variants.items():
-                cache = root / subject / Path(*folders[variant.get("data", "train")])
+                cache = root / subject / Path(*CACHES[variant.get("data", "train")])
                 steps = round(rules.steps * variant.get("steps_factor", 1.0))
                 paths_of = {"<data>": str(root / subject), "<subject>": subject}
                 settings = [_filled(setting, paths_of) for setting in variant.set]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.phantom_limb import demo, detectors, proof, study
+from benchmarks.phantom_limb import demo, detectors, fine_tune_sets, proof, study
 from benchmarks.phantom_limb.sampling import draw_noise, grid, sample, toy
 from benchmarks.phantom_limb.world import SUBJECTS, named_scenes, render, subject_scenes
 from mpp.config import check_config
@@ -85,7 +85,7 @@ def test_damage_is_none_for_the_bases_own_images_and_measured_against_their_vari
 
 def test_masks_are_tiered_where_the_subject_is(tmp_path):
     scenes, _ = subject_scenes(SUBJECTS["vool"], 6, torch.Generator().manual_seed(3), alone=False)
-    study.write_masks(scenes, {"pixels": 2, "value": 0.5}, tmp_path)
+    fine_tune_sets.write_masks(scenes, {"pixels": 2, "value": 0.5}, tmp_path)
     images = render(scenes)
     for number in range(6):
         mask = Image.open(tmp_path / f"{number:04d}.png")
@@ -114,7 +114,7 @@ def test_every_variant_of_the_protocol_is_a_valid_run(name, tmp_path):
         assert not any("<" in setting for setting in job.settings)
         if job.seed == 0:
             settings = ["experiment=phantom_limb", f"data.cache_dir={job.cache}", *job.settings]
-            check_config(study.configured("train", settings))
+            check_config(fine_tune_sets.configured("train", settings))
 
 
 def test_steps_of_the_protocol_are_equal_but_where_it_says_so(tmp_path):
@@ -148,7 +148,7 @@ def test_a_grid_lays_images_out_by_rows():
 def test_a_run_leaves_its_measures_once(tmp_path, rules, monkeypatch):
     monkeypatch.setattr(study, "protocol", lambda: rules)
     root = tmp_path / "data"
-    study.make_data(root / "zarp", "zarp", study.BASE, rules, rules.main.halo)
+    fine_tune_sets.make_data(root / "zarp", "zarp", study.BASE, rules, rules.main.halo)
     job = study.jobs(rules, root, {"threshold_w1": rules.main.variants.threshold_w1}, [0])[0]
     job = dataclasses.replace(job, steps=2, settings=(*job.settings, "schedule=constant", "optimizer.lr=0.02"))
     file = study.run(job, study.BASE, root, tmp_path)
