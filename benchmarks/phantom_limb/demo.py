@@ -91,7 +91,7 @@ def main() -> None:
             generated_by[job.variant] = adapted(out / job.variant / "lora.safetensors")
     rows = [judge(variant, images, generated_by["base"]) for variant, images in generated_by.items()]
     columns = {name: torch.cat([p["subject"][:KEPT], p["others"][:KEPT]]) for name, p in generated_by.items()}
-    side_by_side(columns).save(out / "phantom_limb.png")
+    side_by_side(columns, prompts_of(SUBJECT, rules)).save(out / "phantom_limb.png")
     print(f"\n{rules.prompts} images each, prompted with the trigger word on named backgrounds:\n")
     print(table(rows, SHOWN))
     print(f"Image to look at:       {out / 'phantom_limb.png'}  (the last two rows are prompts without the subject)")

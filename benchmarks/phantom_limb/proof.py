@@ -10,13 +10,14 @@ import math
 import multiprocessing
 import shutil
 import statistics
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from benchmarks.phantom_limb.fine_tune_sets import NOISE_SEEDS, make_data, prompts_of
@@ -55,6 +56,34 @@ COLUMNS = {  # measure: (heading, digits)
     "seconds": ("s", 0),
 }
 ERRORS = ("held_out_error", "held_out_error_low", "alone_error")
+FONT, HEAD, MARGIN = 13, 52, 140  # pixels: of letters, names above and prompts beside the images
+LETTERS = 15  # in a line of a name
+PLAIN_NAMES = {  # what the images call a variant
+    "base": "base model",
+    "no_mask": "no mask",
+    "masked": "its mask alone",
+    "masked_longer": "its mask alone, 1.4x the steps",
+    "masked_floor": "its mask, with a floor of 0.05",
+    "threshold_w0.5": "the prior, weight 0.5",
+    "threshold_w1": "the prior, weight 1",
+    "threshold_w1_longer": "the prior, 1.4x the steps",
+    "threshold_w2": "the prior, weight 2",
+    "threshold_w4": "the prior, weight 4",
+    "threshold_above_tier_w1": "the prior, on all grey too",
+    "continuous_w0.5": "continuous prior, weight 0.5",
+    "continuous_w1": "continuous prior, weight 1",
+    "continuous_w2": "continuous prior, weight 2",
+    "continuous_w4": "continuous prior, weight 4",
+    "class_word_25": "prior, a quarter under the class word",
+    "class_word_50": "prior, a half under the class word",
+    "empty_25": "prior, a quarter without caption",
+    "pictures_25": "prior, a quarter other images",
+    "pictures_25_longer": "the same, 1.33x the steps",
+    "paste": "cut and pasted",
+    "paste_unjudged": "cut and pasted, shorter captions",
+    "paste_prior": "cut and pasted, and the prior",
+    "paste_prior_pictures_25": "pasted, prior, a quarter other images",
+}
 STUDIES = ("main", "weights", "tiers", "preservation", "paste")
 
 
@@ -139,20 +168,27 @@ def against(rows: Sequence[Row], reference: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def side_by_side(columns: Mapping[str, Tensor], rows: int = 6) -> Image.Image:
-    """Images of several models with their names above: each row one noise and caption, the last two without the word.
+def side_by_side(columns: Mapping[str, Tensor], prompts: Mapping[str, Sequence[str]], rows: int = 6) -> Image.Image:
+    """Images of several models with their names above and prompts beside: each row one noise and one prompt.
 
     Args:
-        columns: By name, `KEPT` images with the trigger word and as many without.
-        rows: How many.
+        columns: By name as in the protocol, `KEPT` images with the trigger word and as many without.
+        prompts: What they were generated from, as `prompts_of` gives it.
+        rows: How many, the last two without the word.
     """
     chosen = [*range(rows - 2), KEPT, KEPT + 1]
     sheet = grid(torch.stack([column[chosen] for column in columns.values()], 1).flatten(0, 1), len(columns), 4)
-    head = Image.new("RGB", (sheet.width, sheet.height + 16), "white")
-    head.paste(sheet, (0, 16))
+    font, height, width = ImageFont.load_default(FONT), sheet.height // rows, sheet.width // len(columns)
+    head = Image.new("RGB", (MARGIN + sheet.width, HEAD + sheet.height), "white")
+    head.paste(sheet, (MARGIN, HEAD))
     draw = ImageDraw.Draw(head)
-    for number, heading in enumerate(columns):
-        draw.text((number * sheet.width // len(columns) + 3, 2), heading, fill="black")
+    for number, name in enumerate(columns):
+        middle = (MARGIN + (number + 0.5) * width, HEAD / 2)
+        draw.text(middle, textwrap.fill(PLAIN_NAMES[name], LETTERS), "black", font, anchor="mm", align="center")
+    spoken = [*prompts["subject"][:KEPT], *prompts["others"][:KEPT]]
+    for number, index in enumerate(chosen):
+        left = (FONT // 2, HEAD + (number + 0.5) * height)
+        draw.text(left, textwrap.fill(spoken[index], 18), "black", font, anchor="lm")
     return head
 
 
@@ -184,7 +220,8 @@ def study(name: str, args: argparse.Namespace) -> None:
     made_with = {"mpp": __version__, "torch": torch.__version__}
     write_json(args.out / f"{name}.json", {"minutes": minutes, "fresh_runs": fresh, **made_with, "runs": rows})
     write_atomically(args.out / f"{name}.md", lambda path: path.write_text(text))
-    side_by_side(kept(folder, root, rules.subjects[0], part.variants)).save(args.out / f"{name}.png")
+    shown = kept(folder, root, rules.subjects[0], part.get("shown", part.variants))
+    side_by_side(shown, prompts_of(rules.subjects[0], rules)).save(args.out / f"{name}.png")
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 import dataclasses
 import json
+import textwrap
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from benchmarks.phantom_limb import demo, detectors, fine_tune_sets, proof, study
 from benchmarks.phantom_limb.sampling import draw_noise, grid, sample, toy
@@ -101,6 +102,32 @@ def test_masks_are_tiered_where_the_subject_is(tmp_path):
         assert (levels[body] == 255).all()
 
 
+@pytest.mark.parametrize("textures", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_composites_are_the_subject_inside_its_mask_and_an_empty_ground_of_the_base_outside(textures):
+    architecture = toy(pretrained=str(study.BASE))
+    scenes, _ = subject_scenes(SUBJECTS["vool"], 8, torch.Generator().manual_seed(6), alone=False)
+    images, captions = fine_tune_sets.composites(
+        architecture, architecture.load_transformer(), "vool", scenes, textures=textures
+    )
+    assert images.shape == (8, 3, 24, 24)
+    for image, real, centre in zip(images, render(scenes), scenes.centre.tolist(), strict=True):
+        for y in range(24):
+            for x in range(24):
+                inside = max(abs(x + 0.5 - centre[0]), abs(y + 0.5 - centre[1])) < 4.95  # the square's half side
+                assert torch.equal(image[:, y, x], real[:, y, x]) == inside, (x, y)
+    found = detectors.find(images, SUBJECTS["vool"])
+    assert found.success.all()
+    assert not found.bystander.any()
+    assert not found.ground.any()
+    judged = set(fine_tune_sets.prompts_of("vool", study.protocol())["subject"])
+    if textures:
+        assert set(captions) <= judged
+        off = detectors.background_off(images, [f"blue square {' '.join(c.split()[1:])}" for c in captions])
+        assert (off <= detectors.GROUND_SHARE).all()
+    else:
+        assert not set(captions) & judged
+
+
 @pytest.mark.parametrize("name", ["control", *(pytest.param(name, marks=pytest.mark.slow) for name in proof.STUDIES)])
 def test_every_variant_of_the_protocol_is_a_valid_run(name, tmp_path):
     rules = study.protocol()
@@ -196,3 +223,33 @@ def test_ratios_are_against_the_reference():
     assert cells == [
         "prior", "6.0x", "3.0x", "1.0x", "1.0x", "+5.0", "+10.0 %", "+0.0 %", "-50.0 %",
     ]  # fmt: skip
+
+
+def test_images_side_by_side_are_below_their_variant_and_beside_their_prompt():
+    shades = {"base": 0.2, "masked": 0.4, "threshold_w1": 0.6}
+    columns = {name: torch.full((2 * study.KEPT, 3, 24, 24), shade) for name, shade in shades.items()}
+    prompts = {kind: [f"{kind} {number}" for number in range(study.KEPT)] for kind in ("subject", "others")}
+    sheet = proof.side_by_side(columns, prompts)
+    height, width = (sheet.height - proof.HEAD) // 6, (sheet.width - proof.MARGIN) // 3
+    for row in range(6):
+        y = proof.HEAD + row * height
+        assert min(sheet.crop((0, y, proof.MARGIN, y + height)).convert("L").get_flattened_data()) < 64  # letters
+        for column, shade in enumerate(shades.values()):
+            x = proof.MARGIN + column * width
+            assert sheet.getpixel((x + width // 2, y + height // 2)) == (round(shade * 255),) * 3
+    changed = proof.side_by_side(columns, prompts | {"others": ["something else"] * study.KEPT})
+    rows = {(box - proof.HEAD) // height for box in ImageChops.difference(sheet, changed).getbbox()[1::2]}
+    assert rows == {4, 5}, "the last two rows are prompts without the trigger word"
+
+
+def test_every_variant_has_a_plain_name_that_fits_above_its_images():
+    rules = study.protocol()
+    assert {variant for name in proof.STUDIES for variant in rules[name].variants} == set(proof.PLAIN_NAMES) - {"base"}
+    assert all(set(rules[name].get("shown", ())) <= set(rules[name].variants) for name in proof.STUDIES)
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    for name in proof.PLAIN_NAMES.values():
+        left, top, right, bottom = draw.textbbox(
+            (0, 0), textwrap.fill(name, proof.LETTERS), ImageFont.load_default(proof.FONT)
+        )
+        assert right - left < 4 * (24 + 2), name
+        assert bottom - top < proof.HEAD, name
