@@ -65,11 +65,43 @@ def test_the_claim_holds_in_the_committed_runs():
     )
 
 
+def test_runs_of_one_variant_are_the_same_in_two_studies_of_the_same_sets():
+    rules, main = study.protocol(), runs("main")
+    for variant in ("masked", "threshold_w1"):
+        assert rules.paste.variants[variant] == rules.main.variants[variant]
+        for key in ("success", "phantom", "background", "other_malformed"):
+            assert proof.mean(runs("paste"), variant, key) == pytest.approx(proof.mean(main, variant, key), abs=1e-5)
+
+
+README = {  # in its table's order: how a row begins, study and variant
+    "its mask alone": ("main", "masked"),
+    "its mask and a floor of 0.05": ("main", "masked_floor"),
+    "the prior, weight 1": ("main", "threshold_w1"),
+    "the prior, and a quarter of other images": ("paste", "pictures_25"),
+    "no prior: the subject cut out, pasted": ("paste", "paste"),
+    "all three": ("paste", "paste_prior_pictures_25"),
+}
+README_COLUMNS = {  # how a heading begins, and the measure
+    "whole subject": "success",
+    "phantom pixels": "phantom",
+    "distance": "background",
+    "other prompts": "other_malformed",
+}
+
+
 def test_the_readmes_figures_are_the_tables():
-    readme = (ROOT / "README.md").read_text()
-    found = re.findall(r"^\| (?:its mask|the prior).*$", readme, re.M)
-    keys = {"success": 100, "phantom": 100, "background": 1, "held_out_drift": 1}
-    for line, variant in zip(found, ("masked", "masked_floor", "threshold_w1"), strict=True):
-        cells = [float(re.match(r"[\d.]+", cell.strip())[0]) for cell in line.strip("|").split("|")[1:]]
-        expected = [proof.mean(runs("main"), variant, key) * scale for key, scale in keys.items()]
-        assert cells == pytest.approx(expected, rel=0.02, abs=5e-5)
+    lines = (ROOT / "README.md").read_text().split("| LoRA trained with")[1].split("\n\n")[0].splitlines()
+    headings, _, *rows = [[cell.strip() for cell in line.strip(" |").split("|")] for line in lines]
+    assert all(cell.startswith(begin) for cell, begin in zip(headings, README_COLUMNS, strict=True))
+    for (name, *cells), (begin, (where, variant)) in zip(rows, README.items(), strict=True):
+        assert name.startswith(begin)
+        for cell, key in zip(cells, README_COLUMNS.values(), strict=True):
+            figure, *percent = cell.split()
+            expected = proof.mean(runs(where), variant, key) * (100 if percent == ["%"] else 1)
+            assert f"{expected:.{len(figure.partition('.')[2])}f}" == figure, (name, key)
+
+
+def test_images_that_the_readme_shows_are_there():
+    shown = re.findall(r"!\[.*\]\((.*)\)", (ROOT / "README.md").read_text())
+    assert shown
+    assert all((ROOT / path).is_file() for path in shown)
