@@ -42,7 +42,7 @@ def typed(command, text):
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "docs/prompts.md", "docs/job.md", "docs/export.md", "configs/sample.yaml"]
+    "file", ["README.md", "docs/start.md", "docs/prompts.md", "docs/job.md", "docs/export.md", "configs/sample.yaml"]
 )
 def test_prompts_in_the_documentation_are_what_they_look_like(file):
     found = []
