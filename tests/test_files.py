@@ -6,6 +6,8 @@ import stat
 from unicodedata import normalize
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import mpp.files
 from mpp.files import (
@@ -17,6 +19,7 @@ from mpp.files import (
     sync,
     weights_fingerprint,
     write_atomically,
+    write_folder,
     write_json,
 )
 
@@ -74,6 +77,19 @@ def test_written_files_have_ordinary_permissions(tmp_path):
     (tmp_path / "ordinary").write_text("")
     write_atomically(tmp_path / "x", lambda temporary: temporary.write_text("new"))
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o027, 0o077])
+def test_whoever_may_read_other_files_may_read_those_of_safetensors(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        (tmp_path / "other").write_text("x")
+        write_atomically(tmp_path / "a.safetensors", lambda path: save_file({"a": torch.ones(2)}, path))
+        write_folder(tmp_path / "folder", lambda path: save_file({"a": torch.ones(2)}, path / "b.safetensors"))
+    finally:
+        os.umask(before)
+    files = [tmp_path / name for name in ("other", "a.safetensors", "folder/b.safetensors")]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~mask}
 
 
 def test_any_name_that_the_disk_takes_can_be_written(tmp_path):

@@ -36,7 +36,9 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, synced: boo
     # the name is cut, so that it fits wherever that of `path` does
     temporary = path.with_name(f".{path.name[:_SHORT]}.{secrets.token_hex(8)}{_LEFTOVER}")
     try:
+        mode = _mode_of_new(temporary)
         write(temporary)
+        temporary.chmod(mode)
         if synced:
             sync(temporary)
         _replace(temporary, path)
@@ -63,8 +65,10 @@ def write_folder(target: Path, write: Callable[[Path], object]) -> None:
     new, old = aside / "new", aside / "old"
     try:
         new.mkdir()
+        mode = _mode_of_new(aside / "probe")
         write(new)
         for file in (p for p in new.rglob("*") if p.is_file()):
+            file.chmod(mode)
             sync(file)
         if target.exists():
             target.rename(old)
@@ -77,6 +81,12 @@ def write_folder(target: Path, write: Callable[[Path], object]) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _mode_of_new(path: Path) -> int:
+    """The permissions of a new file on this system, which this makes; those of safetensors are its writer's alone."""
+    path.touch()
+    return path.stat().st_mode
 
 
 def sync(path: Path) -> None:
