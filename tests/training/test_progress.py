@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import random
 import re
@@ -100,6 +101,33 @@ def test_one_bar_covers_the_whole_run(pipeline, prepared, tmp_path, monkeypatch,
     assert {match[1] for match in re.finditer(r"\d+/(\d+) \[", text)} == {"7"}
     assert all(f"{name}=" in text for name in ("loss", "target_loss", "prior_loss", "drift", "lr"))
     assert not any(map(LINE.search, caplog.messages))
+
+
+def screen_of(text):
+    """The lines that a terminal shows: what comes after a carriage return is written over what was there."""
+    lines = []
+    for line in text.split("\n"):
+        shown = ""
+        for part in line.replace("\x1b[A", "").split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def test_lines_of_the_log_stand_above_the_bar_whole(pipeline, prepared, tmp_path, monkeypatch):
+    screen = StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
+    root, handler = logging.getLogger(), logging.StreamHandler(screen)
+    handler.setFormatter(logging.Formatter("<%(message)s>"))
+    monkeypatch.setattr(root, "handlers", [*root.handlers, handler])
+    logging.getLogger("mpp").setLevel(logging.INFO)
+    every = "callbacks.checkpoints.every_n_steps=2"
+    train(pipeline, prepared, tmp_path, "trainer.enable_progress_bar=true", "trainer.max_steps=5", every)
+    lines = screen_of(screen.getvalue())
+    said = [line for line in lines if "saved step" in line]
+    assert said == [f"<saved step {step}: {tmp_path / 'lora.safetensors'}>" for step in (2, 4, 5)]
+    assert root.handlers[-1] is handler
 
 
 def test_validation_is_said_beside_the_first_one_also_after_a_resume(pipeline, prepared, tmp_path, caplog):

@@ -8,6 +8,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mpp.training.module import MaskedPriorModule
 from mpp.training.pace import duration
@@ -43,6 +44,8 @@ class Progress(Callback):
         """The bar, from where the run is."""
         self._said = trainer.global_step
         if trainer.is_global_zero and (sys.stderr.isatty() if self.bar is None else self.bar):
+            self._above = logging_redirect_tqdm([logging.getLogger()])  # lines of the log go above the bar
+            self._above.__enter__()
             self._bar = tqdm(
                 initial=trainer.global_step, total=pl_module.planned_steps, unit="step", dynamic_ncols=True, leave=True
             )
@@ -89,6 +92,7 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+            self._above.__exit__(None, None, None)
 
 
 def line(step: int, values: Mapping[str, float], total: int | None, left: float | None) -> str:
