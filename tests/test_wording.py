@@ -1,6 +1,8 @@
 import random
 
-from mpp.wording import few
+import pytest
+
+from mpp.wording import duration, few
 
 
 def test_a_list_names_the_first_and_counts_the_others():
@@ -12,3 +14,12 @@ def test_a_list_names_the_first_and_counts_the_others():
         there = len(names) if total is None else total
         assert found[: min(most, len(names))] == names[:most]
         assert found[min(most, len(names)) :] == ([f"and {there - most} more"] if there > most else [])
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_time_in_words_is_that_time_within_a_fortieth(seed):
+    seconds = 10 ** random.Random(seed).uniform(0, 6.5)
+    units = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+    words = duration(seconds).split()
+    said = sum(float(number) * units[unit] for number, unit in zip(words[::2], words[1::2], strict=True))
+    assert said == pytest.approx(seconds, rel=0.025, abs=0.05)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mpp.training.pace import Pace, duration
+from mpp.training.pace import Pace
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -40,12 +40,3 @@ def test_steps_take_what_lies_between_them_and_no_pause(seed):
 
 def draw_start(seed):
     return random.Random(seed + 1000).uniform(0, 1e6)
-
-
-@pytest.mark.parametrize("seed", range(50))
-def test_a_time_in_words_is_that_time_within_a_fortieth(seed):
-    seconds = 10 ** random.Random(seed).uniform(0, 6.5)
-    units = {"s": 1, "min": 60, "h": 3600, "d": 86400}
-    words = duration(seconds).split()
-    said = sum(int(number) * units[unit] for number, unit in zip(words[::2], words[1::2], strict=True))
-    assert said == pytest.approx(seconds, rel=0.025, abs=0.5)

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mpp.train
 from mpp.cache.coverage import Coverage
-from mpp.training.banner import count, shares
+from mpp.training.banner import shares
 from mpp.training.metrics import BANDS
 from tests.helpers import logged, train, train_config
 
@@ -149,10 +149,6 @@ def test_shares_of_the_area_add_up_to_a_hundred_percent(seed):
     learned, preserved, rest = (float(number) for number in re.findall(r"(\d+\.\d)%", text))
     both = "of which both" in text
     assert learned + preserved + (-rest if both else rest) == pytest.approx(100)
-
-
-def test_parameters_are_counted_as_people_do():
-    assert [count(n) for n in (812, 45_056, 1_300_000_000, 14_288_491_584)] == ["812", "45.1 k", "1.3 B", "14.3 B"]
 
 
 def test_tensorboard_has_settings_prompts_versions_and_a_row_in_the_table_of_runs(pipeline, prepared, tmp_path):

@@ -13,7 +13,7 @@ from mpp.preparing.shards import Shard
 from mpp.sources.folders import LeftOver
 from mpp.sources.items import Item
 from mpp.sources.passed import lines
-from mpp.wording import few
+from mpp.wording import duration, few
 
 _SHOWN = 20
 _HARDLY = 0.005
@@ -99,7 +99,7 @@ class Summary:
             *_unread(self.unread),
             *_colours(self.in_srgb, self.misfits),
             "buckets: " + ", ".join(f"{_size(bucket)}: {n}" for bucket, n in sorted(self.buckets.items())),
-            f"time: {_duration(self.seconds)}{loading} ({stages})",
+            f"time: {duration(self.seconds)}{loading} ({stages})",
         ]
         if self.texts_removed:
             found.insert(3, f"embeddings of {self.texts_removed} captions that are gone were removed")
@@ -113,14 +113,6 @@ class Summary:
         if self.waiting:
             found.append(f"the index is written when these shards have finished too: {_shards(self)}")
         return found
-
-
-def _duration(seconds: float) -> str:
-    """`41.2 s`, `1 min 23 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _cropped(left_out: dict[str, float]) -> list[str]:

@@ -15,7 +15,7 @@ from mpp.sampling.contact import step_folder, steps_of
 from mpp.sampling.generation import BASE, LORA, generation_name
 from mpp.training.history import Course
 from mpp.training.metrics import Point
-from mpp.training.pace import duration
+from mpp.wording import duration
 
 _STYLES, _SCRIPTS = ("page.css", "run.css"), ("elements.js", "run.js")
 _POINTS = 1000  # shown at most, evenly spread

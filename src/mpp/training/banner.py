@@ -12,6 +12,7 @@ from mpp.batching.datamodule import LatentDataModule
 from mpp.cache.coverage import Coverage, bucket_of, mode_of, step_cost
 from mpp.cache.mask_facts import black_under
 from mpp.core.loss import MaskedPriorLoss
+from mpp.models.weights import count_of
 from mpp.training.module import MaskedPriorModule
 from mpp.wording import few
 
@@ -37,7 +38,7 @@ def _model(trainer: Trainer, module: MaskedPriorModule) -> list[str]:
     source = f" from {model.pretrained}" if isinstance(model.pretrained, str) else ""
     memory = "activations are recomputed" if module.gradient_checkpointing else "activations are kept"
     return [
-        f"model: {model.family}{source}, {count(sum(p.numel() for p in frozen))} parameters, {' and '.join(kinds)}",
+        f"model: {model.family}{source}, {count_of(sum(p.numel() for p in frozen))} parameters, {' and '.join(kinds)}",
         f"adapter: {module.adapter.kind}, rank {module.adapter.rank}, {trained:,} trainable parameters",
         f"on {device_name(trainer.strategy.root_device)}, trainer.precision={trainer.precision}, {memory}"
         + (", compiled" if module.compile_blocks else ""),
@@ -126,14 +127,6 @@ def _data(data: LatentDataModule) -> list[str]:
     if data.unchecked:
         lines.append(f"not on this machine, so not compared with the cache's: {', '.join(data.unchecked)}")
     return lines
-
-
-def count(number: int) -> str:
-    """A number of parameters: `14.3 B`, `1.3 M`, `812`."""
-    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= unit:
-            return f"{number / unit:.1f} {name}"
-    return str(number)
 
 
 def device_name(device: torch.device) -> str:

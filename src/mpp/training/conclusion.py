@@ -8,9 +8,10 @@ from lightning import Trainer
 from mpp.lora.export import program_of
 from mpp.lora.writing import scale_is_said
 from mpp.training.module import MaskedPriorModule
-from mpp.training.pace import duration, peak_memory
+from mpp.training.pace import peak_memory
 from mpp.training.progress import Progress, compared
 from mpp.training.runs import newest
+from mpp.wording import duration
 
 
 def outcome(trainer: Trainer, module: MaskedPriorModule, folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mpp.training.module import MaskedPriorModule
-from mpp.training.pace import duration
+from mpp.wording import duration
 
 log = logging.getLogger("mpp")
 
