@@ -15,7 +15,7 @@ import torch
 REPOSITORY = Path(__file__).parents[1]
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
 SHELLS = ("", "sh", "bash", "shell", "console")  # what a block of commands says behind its fence
-PROGRAMS = ("python", "make", "pip", "torchrun", "srun")
+PROGRAMS = ("python", "make", "pip", "torchrun", "srun", "docker")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Command:
 
     @property
     def module(self) -> str | None:
-        """The module that Python runs, also where torchrun or srun start it."""
-        found = re.match(r"(?:(?:torchrun|srun)\s.*?)?(?:python[\d.]* )?-m (\S+)", self.line)
-        return found[1] if found else None
+        """The module that Python runs, also where torchrun, srun or a container start it."""
+        found = re.match(r"(?:(?:torchrun|srun)\s.*?)?(?:python[\d.]* )?-m (\S+)|docker run .*?(\bmpp\.\w+)", self.line)
+        return (found[1] or found[2]) if found else None
 
     @property
     def name(self) -> str | None:
@@ -52,7 +52,7 @@ class Command:
     @property
     def typed(self) -> list[str]:
         """What is typed behind the module."""
-        return list(self.words[self.words.index("-m") + 2 :])
+        return list(self.words[self.words.index(self.module) + 1 :])
 
 
 def fenced(text: str) -> Iterator[tuple[int, str]]:

@@ -22,7 +22,7 @@ ELSEWHERE = {  # what only some systems have: modules, and attributes of `os`, `
     *("SIGKILL", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGCHLD", "SIGALRM", "alarm", "setitimer", "pause"),
     *("pthread_sigmask", "sigtimedwait", "sigwaitinfo", "sigwait"),
 }
-GUARDED = {  # behind `hasattr`, or where the import fails
+GUARDED = {  # behind `hasattr`, or where their import fails on Windows
     "workers": {"pthread_sigmask", "sigtimedwait"},
     "training/pace": {"resource"},
 }

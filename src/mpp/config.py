@@ -252,6 +252,8 @@ def _chosen(override: Override) -> list[Any] | None:
 
 def _no_option(override: Override, repository: CachingConfigRepository, groups: Sequence[Override]) -> Iterator[str]:
     if override not in groups:
+        if override.key_or_group == "experiment" and not repository.group_exists("experiment"):  # a wheel has none
+            yield no_option("experiment", str(override.value()), ())
         return
     options = repository.get_group_options(override.key_or_group, ObjectType.CONFIG)
     for option in _chosen(override) or ():
@@ -345,7 +347,7 @@ def explanation(command: str, words: Sequence[str]) -> str:
     text = (CONFIG_DIR / f"{command}.yaml").read_text("utf-8")
     head = re.findall(r"^# ?(.*)\n", text[: text.index("defaults:")], re.MULTILINE)
     lines = [f"usage: python -m mpp.{command} [GROUP=OPTION ...] [SETTING=VALUE ...]", "", *head, "", "groups:"]
-    for key, value in choices.items():
+    for key, value in [choice for choice in choices.items() if options[choice[0]]]:
         chosen = "" if value in ("???", "None") else f" (now {value})"
         lines += textwrap.wrap(
             f"{key.rpartition('@')[2]}={'|'.join(options[key])}{chosen}", 118, subsequent_indent="  "

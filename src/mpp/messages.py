@@ -68,7 +68,8 @@ def unknown(key: str, options: Iterable[str], owner: str, keys: Iterable[str], *
 def no_option(group: str, value: str, options: Iterable[str]) -> str:
     """What is said of an option that a group does not have."""
     options = sorted(options)
-    return f"{group}={value} is not there; {did_you_mean(value, options)}it is one of {', '.join(options)}"
+    known = f"it is one of {', '.join(options)}" if options else f"{group}/{value}.yaml is looked for in --config-dir"
+    return f"{group}={value} is not there; {did_you_mean(value, options)}{known}"
 
 
 def unreadable(word: str) -> str:
