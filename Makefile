@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-photos proof test test-all storm lint format clean
+.PHONY: help setup demo demo-photos newcomer proof test test-all storm lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ demo: $(STAMP) ## what the prior does, in one image: a toy world, a few minutes 
 
 demo-photos: $(STAMP) ## photos and masks to a trained LoRA on a tiny random model
 	$(BIN)/python demo/demo.py $(DEMO)-photos
+
+newcomer: $(STAMP) ## a newcomer's first commands with a mistake and a stop, and all that they say; FRESH=yes in a clone
+	$(BIN)/python demo/newcomer.py $(if $(FRESH),--fresh)
 
 proof: $(STAMP) ## the comparison behind the claims, all variants and seeds; PROOF=full for more
 	$(BIN)/python -m benchmarks.phantom_limb.proof $(if $(filter full,$(PROOF)),--full)

@@ -269,6 +269,31 @@ def test_masks_that_are_to_be_made_are_made_first_and_their_folder_is_named(tmp_
     assert len(calls) == 3
 
 
+def test_run_checks_the_words_of_all_commands_before_the_first_begins(job, monkeypatch, capsys):
+    monkeypatch.setattr(mpp.run, "call", lambda name, words: pytest.fail(f"mpp.{name} began"))
+    monkeypatch.setattr(sys, "argv", ["mpp-run", job(), "optimizer.lrr=1", "loss=maskd", "data.resolution=much"])
+    with pytest.raises(SystemExit) as ended:
+        mpp.run.main()
+    lines = str(ended.value.code).splitlines()
+    assert [line.split()[1 if line.startswith("error: ") else 0] for line in lines] == [
+        "data.resolution", "loss=maskd", "optimizer.lrr",
+    ]  # fmt: skip
+    assert "did you mean masked?" in lines[1]  # which report and train would both have said
+    assert "did you mean optimizer.lr?" in lines[2]
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in KEYS[key].settings.values()])
+def test_a_key_of_the_file_that_is_typed_behind_it_names_its_setting(job, key):
+    told = {"data.cache": ["data.cache_dir", "report.cache_dir"], "output": ["output_dir", "lora_path", "export.lora"]}
+    with pytest.raises(ValueError, match=f"^{key} is a key of job files; its setting is ") as refused:
+        mpp.run.commands([job(), f"{key}=1"])
+    named = str(refused.value).rpartition(" is ")[2].split(" or ")
+    assert named == told.get(key, [next(iter(KEYS[key].settings.values()))])
+    for command in set(KEYS[key].settings) - {"report"}:  # whose own short word `output` is
+        with pytest.raises(ValueError, match=f"its setting is {KEYS[key].settings[command]}$"):
+            cli.overrides(command, [job(), f"{key}=1"])
+
+
 def test_run_calls_three_commands_and_stops_at_the_first_that_fails(job, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(mpp.run, "call", lambda name, words: calls.append((name, words)) or 7 * (name == "report"))

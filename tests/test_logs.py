@@ -58,6 +58,20 @@ def test_librarys_warnings_and_mistakes_are_lines_like_others(root, tmp_path, ca
     assert "Traceback" not in said
 
 
+def test_bars_of_libraries_are_for_terminals(monkeypatch):
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    monkeypatch.setattr(of_transformers, "_tqdm_active", True)
+    monkeypatch.setattr(of_diffusers, "_tqdm_active", True)
+    for name in logs._LIBRARIES:
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    for terminal in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
+        logs.adopt()
+        assert of_transformers._tqdm_active == of_diffusers._tqdm_active == terminal
+
+
 def test_quiet_says_warnings_alone(root, capsys):
     root.handlers[:], root.level = [logging.StreamHandler(sys.stdout)], logging.INFO
     with logs.speaking(quiet=True):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpp.job_file import is_job_file, read_job
+from mpp.job_file import is_job_file, read_job, refuse_own
 
 SHORT = {  # by command: what may be typed for a longer key
     "prepare": {"data": "source@data"},  # sources are a group apart from the caches that training reads
@@ -79,6 +79,8 @@ def overrides(command: str, words: Sequence[str]) -> list[str]:
 def _from_job(command: str, file: str, typed: Sequence[str]) -> list[str]:
     """What a job file says to a command and nobody typed."""
     keys = {_full(command, word, sweep=False).lstrip("+").partition("=")[0] for word in typed if "=" in word}
+    for key in sorted(keys):
+        refuse_own(key, command)
     found = read_job(file).settings(command)
     if command == "train" and goes_on(typed):  # then the run's record holds, and `ckpt_path=last` asks for its folder
         found = {key: value for key, value in found.items() if key == "output_dir" and "ckpt_path" in keys}

@@ -106,12 +106,29 @@ def is_job_file(word: str) -> bool:
     return named and ("=" not in word or os.path.isfile(word))
 
 
+def refuse_own(key: str, command: str | None = None) -> None:
+    """Refuse a job file's own key where a setting is meant.
+
+    Args:
+        key: What stands in a setting's position.
+        command: Whose setting is meant, if that is known.
+
+    Raises:
+        ValueError: Names the setting that it stands for.
+    """
+    settings = KEYS[key].settings if key in KEYS else {}
+    if settings and key not in settings.values():
+        of = dict.fromkeys([settings[command]] if command in settings else settings.values())
+        raise ValueError(f"{key} is a key of job files; its setting is {' or '.join(of)}")
+
+
 def commands_of(key: str) -> tuple[str, ...]:
     """The commands that know a setting, as far as its first words tell.
 
     Raises:
         ValueError: None does; names the nearest.
     """
+    refuse_own(key)
     root, _, below = key.partition(".")
     if root in ROOTS:
         return ROOTS[root]

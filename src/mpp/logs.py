@@ -1,6 +1,7 @@
 """What commands say: one form for all lines, on stdout and in a run's log; libraries speak when something is wrong."""
 
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -64,7 +65,14 @@ def speaking(*, quiet: bool = False) -> Iterator[None]:
 
 
 def adopt() -> None:
-    """Bring what libraries warn of to the root logger, once they are imported, and leave out what they tell besides."""
+    """Bring what libraries warn of to the root logger, once they are imported, and leave out what they tell besides.
+
+    Their bars are for terminals: in a file each step of one is a line.
+    """
+    for name in ("transformers", "diffusers"):  # importing them sets up their loggers
+        library = importlib.import_module(f"{name}.utils.logging")
+        if not sys.stderr.isatty():
+            library.disable_progress_bar()
     for name in _LIBRARIES:
         library = logging.getLogger(name)
         library.handlers.clear()

@@ -7,7 +7,7 @@ processes that DDP starts repeat the words of training alone.
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from mpp import cli
@@ -16,10 +16,10 @@ from mpp.job_file import STARTS, commands_of, is_job_file
 STAGES = ("prepare", "report", "train")
 HELP = """python -m mpp.run mychar.yaml [KEY=VALUE ...] [--show] [--quiet] [--json]
 
-Prepares, reports and trains by a job file, which python -m mpp.init writes. The first that fails ends it, with its exit
-code. Settings that are typed win over the file; each goes to the commands that have it. --show prints the commands
-instead; --quiet leaves warnings and errors, and --json makes the last line of each command a JSON object of what it
-came to. docs/job.md says more.
+Prepares, reports and trains by a job file, which python -m mpp.init writes. All words are checked before the first of
+them begins; the first that fails ends it, with its exit code. Settings that are typed win over the file; each goes to
+the commands that have it. --show prints the commands instead; --quiet leaves warnings and errors, and --json makes the
+last line of each command a JSON object of what it came to. docs/job.md says more.
 """
 
 
@@ -44,6 +44,33 @@ def commands(words: Sequence[str]) -> dict[str, list[str]]:
         for name in set(owners) & set(STAGES):
             found[name].append(word)
     return {name: cli.overrides(name, own) for name, own in found.items()}
+
+
+def check(todo: Mapping[str, Sequence[str]]) -> None:
+    """Refuse what any of the commands would refuse of its words, before the first begins.
+
+    Args:
+        todo: The words of each command.
+
+    Raises:
+        ValueError: Names each problem once.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from mpp.config import check_config, compose
+    from mpp.messages import plain_words
+
+    found: list[str] = []
+    for command, words in todo.items():
+        if cli.goes_on(words):
+            continue  # its configuration is the run's own
+        try:
+            check_config(compose(command, words))
+        except (ValueError, HydraException, OmegaConfBaseException) as error:
+            found += plain_words(error).splitlines()
+    if found:
+        raise ValueError("\n".join(dict.fromkeys(found)))
 
 
 def call(command: str, words: Sequence[str]) -> int:
@@ -74,6 +101,8 @@ def main() -> None:
     flags = [word for word in words if word in cli.SWITCHES and word != "--show"]
     try:
         todo = commands([word for word in words if word not in cli.SWITCHES])
+        if "--show" not in words:
+            check(todo)
     except ValueError as error:
         sys.exit(f"error: {error}")
     for command, meant in todo.items():
