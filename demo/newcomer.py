@@ -35,6 +35,8 @@ class Hour:
 
     def __init__(self, folder: Path, python: str) -> None:
         self.folder, self.python = folder, python
+        own = python == sys.executable
+        self.environment = {name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"}
         self.wrong: list[str] = []
 
     def type(self, line: str, *, code: int = 0, stop: bool = False) -> str:
@@ -53,7 +55,7 @@ class Hour:
         words = [self.python if word == "python" else word for word in shlex.split(line)]
         process = subprocess.Popen(
             words, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
-            start_new_session=True,
+            start_new_session=True, env=self.environment,
         )  # fmt: skip
         assert process.stdout is not None
         said = ""

@@ -1,4 +1,4 @@
-"""The commands of the README and the docs, as they are typed, and a way to run them fast."""
+"""The commands of the README and the docs, as they are typed, and fast ways to compose and to run them."""
 
 import multiprocessing
 import os
@@ -6,11 +6,23 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 import torch
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import mpp.config
+from mpp import cli
+from mpp.checks import problems
+from mpp.messages import Refused, plain_words
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
@@ -91,6 +103,40 @@ def commands() -> list[Command]:
         for command in of_page(page):
             found.setdefault(command.line, command)
     return list(found.values())
+
+
+# ---------------------------------------------------------------- composing them
+
+GROUPS = {path.name for path in mpp.config.CONFIG_DIR.iterdir() if path.is_dir()} | {"source@data"}
+
+
+@cache
+def _composed(name: str, *groups: str) -> DictConfig:
+    return mpp.config.compose(name, list(groups))
+
+
+def problems_of(name: str, words: Sequence[str]) -> list[str]:
+    """What a command says is wrong with its words, a line each; composing what groups have in common is done once."""
+    try:
+        found = _problems_of(name, cli.overrides(name, words))
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        found = plain_words(error).splitlines()
+    return [cli.in_short(name, problem) for problem in found]
+
+
+def _problems_of(name: str, words: list[str]) -> list[str]:
+    if cli.goes_on(words):  # the rest lies in the run's record
+        words = [word for word in words if not word.startswith(("resume=", "ckpt_path="))]
+        words += [word for word in ["data.cache_dir=x"] if not any("data.cache_dir=" in word for word in words)]
+    (words, *_), *_ = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
+    groups = [word for word in words if word.partition("=")[0] in GROUPS]
+    cfg = deepcopy(_composed(name, *groups))
+    typed = OverridesParser.create().parse_overrides([word for word in words if word not in groups])
+    try:
+        mpp.config._override(typed, cfg)
+    except Refused as error:
+        return [*error.problems, *problems(cfg)]
+    return problems(cfg)
 
 
 # ---------------------------------------------------------------- running them

@@ -52,7 +52,7 @@ CHOSEN = [  # command, words, what is said
     ("train", [*TRAIN, "--mltirun"], "did you mean --multirun?"),
     ("train", [*TRAIN, "seed=${nothing}"], "seed: Interpolation key 'nothing' not found"),
     ("masks", ["input=a", "output=b"], "tool=... is missing: it is one of clipseg, combine"),
-    ("export", ["fromat=kohya", "lora=x"], "did you mean export.format?"),
+    ("export", ["fromat=kohya", "lora=x"], "did you mean format?"),
 ]  # fmt: skip
 MONITOR = "lightning.pytorch.callbacks.DeviceStatsMonitor"
 FAST = (0, 4, 15, 22)  # of the chosen; the others take the same ways

@@ -153,6 +153,13 @@ def _in_quotes(text: str) -> str:
     return f'"{text}"'
 
 
+def in_short(command: str, text: str) -> str:
+    """What is said of a command's words with the shorter ones where it asks for a setting, as its pages have them."""
+    for short, full in reversed(SHORT.get(command, {}).items()):
+        text = re.sub(rf"(?<![\w.]){re.escape(full)}(?==\.\.\. is missing|\? |,)", short, text)
+    return text
+
+
 def rewrite_arguments(command: str) -> frozenset[str]:
     """Turn this process's own words; `sys.argv` changes, since processes that DDP starts repeat it.
 

@@ -446,7 +446,7 @@ def command(name: str, task: Callable[[DictConfig], object]) -> Callable[[], Non
         except (ValueError, OSError, OmegaConfBaseException) as error:
             if os.environ.get("MPP_TRACEBACK"):
                 raise
-            said = plain_words(error)
+            said = cli.in_short(name, plain_words(error))
             if is_out_of_space(error) and _NO_SPACE not in str(error):  # a logger's, which names no file
                 said = f"{_NO_SPACE} logs below {cfg.get('output_dir', '.')} ({error}): free space, run again"
             logs.note(f"error: {said}")
@@ -475,7 +475,7 @@ def _start(name: str, run: Callable[[DictConfig], None]) -> None:
     except (HydraException, OmegaConfBaseException, ValueError, OSError, yaml.YAMLError) as error:
         if os.environ.get("MPP_TRACEBACK"):
             raise
-        sys.exit(f"error: {plain_words(error)}")
+        sys.exit(f"error: {cli.in_short(name, plain_words(error))}")
     finally:
         gc.enable()
         os.environ.pop(_RAISE)

@@ -76,7 +76,9 @@ def unreadable(word: str) -> str:
     """What is said of a word that Hydra's grammar does not read: how it is typed so that it does."""
     typed = re.fullmatch(r"([+~]*)([^=]*)=(.*)", word, re.DOTALL)
     if typed is None:
-        return f"{word}: settings are typed as KEY=VALUE and groups as GROUP=OPTION, without spaces around ="
+        file = difflib.get_close_matches(word.rpartition(".")[2], ("yaml", "yml"), 1) if "." in word else []
+        hint = "; a job file's name ends in .yaml" if file else ""
+        return f"{word}: settings are typed as KEY=VALUE and groups as GROUP=OPTION, without spaces around ={hint}"
     key, value = typed[1] + typed[2], typed[3]
     listed = value[:1] == "["
     inside = cli.overrides("", [f"loras=[{value.strip('[]')}]"])[0].partition("=")[2] if listed else ""

@@ -30,7 +30,8 @@ def commands(words: Sequence[str]) -> dict[str, list[str]]:
         ValueError: There is no job file, it is wrong, or a word belongs to none of the commands.
     """
     if not words or not is_job_file(words[0]):
-        raise ValueError("mpp.run wants a job file as its first word: python -m mpp.run mychar.yaml")
+        got = f", got {words[0]}" if words else ""
+        raise ValueError(f"mpp.run wants a job file as its first word, as in python -m mpp.run mychar.yaml{got}")
     found: dict[str, list[str]] = {name: [words[0]] for name in STAGES}
     for word in words[1:]:
         key, equals, _ = word.lstrip("+").partition("=")
@@ -68,7 +69,7 @@ def check(todo: Mapping[str, Sequence[str]]) -> None:
         try:
             check_config(compose(command, words))
         except (ValueError, HydraException, OmegaConfBaseException) as error:
-            found += plain_words(error).splitlines()
+            found += cli.in_short(command, plain_words(error)).splitlines()
     if found:
         raise ValueError("\n".join(dict.fromkeys(found)))
 
