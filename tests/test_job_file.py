@@ -233,10 +233,29 @@ def test_init_writes_a_file_once(tmp_path, monkeypatch, capsys):
         (["model=wan", "images=none"], "images=none is not a folder"),
         (["model=wan", "image=x"], "image=x is not understood; type KEY=VALUE with one of model, loss"),
         (["model=wan", "images=my photos", "rank=big"], "rank must be a whole number, got 'big'"),
+        (["model=wann", "images=my photos"], r"model=wann is not there; did you mean wan\? it is one of flux"),
+        (["model=wan", "images=my photos", "schedule=cosin"], r"schedule=cosin is not there; did you mean cosine\?"),
     ):
         with pytest.raises(ValueError, match=message):
             mpp.init.write(words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my photos", "my photos.yaml"]
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_prepared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    mpp.init.write(["model=tiny_wan", "images=photos"])
+    called = []
+    monkeypatch.setattr(mpp.run, "call", lambda command, words: called.append(command) or 0)
+    monkeypatch.setattr(sys, "argv", ["mpp-run", "photos.yaml"])
+    mpp.run.main()
+    assert called == ["prepare", "report", "train"]
+    last = Path("outputs/photos/checkpoints/last.ckpt")
+    last.parent.mkdir(parents=True)
+    last.touch()
+    with pytest.raises(SystemExit, match="error: output_dir=outputs/photos holds a run already; go on with resume="):
+        mpp.run.main()
+    assert called == ["prepare", "report", "train"]
 
 
 def test_masks_that_are_to_be_made_are_made_first_and_their_folder_is_named(tmp_path, monkeypatch, capsys):

@@ -130,6 +130,13 @@ def _said(words: list[str]) -> dict[str, str]:
     for name, example in (("model", "MODEL"), ("images", "photos")):
         if not said.get(name):
             raise ValueError(f"{name}=... is missing, as in {name}={example}")
+    from mpp.config import CONFIG_DIR
+    from mpp.messages import no_option
+
+    for group in ("model", "loss", "lora", "optimizer", "schedule"):
+        options = sorted(file.stem for file in (CONFIG_DIR / group).glob("*.yaml"))
+        if said.get(group) and said[group] not in options:
+            raise ValueError(no_option(group, said[group], options))
     if "://" not in said["images"] and not Path(said["images"]).expanduser().is_dir():
         raise ValueError(f"images={said['images']} is not a folder; give the folder where the images are")
     return said
@@ -154,6 +161,7 @@ def make_masks(images: str, folder: str) -> str:
             f"images={Path(images).expanduser().resolve().name}"
         )
     words = ["tool=salient", f"input={images}", f"output={folder}", "keep=true"]
+    print(f"making the masks of {images} in {folder}, about a second for each image ...", flush=True)
     if call("masks", words):
         raise ValueError("not all masks could be made, so no job file was written; what is done is kept")
     return " ".join(["python -m mpp.masks", *map(shlex.quote, words)])

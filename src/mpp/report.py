@@ -29,7 +29,7 @@ def run(cfg: DictConfig) -> Path:
     path, findings = build(cfg.report).run(build(cfg.loss), _preset())
     for finding in findings:
         print(f"{finding.severity}: {finding.title}: {finding.count}")
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser")
     record(page=str(path), findings={finding.kind: finding.count for finding in findings})
     return path
 

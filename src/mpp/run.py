@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 from mpp import cli
@@ -61,13 +62,17 @@ def check(todo: Mapping[str, Sequence[str]]) -> None:
 
     from mpp.config import check_config, compose
     from mpp.messages import plain_words
+    from mpp.training.runs import begun
 
     found: list[str] = []
     for command, words in todo.items():
         if cli.goes_on(words):
             continue  # its configuration is the run's own
         try:
-            check_config(compose(command, words))
+            cfg = compose(command, words)
+            check_config(cfg)
+            if command == "train":
+                begun(Path(cfg.output_dir))
         except (ValueError, HydraException, OmegaConfBaseException) as error:
             found += cli.in_short(command, plain_words(error)).splitlines()
     if found:

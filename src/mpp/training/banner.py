@@ -49,7 +49,7 @@ def _length(trainer: Trainer, module: MaskedPriorModule, data: LatentDataModule)
     ranks, parts, total = trainer.world_size, trainer.accumulate_grad_batches, module.planned_steps
     batches = data.order(0, ranks, limit=trainer.limit_train_batches).stop
     steps = math.ceil(batches / parts)
-    factors = [f"{data.batch_size} samples"]
+    factors = [f"{data.batch_size} sample{'s' * (data.batch_size > 1)}"]
     factors += [f"{parts} batches accumulated"] * (parts > 1) + [f"{ranks} processes"] * (ranks > 1)
     whole = f" = {data.batch_size * parts * ranks} per step" if len(factors) > 1 else ""
     long = f"steps: {steps} per epoch" if total is None else (

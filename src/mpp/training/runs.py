@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpp.training.checkpoint import read_checkpoint
-
 
 def asked_checkpoint(resume: str | None, ckpt_path: str | None, folder: Path) -> Path | None:
     """The checkpoint that a start asks to go on from; None: it begins a run.
@@ -60,6 +58,8 @@ def resumed(checkpoint: Path, folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: It is not there or damaged, or what a run has done since, or another run, would be overwritten.
     """
+    from mpp.training.checkpoint import read_checkpoint  # which brings torch and Lightning
+
     content = read_checkpoint(checkpoint)
     last = newest(folder)
     if not last.exists() or last.samefile(checkpoint):
