@@ -1,5 +1,6 @@
 """What several tests need: configs, drawn images, batches."""
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -24,7 +25,10 @@ from mpp.training.module import MaskedPriorModule
 from mpp.training.step import Position
 from mpp.training.teacher import Teacher
 
-QUIET = ["trainer.enable_progress_bar=false", "callbacks.report.pictures=0"]  # regions take a third of a short run
+QUIET = ["trainer.enable_progress_bar=false"]
+
+
+_REPORTS = re.compile(r"~?callbacks\.report(=|$)|resume=|ckpt_path=")  # else no regions, a third of a short run
 
 
 def unchecked_error(call: Callable[..., object], *arguments, **settings) -> str:
@@ -136,6 +140,7 @@ def train_config(pipeline, cache, out, *overrides):
             "lora.rank=4",
             "logger=csv",
             *QUIET,
+            *(() if any(_REPORTS.match(word) for word in overrides) else ["callbacks.report.pictures=0"]),
             *overrides,
         ],
     )

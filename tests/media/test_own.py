@@ -108,7 +108,7 @@ def test_what_mpp_makes_among_the_media_is_read_by_no_second_preparation(tmp_pat
     where = [f"data.mask_dir={tmp_path / 'photos' / 'their masks'}", f"data.cache_dir={inside / 'cache'}"]
     prompts = ["sampling.prompts=[a box]", "sampling.height=32", "sampling.width=32", "sampling.steps=1"]
     first = helpers.prepare(pipeline, tmp_path, *where, *prompts)
-    more = ["trainer.max_steps=1", "callbacks.samples.every_n_steps=1", *prompts]
+    more = ["trainer.max_steps=1", "callbacks.samples.every_n_steps=1", "callbacks.report.pictures=4", *prompts]
     helpers.train(pipeline, inside / "cache", inside / "run", *more)
     assert (inside / "run" / "regions.png").is_file()
     assert list(inside.glob("run/samples/*/*.png"))

@@ -75,9 +75,9 @@ def test_the_time_of_preparing_counts_from_when_its_user_began_to_wait(tmp_path)
     cfg = helpers.config("prepare", [*words, f"data.cache_dir={tmp_path / 'cache'}"])
     summary = helpers.mpp.prepare.run(cfg, began=time.monotonic() - 100)
     line = next(text for text in summary.lines() if text.startswith("time: "))
-    waited = re.fullmatch(r"time: 1 min (\d+) s \(start (\d+\.\d), check .*\)", line)
+    waited = re.fullmatch(r"time: (\d+) s \(start (\d+\.\d), check .*\)", line)
     assert waited is not None, line
-    assert 40 <= int(waited[1]) < 60
+    assert 100 <= int(waited[1]) < 120
     assert 100 <= float(waited[2]) < 120
 
 
@@ -88,5 +88,5 @@ def test_loading_is_a_part_of_the_time_that_is_said():
         line = next(text for text in summary.lines() if text.startswith("time: "))
         amounts = re.match(r"time: (?:(\d+) h )?(?:(\d+) min ?)?(?:([\d.]+) s)?, ([\d.]+) s of it loading models", line)
         hours, minutes, seconds, loading = (float(amount or 0) for amount in amounts.groups())
-        assert abs(hours * 3600 + minutes * 60 + seconds - summary.seconds) <= (60 if hours else 0.51)
+        assert hours * 3600 + minutes * 60 + seconds == pytest.approx(summary.seconds, rel=0.025, abs=0.051)
         assert abs(loading - summary.seconds_loading) <= 0.051

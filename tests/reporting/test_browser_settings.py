@@ -230,7 +230,7 @@ def test_an_open_sample_follows_and_its_command_can_be_copied(browser, page):
     assert found == "loss=threshold loss.prior_threshold=0.6"
     browser.press("")
     browser.js("closeDetail()")
-    assert browser.js("document.querySelector('#try #settings') !== null")
+    browser.until("document.querySelector('#try #settings') !== null")
 
 
 def test_what_cannot_follow_says_that_it_is_of_the_pages_settings(browser, tmp_path, monkeypatch):

@@ -192,6 +192,7 @@ def test_clipping_by_value_bounds_each_gradient_and_by_norm_all_of_them(pipeline
 @pytest.mark.slow
 def test_nothing_is_logged_or_saved_where_it_is_switched_off(pipeline, prepared, tmp_path):
     off = ["~logger", "callbacks.checkpoints=null", "callbacks.samples=null", "callbacks.report=null"]
+    off += ["callbacks.page=null"]
     mpp.train.run(train_config(pipeline, prepared, tmp_path / "out", *off, "+callbacks.learning_rate="
                                "{_target_: lightning.pytorch.callbacks.LearningRateMonitor}"))  # fmt: skip
     assert not (tmp_path / "out").exists()
