@@ -28,7 +28,8 @@ from mpp.training.teacher import Teacher
 QUIET = ["trainer.enable_progress_bar=false"]
 
 
-_REPORTS = re.compile(r"~?callbacks\.report(=|$)|resume=|ckpt_path=")  # else no regions, a third of a short run
+PLAIN = ["callbacks.report.pictures=0", "callbacks.page=null"]  # which are a third of a short run
+_SHOWN = re.compile(r"~?callbacks\.(report|page)|resume=|ckpt_path=")  # whoever types these gets both
 
 
 def unchecked_error(call: Callable[..., object], *arguments, **settings) -> str:
@@ -140,7 +141,7 @@ def train_config(pipeline, cache, out, *overrides):
             "lora.rank=4",
             "logger=csv",
             *QUIET,
-            *(() if any(_REPORTS.match(word) for word in overrides) else ["callbacks.report.pictures=0"]),
+            *(() if any(_SHOWN.match(word) for word in overrides) else PLAIN),
             *overrides,
         ],
     )

@@ -16,8 +16,9 @@ from tests.reporting.browsing import ARROW_LEFT, ARROW_RIGHT, HOSTILE, in_chromi
 
 PROMPTS = "sampling.prompts=[a red box, a blue box at night]"
 SMALL = [PROMPTS, "sampling.steps=2", "sampling.width=64", "sampling.height=64"]
+SHOWN = "callbacks.page._target_=mpp.training.history.RunPage"  # which the tests' runs leave out
 RUN = [
-    *SMALL, "logger=tensorboard", "data.val_fraction=0.25", "trainer.val_check_interval=3",
+    *SMALL, SHOWN, "logger=tensorboard", "data.val_fraction=0.25", "trainer.val_check_interval=3",
     "callbacks.checkpoints.every_n_steps=3", "callbacks.samples.every_n_steps=3", "optimizer.lr=0.02",
 ]  # fmt: skip
 
@@ -132,7 +133,7 @@ def test_a_run_that_fails_leaves_the_page_of_what_was_before(pipeline, prepared,
 
     monkeypatch.setattr(MaskedPriorModule, "training_step", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(pipeline, prepared, tmp_path)
+        train(pipeline, prepared, tmp_path, SHOWN)
     found = data_of(tmp_path / PAGE)
     assert (found["status"], found["step"], [step for step, _ in found["points"]]) == ("stopped", 3, [1, 2, 3])
 
@@ -140,7 +141,7 @@ def test_a_run_that_fails_leaves_the_page_of_what_was_before(pipeline, prepared,
 @pytest.mark.slow
 def test_a_page_that_cannot_be_written_does_not_end_the_run(pipeline, prepared, tmp_path, caplog):
     (tmp_path / PAGE).mkdir()
-    trainer, _ = train(pipeline, prepared, tmp_path)
+    trainer, _ = train(pipeline, prepared, tmp_path, SHOWN)
     assert trainer.global_step == 4
     assert "run.html could not be written, training goes on" in caplog.text
 

@@ -27,7 +27,7 @@ def points(out):
     return {int(row["step"]) + 1: row for row in logged(out) if "train/loss" in row}
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_line_and_a_point_come_every_so_many_steps_and_at_the_end(pipeline, prepared, tmp_path, caplog, seed):
     caplog.set_level("INFO", logger="mpp")
     draw = random.Random(seed)
@@ -49,6 +49,7 @@ def test_a_line_and_a_point_come_every_so_many_steps_and_at_the_end(pipeline, pr
         )
 
 
+@pytest.mark.slow
 def test_a_point_at_the_end_is_of_the_steps_since_the_last_alone(pipeline, prepared, tmp_path):
     for every in (1, 3):
         train(pipeline, prepared, tmp_path / str(every), "trainer.max_steps=5", f"trainer.log_every_n_steps={every}",
@@ -114,6 +115,7 @@ def screen_of(text):
     return lines
 
 
+@pytest.mark.slow
 def test_lines_of_the_log_stand_above_the_bar_whole(pipeline, prepared, tmp_path, monkeypatch):
     screen = StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
@@ -130,6 +132,7 @@ def test_lines_of_the_log_stand_above_the_bar_whole(pipeline, prepared, tmp_path
     assert root.handlers[-1] is handler
 
 
+@pytest.mark.slow
 def test_validation_is_said_beside_the_first_one_also_after_a_resume(pipeline, prepared, tmp_path, caplog):
     caplog.set_level("INFO", logger="mpp")
     val = ["data.val_fraction=0.25", "trainer.val_check_interval=2"]
@@ -151,6 +154,7 @@ def test_shares_of_the_area_add_up_to_a_hundred_percent(seed):
     assert learned + preserved + (-rest if both else rest) == pytest.approx(100)
 
 
+@pytest.mark.slow
 def test_tensorboard_has_settings_prompts_versions_and_a_row_in_the_table_of_runs(pipeline, prepared, tmp_path):
     val = ["data.val_fraction=0.25", "trainer.val_check_interval=2"]
     train(pipeline, prepared, tmp_path, "logger=tensorboard", *val)
@@ -169,6 +173,7 @@ def test_tensorboard_has_settings_prompts_versions_and_a_row_in_the_table_of_run
     assert sum(name.startswith("val_sigma_") and name.endswith("target_loss") for name in scalars) <= BANDS
 
 
+@pytest.mark.slow
 def test_the_csv_logger_keeps_the_settings_too(pipeline, prepared, tmp_path):
     train(pipeline, prepared, tmp_path)
     (path,) = tmp_path.glob("csv/*/hparams.yaml")
@@ -177,6 +182,7 @@ def test_the_csv_logger_keeps_the_settings_too(pipeline, prepared, tmp_path):
         assert "train/lr" in next(csv.reader(handle))
 
 
+@pytest.mark.slow
 def test_what_a_run_came_to_is_said_with_every_file(pipeline, prepared, tmp_path, caplog):
     from mpp.training.conclusion import outcome
 

@@ -17,6 +17,7 @@ def kept(out):
     return sorted({int(re.match(r"step-(\d+)", file.name)[1]) for file in (out / "lora").glob("step-*.safetensors")})
 
 
+@pytest.mark.slow
 def test_saves_come_after_epochs_as_well(pipeline, prepared, tmp_path):
     settings = ["callbacks.checkpoints.every_n_steps=null", "callbacks.checkpoints.every_n_epochs=2"]
     trainer, _ = train(pipeline, prepared, tmp_path, *settings, "trainer.max_steps=19", "validate_first=false")
@@ -47,7 +48,7 @@ def test_the_last_steps_are_kept_across_a_resume_and_a_move(pipeline, prepared, 
     assert all(tensor.equal(other[name]) for name, tensor in same.items())
 
 
-@pytest.mark.parametrize("monitor", ["val/loss", "val/drift"])
+@pytest.mark.parametrize("monitor", ["val/loss", pytest.param("val/drift", marks=pytest.mark.slow)])
 def test_the_best_lora_is_that_of_the_lowest_validation_also_after_a_resume(pipeline, prepared, tmp_path, monitor):
     settings = [
         "data.val_fraction=0.25", "trainer.val_check_interval=1", f"callbacks.checkpoints.monitor={monitor}", ALPHA,
