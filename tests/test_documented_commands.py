@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from mpp import cli, init, run
@@ -39,6 +40,7 @@ NOT_HERE = {  # what does not run on one CPU without a network, by what of the c
     r"logger=wandb": "the extra wandb",
     r"(device|accelerator)=(cuda|gpu)": "a GPU",
     r"optimizer=adamw8bit": "the extra adamw8bit",
+    r"(mpp\.masks tool=tiers|mpp\.prepare data\.cache_dir=cache/none)$": "more words: a message is quoted",
 }
 
 
@@ -152,16 +154,25 @@ def small(built):
     return settings
 
 
-def tiny(command, small):
+def model_of(words, root):
+    """The word that chooses a command's model, which a job file may do."""
+    job = root / words[0] if words and words[0].endswith(".yaml") else None
+    said = [] if job is None else [f"model={yaml.safe_load(job.read_text('utf-8'))['model']}"]
+    return next((word for word in words if word.startswith("model=")), *(said or ["model=wan"]))
+
+
+def tiny(command, small, root):
     """A command's words with all that makes it small, which wins over what is typed."""
     words, more = words_of(command), [*TINY.get(command.name, ())]
+    if command.name == "run" and words[0].endswith(".yaml"):
+        more += ["sampling.prompts=ohwx", *SAMPLES]
     if command.name in ("prepare", "train") and any(word.startswith("sampling.") for word in words):
         more += SAMPLES
     goes_on = cli.goes_on(words)
     if goes_on:
         more[0] = "trainer.max_steps=3"
     elif command.name in ("prepare", "train", "sample", "export", "run"):
-        more += small(words)
+        more += small([model_of(words, root)])
     keys = {word.partition("=")[0] for word in more}
     kept = [word for word in words if word.partition("=")[0] not in keys]
     return [*kept, *more, *(["--multirun"] if "--multirun" in command.typed else [])]
@@ -180,6 +191,9 @@ def workspace(tmp_path_factory, small):
     Image.fromarray(np.full((64, 96), 255, np.uint8)).save(root / "masks" / "walk.png")
     (root / "prompts.txt").write_text("a photo of ohwx\nohwx at the beach\n")
     (root / "my_datasets.yaml").write_text("photos: {image_dir: photos, mask_dir: masks, repeats: 3}\n")
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        for file, job in re.findall(r"^```yaml\n# (\w+\.yaml)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+            (root / file).write_text(job, "utf-8")
     said(root, "init", "model=wan", "images=photos", "masks=masks", "output=outputs/mychar")
     said(root, "init", "model=wan", "images=photos", "masks=masks")
     model = small(["model=wan"])
@@ -208,7 +222,11 @@ def make_room(root, command, words):
     if command.name == "init":
         for file in ("mychar", "photos"):
             (root / f"{file}.yaml").unlink()
-    if command.name == "masks" and typed["output"] not in (typed["input"], typed.get("tool.masks")):
+    if (
+        command.name == "masks"
+        and "output" in typed
+        and typed["output"] not in (typed["input"], typed.get("tool.masks"))
+    ):
         shutil.rmtree(root / typed["output"], ignore_errors=True)
     for key, like in {"data.cache_dir": "cache/mychar", "resume": "outputs/mychar", "lora": "outputs/mychar"}.items():
         target = root / typed.get(key, like).partition("/lora")[0]
@@ -222,12 +240,15 @@ def test_what_is_typed_runs(command, workspace, small, tmp_path):
     root = tmp_path / "w"
     shutil.copytree(workspace, root)
     reasons = [reason for sign, reason in NOT_HERE.items() if re.search(sign, command.line)]
-    words = tiny(command, small)
+    words = tiny(command, small, root)
     make_room(root, command, words)
     encoded = [word for word in words if re.match(r"sampling\.|data\.preservation\.(replace|caption)=", word)]
-    if command.name == "train" and encoded:  # their embeddings are a cache's
-        more = ELLIPSIS["prepare"][1:]
-        said(root, "prepare", *more, *small(words), *TINY["prepare"], *encoded)
+    model = model_of(words, root)
+    if command.name == "train" and (encoded or model != "model=wan") and not cli.goes_on(words):
+        if model != "model=wan":  # whose cache is there
+            shutil.rmtree(root / "cache" / "mychar")
+        more = [model, *ELLIPSIS["prepare"][1:]]  # embeddings are a cache's
+        said(root, "prepare", *more, *small([model]), *TINY["prepare"], *encoded)
     alone = command.line.startswith("torchrun") or any(word.startswith("trainer.devices=") for word in words)
     if command.line.startswith("srun"):
         assert shutil.which("srun") is None  # else it runs here
