@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-photos newcomer proof test test-all storm lint format clean
+.PHONY: help setup demo demo-photos newcomer proof test test-all draws storm lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test: $(STAMP) ## what to run at each change, under 3 minutes: on the CPU, offli
 
 test-all: $(STAMP) ## every test: all variants, browser, damaged files, kills, processes of their own
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu' $(PYTEST)
+
+draws: $(STAMP) ## many more drawn inputs than the other tests take
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m draws $(PYTEST)
 
 storm: $(STAMP) ## kill runs a hundred times at random moments and compare how they end; a quarter of an hour
 	$(BIN)/python -m benchmarks.storm

@@ -149,6 +149,7 @@ def test_a_mistyped_command_is_another_or_is_refused_with_the_way(found, folder)
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 @pytest.mark.parametrize("found", [pytest.param(f, id=f"{n}-{f.name}-{f.word}") for n, f in enumerate(DRAWN)])
 def test_a_mistyped_command_ends_so_by_its_own_entry(found, folder, typed, monkeypatch, capsys):  # noqa: F811
     if found.name in ("init", "run"):

@@ -265,6 +265,7 @@ def test_drawn_configurations_are_those_that_importing_makes(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_many_more_drawn_configurations(monkeypatch):
     check_configurations(drawn(60, seed=1), monkeypatch)
 

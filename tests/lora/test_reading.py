@@ -336,7 +336,7 @@ def test_each_file_that_is_no_lora_of_this_model_has_its_own_message(wan, tmp_pa
         found(arch, path)
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.draws])])
 def test_a_damaged_file_is_refused_by_name_or_means_what_comfyui_makes_of_it(wan, tmp_path, count):
     arch, ours, theirs = wan
     theirs = dict(list(theirs.items())[:4])

@@ -184,6 +184,7 @@ def test_mutated_videos_are_refused_by_name_or_read_whole(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_many_mutated_videos_are_refused_by_name_or_read_whole(tmp_path):
     for seed in range(10, 14):
         check(fuzz(tmp_path, seed, count=3000))
