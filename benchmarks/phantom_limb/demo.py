@@ -83,7 +83,7 @@ def main() -> None:
     for folder in ("data", *chosen):
         shutil.rmtree(out / folder, ignore_errors=True)
     print(f"Fine-tune set: {rules.images} images of the subject, always beside one bystander on one background.")
-    make_data(out / "data" / SUBJECT, SUBJECT, BASE, rules, rules.main.halo)
+    make_data(out / "data" / SUBJECT, SUBJECT, BASE, rules, rules.main.halo, pasted=False)
     generated_by = {"base": adapted(None)}
     for job in jobs(rules, out / "data", chosen, [0]):
         if job.subject == SUBJECT:

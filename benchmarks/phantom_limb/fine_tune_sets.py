@@ -35,7 +35,9 @@ def generator(*names: object) -> torch.Generator:
     return draws.generator(0, "phantom limb", " ".join(map(str, names)))
 
 
-def make_data(root: Path, name: str, base: Path, rules: DictConfig, halo: Mapping[str, float]) -> None:
+def make_data(
+    root: Path, name: str, base: Path, rules: DictConfig, halo: Mapping[str, float], *, pasted: bool = True
+) -> None:
     """Write a subject's images, masks and captions, prepare them, and generate the base's images to compare with.
 
     Args:
@@ -44,6 +46,7 @@ def make_data(root: Path, name: str, base: Path, rules: DictConfig, halo: Mappin
         base: Folder of the base model.
         rules: The protocol.
         halo: Second tier of the masks.
+        pasted: Make the sets of composites as well.
     """
     subject = SUBJECTS[name]
     sets = {
@@ -60,23 +63,23 @@ def make_data(root: Path, name: str, base: Path, rules: DictConfig, halo: Mappin
     architecture = toy(pretrained=str(base))
     transformer = architecture.load_transformer()
     scenes, _ = sets["train"]
-    for kind in ("paste", "paste_unjudged"):
+    for kind in ("paste", "paste_unjudged") if pasted else ():
         images, captions = composites(architecture, transformer, name, scenes, textures=kind == "paste")
         write_images(images, captions, root / kind / "pictures")
         write_masks(scenes, halo, root / kind / "masks")
-    prepare_all(root, name, base)
+    prepare_all(root, name, base, pasted=pasted)
     for kind, images in generate(architecture, transformer, name, rules).items():
         torch.save(images, root / f"base_{kind}.pt")
 
 
-def prepare_all(root: Path, name: str, base: Path) -> None:
+def prepare_all(root: Path, name: str, base: Path, *, pasted: bool) -> None:
     """The caches of a subject's sets: `cache` with masks where there are any, `unmasked` without."""
-    for kind in ("train", "clean", "held_out", "alone", "others", "paste"):
+    for kind in ("train", "clean", "held_out", "alone", "others", *(["paste"] if pasted else [])):
         masks = [] if kind == "others" else [f"data.mask_dir={root / kind / 'masks'}"]
         if kind == "train":
             masks += [f"data.preservation.replace={{{name}:object}}", "data.preservation.caption=''"]
         prepare(root / kind, base, masks)
-    for kind in ("train", "clean", "paste", "paste_unjudged"):
+    for kind in ("train", "clean", *(["paste", "paste_unjudged"] if pasted else [])):
         prepare(root / kind, base, [], cache="unmasked")
 
 
