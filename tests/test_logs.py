@@ -6,8 +6,10 @@ import random
 import re
 import sys
 import warnings
+from io import StringIO
 
 import pytest
+from tqdm import tqdm
 
 import mpp.export
 import mpp.train
@@ -79,6 +81,26 @@ def test_quiet_says_warnings_alone(root, capsys):
         logs.log.info("on its way")
         logs.log.warning("look here")
     assert re.fullmatch(r"\S+ warning: look here\n", capsys.readouterr().out)
+
+
+def test_quiet_draws_no_bar_on_a_terminal(root, monkeypatch):
+    screen = StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert list(tqdm(range(3), disable=None, mininterval=0)) == [0, 1, 2]
+    drawn = len(screen.getvalue())
+    assert drawn > 0
+    with logs.speaking(quiet=True):
+        assert list(tqdm(range(3), disable=None, mininterval=0)) == [0, 1, 2]
+        sys.stderr.write("error: seen")
+    assert screen.getvalue()[drawn:] == "error: seen"
+
+
+def test_the_record_is_json_also_where_numbers_are_not_finite(capsys):
+    with logs.recording("train", said=True):
+        logs.record(train={"loss": float("nan")}, more=[float("inf"), 1.5])
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (found["train"], found["more"]) == ({"loss": None}, [None, 1.5])
 
 
 @pytest.mark.parametrize("words", [["lora_path=none"], ["--nonsense"], ["export.formt=kohya"], ["a.yaml"]])

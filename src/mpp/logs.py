@@ -5,11 +5,13 @@ import importlib
 import io
 import json
 import logging
+import math
 import sys
 import traceback
+import typing
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 log = logging.getLogger("mpp")
 
@@ -38,6 +40,19 @@ class Line(logging.Formatter):
 CONSOLE, FILE = Line("%H:%M:%S"), Line("%Y-%m-%d %H:%M:%S")
 
 
+class _NoTerminal:
+    """A stream that says it is no terminal, so that nobody draws bars on it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._stream, name)
+
+    def isatty(self) -> bool:
+        return False
+
+
 @contextlib.contextmanager
 def speaking(*, quiet: bool = False) -> Iterator[None]:
     """Give what is said inside its form, libraries' warnings with it; entered before these are imported.
@@ -56,7 +71,10 @@ def speaking(*, quiet: bool = False) -> Iterator[None]:
             handler.setFormatter(CONSOLE)
             handler.setLevel(logging.WARNING if quiet else logging.INFO)
     try:
-        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+        with contextlib.ExitStack() as silent:
+            if quiet:
+                silent.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                silent.enter_context(contextlib.redirect_stderr(typing.cast(TextIO, _NoTerminal(sys.stderr))))
             yield
     except Exception as error:
         if not isinstance(error, ValueError | OSError):
@@ -123,5 +141,15 @@ def recording(command: str, *, said: bool) -> Iterator[None]:
         raise
     finally:
         if said:
-            sys.stdout.write(f"{json.dumps({'command': command, 'exit_code': code, **_record})}\n")
+            found = _strict({"command": command, "exit_code": code, **_record})
+            sys.stdout.write(f"{json.dumps(found, allow_nan=False)}\n")
             sys.stdout.flush()
+
+
+def _strict(value: Any) -> Any:  # noqa: ANN401
+    """Values as JSON has them, which knows no NaN and no infinity: null instead."""
+    if isinstance(value, dict):
+        return {name: _strict(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

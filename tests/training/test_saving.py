@@ -75,7 +75,7 @@ def test_the_best_lora_is_that_of_the_lowest_validation_also_after_a_resume(pipe
     ("setting", "said"),
     [
         ("monitor=val/los", "callbacks.checkpoints.monitor must be one of val/loss, val/target_loss"),
-        ("monitor=val/loss", "there are no validation samples; set data.val_fraction=0.1"),
+        ("monitor=val/loss", "there are no validation samples, or trainer.limit_val_batches=0 leaves them out"),
         ("keep_last=0", "callbacks.checkpoints.keep_last must be at least 1, got 0"),
         ("every_n_epochs=0", "callbacks.checkpoints.every_n_epochs must be at least 1, got 0"),
     ],

@@ -99,10 +99,11 @@ class Checkpoints(Checkpoint):
             ValueError: A thumbnail of samples without prompts; the best validation without any.
         """
         del pl_module, stage
-        if self.monitor is not None and not trainer.datamodule.val_entries:
+        if self.monitor is not None and trainer.limit_val_batches == 0:
             raise ValueError(
-                f"callbacks.checkpoints.monitor={self.monitor}: there are no validation samples; set "
-                "data.val_fraction=0.1, say, or prepare some with data.val_image_dir"
+                f"callbacks.checkpoints.monitor={self.monitor}: there are no validation samples, or "
+                "trainer.limit_val_batches=0 leaves them out; set data.val_fraction=0.1, say, or prepare some with "
+                "data.val_image_dir"
             )
         generations = [callback for callback in trainer.callbacks if isinstance(callback, Generations)]
         if self.exports.metadata.thumbnail is True and not any(found.prompts.lines for found in generations):
