@@ -19,10 +19,10 @@ TRAIN = [
 ]
 
 
-def run(module, *arguments, cwd):
+def run(module, *arguments, cwd, path=REPOSITORY / "src"):
     command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(cwd), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(REPOSITORY / "src")
+    environment["PYTHONPATH"] = str(path)
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
