@@ -69,6 +69,7 @@ def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         val_sigmas=cfg.val_sigmas,
         gradient_checkpointing=cfg.gradient_checkpointing,
         compile_blocks=cfg.compile,
+        memory=build(cfg.memory),
         provenance=settings,
         followers=followers(cfg),
         renew_rates=resumption is not None and resumption.decisions.renew_rates,

@@ -27,6 +27,7 @@ def run(cfg: DictConfig) -> list[Path]:
     adopt()
     check_config(cfg)
     architecture, prompts, device = build(cfg.model), build(cfg.sampling), device_of(cfg.device)
+    memory = build(cfg.memory)
     if not prompts.lines:
         raise ValueError("sampling.prompts is empty; give one, e.g. sampling.prompts='a photo of ohwx'")
     architecture.check()
@@ -40,7 +41,7 @@ def run(cfg: DictConfig) -> list[Path]:
     cache = Cache(folder / "embeddings")
     prompts.encode(architecture, encoders, cache, architecture.identity(fetch=True))
     encoders.release()
-    transformer = load_base(architecture)
+    transformer = load_base(architecture, memory.base)
     loras.attach(dict(parts_of(transformer)))
     transformer.to(device).eval()
     kind = torch.device(device).type

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mpp.lora.adapters import ADAPTER
+from mpp.memory.bases import dequantise
 
 PREFIX = "transformer."
 _TENSOR = re.compile(r"(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector|lokr_[a-z0-9_]+|hada_[a-z0-9_]+)")
@@ -49,6 +50,13 @@ class LoraFile:
     def adapter_alone(self) -> "LoraFile":
         """Without the differences of whole weights."""
         return replace(self, differences={})
+
+    def within(self, owned: Callable[[str], bool]) -> "LoraFile":
+        """What it has for some of the tensors, by whether their names are owned."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if owned(name)}
+        described = {**self.described, "target_modules": sorted(_by_module(tensors))}
+        differences = {name: tensor for name, tensor in self.differences.items() if owned(name)}
+        return replace(self, tensors=tensors, differences=differences, described=described)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -158,8 +166,10 @@ def _misfit(transformer: nn.Module, lora: LoraFile) -> str:
             return f"the two products of its LoHa of {name} have different sizes"
         if weight is None:
             return f"its {name} is no layer with weights"
-        if weight.ndim == 2 and shape is not None and tuple(weight.shape) != shape:
-            return f"its {name} is {tuple(weight.shape)}, the LoRA's {shape}"
+        is_linear = isinstance(modules[name], nn.Linear)  # whose weight may be packed
+        size = (modules[name].out_features, modules[name].in_features) if is_linear else tuple(weight.shape)
+        if len(size) == 2 and shape is not None and size != shape:
+            return f"its {name} is {size}, the LoRA's {shape}"
     return ""
 
 
@@ -217,7 +227,7 @@ def _by_norms(factors: Mapping[str, Tensor], layer: BaseTunerLayer) -> dict[str,
     magnitude = factors.get(_MAGNITUDE)
     if magnitude is None:
         return dict(factors)
-    base = layer.get_base_layer().weight.detach().float()
+    base = dequantise(layer.get_base_layer()).float()
     down, up = (factors[name].to(base.device, torch.float32) for name in ("lora_A.weight", "lora_B.weight"))
     adapted = base + float(layer.scaling[ADAPTER]) * (up @ down)
     scale = magnitude.to(base.device, torch.float32).flatten() * base.norm(dim=1) / adapted.norm(dim=1)
@@ -231,7 +241,7 @@ def merge(transformer: nn.Module) -> None:
     Computed in float32 and rounded to the weight's dtype once, one layer at a time.
 
     Raises:
-        ValueError: A merged weight is not finite.
+        ValueError: A merged weight is not finite, or quantised.
     """
     for layer in [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]:
         base = layer.get_base_layer()

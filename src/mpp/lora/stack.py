@@ -1,9 +1,10 @@
 """Several LoRAs over a base, each with a strength: as adapters for samples, or merged into a base to train on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -11,6 +12,7 @@ from mpp.files import content_hash
 from mpp.lora.adapters import ADAPTER
 from mpp.lora.files import LoraFile, attach, merge
 from mpp.lora.reading import asked, find_loras
+from mpp.memory.bases import quantise
 from mpp.models.contract import Architecture
 from mpp.models.experts import parts_of
 
@@ -73,10 +75,27 @@ class Stack:
         """
         for found, strength in self.loras:
             for part, lora in found.items():
+                if part not in parts:
+                    continue
                 _add_differences(parts[part], lora, strength)
                 if lora.tensors:
                     attach(parts[part], lora.adapter_alone(), strength=strength)
                     merge(parts[part])
+
+    def within(self, owned: Callable[[str], bool]) -> "Stack":
+        """What they have for some of the tensors: those whose names, beginning with the part's, are owned."""
+        return Stack(
+            tuple(
+                (
+                    {
+                        part: lora.within(lambda name, part=part: owned(_in_part(part, name)))
+                        for part, lora in f.items()
+                    },
+                    s,
+                )
+                for f, s in self.loras
+            )
+        )
 
     def fingerprint(self) -> str:
         """What tells one stack from another, whatever the files are called."""
@@ -100,16 +119,56 @@ def _add_differences(transformer: nn.Module, lora: LoraFile, strength: float) ->
             weight.copy_(weight.float() + strength * difference.to(weight.device))
 
 
-def load_base(architecture: Architecture) -> nn.Module:
+def load_base(architecture: Architecture, base: str = "bf16") -> nn.Module:
     """The frozen transformer with the LoRAs that belong to it (`model.loras`) in its weights.
 
+    A quantised one is made block by block: read, LoRAs merged in `model.dtype`, quantised.
+
+    Args:
+        architecture: The family.
+        base: As `memory.base`.
+
     Raises:
-        ValueError: One of them does not fit.
+        ValueError: One of the LoRAs does not fit.
     """
-    transformer = architecture.load_transformer()
-    parts = dict(parts_of(transformer))
-    Stack.read(architecture.loras, architecture, parts).merge(parts)
+    if base == "bf16":
+        transformer = architecture.load_transformer()
+        parts = dict(parts_of(transformer))
+        Stack.read(architecture.loras, architecture, parts).merge(parts)
+        return transformer.requires_grad_(False)
+    skeleton = architecture.skeleton()
+    names = [name for name, _ in architecture.quantisable(skeleton)]
+    blocks = [f"{name}." for name, _ in architecture.blocks(skeleton)]
+    stack = Stack.read(architecture.loras, architecture, dict(parts_of(skeleton)))
+
+    def ready(block_name: str, block: nn.Module) -> None:
+        inside = f"{block_name}."
+        part = next((part for part, _ in parts_of(skeleton) if part and inside.startswith(f"{part}.")), "")
+        stack.within(lambda name: name.startswith(inside)).merge({part: _holding(block_name, part, block)})
+        quantise(block, [name.removeprefix(inside) for name in names if name.startswith(inside)], base)
+
+    transformer = architecture.load_transformer(ready)
+    stack.within(lambda name: not name.startswith(tuple(blocks))).merge(dict(parts_of(transformer)))
     return transformer.requires_grad_(False)
+
+
+class _Holder(nn.Module, PeftAdapterMixin):
+    """What PEFT and diffusers take for a transformer."""
+
+
+def _holding(name: str, part: str, block: nn.Module) -> nn.Module:
+    """A block by itself under the name that it has in its transformer."""
+    holder = inner = _Holder()
+    *path, last = name.removeprefix(f"{part}.").split(".")
+    for step in path:
+        inner.add_module(step, nn.Module())
+        inner = inner.get_submodule(step)
+    inner.add_module(last, block)
+    return holder
+
+
+def _in_part(part: str, name: str) -> str:
+    return f"{part}.{name}" if part else name
 
 
 def base_fingerprint(architecture: Architecture) -> str | None:

@@ -1,7 +1,8 @@
 """The contract of a DiT family: all that the rest of mpp knows about a model."""
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Protocol, runtime_checkable
@@ -214,6 +215,9 @@ class ModelId:
     version: str
 
 
+Ready = Callable[[str, nn.Module], None]
+
+
 @dataclass(kw_only=True, eq=False)
 class Architecture(ABC):
     """What mpp needs to know about a DiT family: its settings, what follows from them, and what it does.
@@ -241,6 +245,8 @@ class Architecture(ABC):
         folders: Folder of each transformer in its diffusers pipeline, by expert; a lone transformer is called `""`.
         native: How the original implementation names the modules; () where they have diffusers' names.
         named_by: How programs name them in LoRA files that name them otherwise than the original, by the format.
+        unquantised: Regexes on the names of linear layers in its blocks that are never quantised: modulation, and
+            layers of embedders.
         guidance_scale: Guidance that samples are generated with unless told otherwise.
         steps: Sampling steps unless told otherwise.
         fps: Frames per second of the clips that it was trained on; None for models of images.
@@ -263,6 +269,7 @@ class Architecture(ABC):
     folders = MappingProxyType({"": "transformer"})
     native = ()
     named_by: ClassVar[Mapping[str, Names]] = MappingProxyType({})
+    unquantised: ClassVar[Sequence[str]] = ()
     guidance_scale = 1.0
     steps = 30
     fps = None
@@ -295,8 +302,13 @@ class Architecture(ABC):
         """Fingerprints of the weights. `fetch` downloads VAE and text encoder where they are on a hub."""
 
     @abstractmethod
-    def load_transformer(self) -> nn.Module:
-        """The frozen transformer, a diffusers model, or `Experts` that hold several."""
+    def load_transformer(self, ready: Ready | None = None) -> nn.Module:
+        """The frozen transformer, a diffusers model, or `Experts` that hold several.
+
+        Args:
+            ready: Called with the name of each block in the transformer, and the block, as soon as its weights are
+                there, and before those of the next one are.
+        """
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
@@ -309,6 +321,13 @@ class Architecture(ABC):
         """
         for part, model in parts_of(transformer):
             yield from _blocks(model, f"{part}." if part else "")
+
+    def quantisable(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+        """The linear layers that a quantised base has in fewer bits, and their names in the transformer."""
+        for block_name, block in self.blocks(transformer):
+            for name, module in block.named_modules(prefix=block_name):
+                if isinstance(module, nn.Linear) and not any(re.search(p, name) for p in self.unquantised):
+                    yield name, module
 
     @abstractmethod
     def load_encoders(self, device: torch.device | str) -> Encoders:

@@ -130,6 +130,11 @@ def parts_of(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield "", transformer
 
 
+def below(part: str, ready: Callable[[str, nn.Module], None] | None) -> Callable[[str, nn.Module], None] | None:
+    """What waits for the blocks of all experts, as what waits for those of one; names begin with the expert's."""
+    return None if ready is None else lambda name, block: ready(f"{part}.{name}", block)
+
+
 def _move(expert: nn.Module, device: torch.device) -> None:
     # Waits for the copy: a copy to the CPU that does not would be pinned, rounded up to powers of two, and unfinished.
     for parameter in expert.parameters():

@@ -25,7 +25,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from mpp.files import weights_fingerprint
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Architecture, Generation, Identity, Prompt
+from mpp.models.contract import Architecture, Generation, Identity, Prompt, Ready
+from mpp.models.filling import fill, folder_state
 from mpp.models.single_file import SingleFile
 from mpp.models.text_limit import TextLimit
 from mpp.models.weights import (
@@ -147,19 +148,25 @@ class Family(Architecture):
         text = None if None in parts else "+".join(parts)
         return Identity(transformer, component_fingerprint(self.vae, "vae", "model.vae", fetch=fetch), text)
 
-    def load_transformer(self) -> nn.Module:
+    def load_transformer(self, ready: Ready | None = None) -> nn.Module:
         """The frozen transformer in `dtype`."""
-        return self.load_part(self.folders[""])
+        return self.load_part(self.folders[""], ready)
 
-    def load_part(self, subfolder: str) -> nn.Module:
-        """One frozen transformer in `dtype`."""
+    def load_part(self, subfolder: str, ready: Ready | None = None) -> nn.Module:
+        """One frozen transformer in `dtype`; its blocks one after the other where somebody waits for them."""
         file, size = self._file(), count_of(sum(p.numel() for p in self.skeleton().parameters()))
         folder = resolve_folder(self.pretrained, subfolder, "model.pretrained") if file is None else None
         with announced(f"{subfolder} ({size}, {self.dtype})"):
-            if folder is not None:
+            if file is not None:
+                transformer = self.single_file.load(
+                    file, self.transformer_class, DTYPES[self.dtype], blocks=self.blocks, ready=ready
+                )
+            elif ready is None:
                 transformer = self.transformer_class.from_pretrained(folder, torch_dtype=DTYPES[self.dtype])
             else:
-                transformer = self.single_file.load(file, self.transformer_class, DTYPES[self.dtype])
+                option, transformer = f"model.pretrained={self.pretrained}", self.skeleton()
+                state = folder_state(folder, option)
+                fill(transformer, state, DTYPES[self.dtype], option, blocks=self.blocks(transformer), ready=ready)
         return transformer.requires_grad_(False)
 
     def skeleton(self) -> nn.Module:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
 from mpp.core.flow import LinearShift, SigmaLaw
-from mpp.models.contract import LatentSpec
+from mpp.models.contract import LatentSpec, Ready
 from mpp.models.family import DTYPES, DType, Family, FamilyEncoders
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 from mpp.models.text_limit import TextLimit, before_caption
@@ -92,6 +92,7 @@ class QwenFamily(Family):
 
     transformer_class = QwenImageTransformer2DModel
     single_file = original_file()
+    unquantised = (r"\.(img|txt)_mod\.",)
     guidance_scale = 4.0
     steps = 50
 
@@ -101,12 +102,12 @@ class QwenFamily(Family):
         if not 1 <= self.text_length <= LONGEST:
             raise ValueError(f"model.text_length must be in 1 to {LONGEST}, got {self.text_length}")
 
-    def load_part(self, subfolder: str) -> nn.Module:
+    def load_part(self, subfolder: str, ready: Ready | None = None) -> nn.Module:
         """One frozen transformer in `dtype`, whose rotary tables are fit for training whoever asks for them first.
 
         diffusers caches them for good; tables made in inference mode, as while validating, can never be trained with.
         """
-        transformer = super().load_part(subfolder)
+        transformer = super().load_part(subfolder, ready)
         transformer.pos_embed.forward = torch.inference_mode(mode=False)(transformer.pos_embed.forward)
         return transformer
 

@@ -1,7 +1,6 @@
 """Original-format files of a transformer: what they hold, and how they become diffusers' state."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,10 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from mpp.models.contract import Ready
+from mpp.models.filling import fill
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 _SCALES = ("scale_weight", "weight_scale", "scaled_fp8")
@@ -49,8 +51,23 @@ class SingleFile:
             raise ValueError(f"model.pretrained={file}: {error}") from error
         return {"_class_name": kind, **config}
 
-    def load(self, file: Path, kind: type[ModelMixin], dtype: torch.dtype) -> ModelMixin:
+    def load(
+        self,
+        file: Path,
+        kind: type[ModelMixin],
+        dtype: torch.dtype,
+        *,
+        blocks: Callable[[nn.Module], Iterable[tuple[str, nn.Module]]] = lambda _: (),
+        ready: Ready | None = None,
+    ) -> ModelMixin:
         """The transformer with a file's weights in `dtype`, as `from_pretrained` would give it.
+
+        Args:
+            file: Of original or diffusers' names.
+            kind: The transformer's class.
+            dtype: Of the weights.
+            blocks: Gives its blocks and their names.
+            ready: As `Architecture.load_transformer` takes it.
 
         Raises:
             ValueError: The file holds no such transformer, or lacks tensors, or has others.
@@ -61,27 +78,7 @@ class SingleFile:
             state = self.convert(state)
         with init_empty_weights():
             transformer = kind.from_config(config)
-        missing, extra = transformer.load_state_dict(state, strict=False, assign=True)
-        extra = [name for name in extra if not any(re.search(pattern, name) for pattern in _needless(kind))]
-        if missing or extra:
-            raise ValueError(
-                f"model.pretrained={file} lacks {len(missing)} tensors of a {kind.__name__} and has {len(extra)} "
-                f"others, such as {(missing + extra)[0]}"
-            )
-        for name, parameter in transformer.named_parameters():
-            exact = any(part in name for part in _exact(kind))
-            parameter.data = parameter.data.to(torch.float32 if exact else dtype)
-        return transformer.eval()
-
-
-def _needless(kind: type[ModelMixin]) -> Sequence[str]:
-    """Patterns of tensors that diffusers' `from_pretrained` passes over."""
-    return kind._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001
-
-
-def _exact(kind: type[ModelMixin]) -> Sequence[str]:
-    """Parts of names of tensors that diffusers' `from_pretrained` keeps in float32."""
-    return kind._keep_in_fp32_modules or ()  # noqa: SLF001
+        return fill(transformer, state, dtype, f"model.pretrained={file}", blocks=blocks(transformer), ready=ready)
 
 
 def count_blocks(shapes: Shapes, prefix: str) -> int:

@@ -17,9 +17,10 @@ from mpp import __version__
 from mpp.batching.batch import Batch
 from mpp.batching.datamodule import LatentDataModule
 from mpp.core.loss import LossSums, MaskedPriorLoss
-from mpp.lora.adapters import Adapter, adapter_state, inject, load_adapter_state
+from mpp.lora.adapters import LYCORIS, Adapter, adapter_state, inject, load_adapter_state
 from mpp.lora.stack import base_fingerprint, load_base
 from mpp.lora.starting import Start
+from mpp.memory.settings import Memory
 from mpp.models.contract import Architecture
 from mpp.training import metrics
 from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, settled
@@ -47,6 +48,7 @@ class MaskedPriorModule(LightningModule):
         val_sigmas: Noise levels of validation; None: four quantiles of the architecture's law.
         gradient_checkpointing: Recompute activations in the backward pass.
         compile_blocks: `torch.compile` the transformer's repeated blocks.
+        memory: How it fits; None: an unquantised base.
         provenance: Resolved configuration, for checkpoints and LoRA files.
         followers: Settings of it that followed from others, by key, for runs that go on from its checkpoints.
         renew_rates: When going on, begin with the learning rate of `optimizer` and `schedule`, not the checkpoint's.
@@ -70,6 +72,7 @@ class MaskedPriorModule(LightningModule):
         val_sigmas: Sequence[float] | None = None,
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
+        memory: Memory | None = None,
         provenance: Mapping[str, object] | None = None,
         followers: Mapping[str, str] | None = None,
         renew_rates: bool = False,
@@ -88,6 +91,12 @@ class MaskedPriorModule(LightningModule):
             raise ValueError(
                 f"compile=true does not go with lora.dropout={adapter.dropout} of lora={adapter.kind}, which drops "
                 "whole updates; set lora.dropout=0"
+            )
+        self.memory = memory or Memory()
+        if self.memory.base == "nf4" and adapter.kind in LYCORIS:
+            raise ValueError(
+                f"memory.base=nf4 does not go with lora={adapter.kind}, which PEFT shapes after a packed weight; take "
+                "memory.base=fp8 or int8, or lora=lora"
             )
         if val_sigmas is not None and not all(0 <= sigma <= 1 for sigma in val_sigmas):
             raise ValueError(f"val_sigmas must lie in [0, 1], got {list(val_sigmas)}")
@@ -137,7 +146,7 @@ class MaskedPriorModule(LightningModule):
         """
         if self.transformer is not None:
             return
-        transformer = load_base(self.architecture)
+        transformer = load_base(self.architecture, self.memory.base)
         inject(transformer, self.adapter, self.architecture.lora_targets, seed=self.seed)
         if self.start is not None:
             self.start.fill(transformer)

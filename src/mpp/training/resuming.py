@@ -66,6 +66,8 @@ RULES = (  # the first that covers a key holds
     Rule("seed data.seed", "refused", "noise, sigma, order and split would be others"),
     Rule("model model.*", "refused", "another base, or another law of its noise: the adapter would learn to correct "
          "something else"),
+    Rule("memory memory._target_ memory.base", "refused",
+         "the adapter learned on a base in other bits; a new run takes the LoRA by lora.init"),
     Rule("lora lora.*", "refused", "the checkpoint's tensors are this adapter's, at this scale"),
     Rule("loss loss.* teacher teacher.*", "refused", "the optimizer's state belongs to gradients of this loss"),
     Rule("optimizer optimizer.*", "refused", "its state and settings lie in the checkpoint and would win in silence"),

@@ -170,6 +170,7 @@ class Flux(Family):
     conditioning = FluxConditioning
     transformer_class = FluxTransformer2DModel
     single_file = SingleFile("double_blocks.0.img_attn.qkv.weight", _config, _convert)
+    unquantised = (r"\.norm(1|1_context)?\.linear$",)
     text_components = ("text_encoder", "text_encoder_2")
     guidance_scale = 3.5  # FluxPipeline.__call__
     steps = 28

@@ -157,6 +157,7 @@ class HunyuanVideo(Family):
     model_id = ModelId("hunyuan-video", "https://github.com/Tencent/HunyuanVideo", "hunyuan_video")
     conditioning = HunyuanVideoConditioning
     transformer_class = HunyuanVideoTransformer3DModel
+    unquantised = (r"\.norm(1|1_context)?\.linear$", r"^context_embedder\.")
     text_components = ("text_encoder", "text_encoder_2")
     cached_settings = ()
     steps = 50

@@ -131,6 +131,7 @@ class HunyuanVideo15(Family):
     model_id = ModelId("hunyuan-video-1.5", "https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5", "hunyuan_video_1_5")
     conditioning = HunyuanVideo15Conditioning
     transformer_class = HunyuanVideo15Transformer3DModel
+    unquantised = (r"\.norm(1|1_context)\.linear$", r"^context_embedder\.")
     text_components = ("text_encoder", "text_encoder_2")
     cached_settings = ()
     guidance_scale = 6.0  # scripts/convert_hunyuan_video1_5_to_diffusers.py saves it as the pipeline's guider

@@ -73,6 +73,7 @@ class Kandinsky5(Family):
     model_id = ModelId("Kandinsky-5", "https://github.com/kandinskylab/kandinsky-5", "kandinsky5")
     conditioning = Kandinsky5Conditioning
     transformer_class = Kandinsky5Transformer3DModel
+    unquantised = (r"_modulation\.",)
     text_components = ("text_encoder", "text_encoder_2")
     guidance_scale = 5.0  # Kandinsky5T2VPipeline.__call__
     steps = 50

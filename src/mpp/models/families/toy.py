@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Conditioning, Tensors
-from mpp.models.contract import Architecture, Generation, Identity, LatentSpec, ModelId, Prompt
+from mpp.models.contract import Architecture, Generation, Identity, LatentSpec, ModelId, Prompt, Ready
+from mpp.models.filling import fill, folder_state
 from mpp.models.padding import pad_text
 from mpp.models.weights import fingerprint_if_present, resolve_folder
 
@@ -95,10 +96,12 @@ class Toy(Architecture):
         stride = self.latents.spatial_stride
         return Identity(transformer, f"pixel_unshuffle-{stride}", f"words-shake256-{self.text_dim}")
 
-    def load_transformer(self) -> WanTransformer3DModel:
+    def load_transformer(self, ready: Ready | None = None) -> WanTransformer3DModel:
         """The frozen transformer in float32."""
-        folder = resolve_folder(self.pretrained, "transformer", "model.pretrained")
-        return WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
+        option, transformer = f"model.pretrained={self.pretrained}", self.skeleton()
+        state = folder_state(resolve_folder(self.pretrained, "transformer", "model.pretrained"), option)
+        fill(transformer, state, torch.float32, option, blocks=self.blocks(transformer), ready=ready)
+        return transformer.requires_grad_(False)
 
     def skeleton(self) -> WanTransformer3DModel:
         """The transformer without weights, on the meta device."""

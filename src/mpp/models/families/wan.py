@@ -22,8 +22,8 @@ from transformers import AutoImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from mpp.core.flow import SigmaLaw
 from mpp.models.conditioning import Tensors
-from mpp.models.contract import Generation, Identity, ImageInputs, LatentSpec, ModelId, Prompt
-from mpp.models.experts import Experts
+from mpp.models.contract import Generation, Identity, ImageInputs, LatentSpec, ModelId, Prompt, Ready
+from mpp.models.experts import Experts, below
 from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_text
 from mpp.models.single_file import SingleFile
@@ -169,12 +169,14 @@ class Wan(Family):
         found = [part.transformer for part in parts.values()]
         return replace(parts["high"], transformer=None if None in found else "+".join(found))
 
-    def load_transformer(self) -> nn.Module:
+    def load_transformer(self, ready: Ready | None = None) -> nn.Module:
         """The frozen transformer, or both."""
         if self.expert != "both":
-            return super().load_transformer()
-        parts = {name: expert.load_transformer() for name, expert in self._experts().items()}
-        return Experts(parts, offload=self.offload)
+            return super().load_transformer(ready)
+        return Experts(
+            {name: expert.load_transformer(below(name, ready)) for name, expert in self._experts().items()},
+            offload=self.offload,
+        )
 
     def skeleton(self) -> nn.Module:
         """The same without weights, on the meta device."""
