@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mpp.memory import nf4, scaled
+from mpp.memory.linear import QuantisedLinear
 
 Base = Literal["bf16", "fp8", "int8", "nf4"]
 QUANTISED = ("fp8", "int8", "nf4")
@@ -50,13 +51,9 @@ def _quantised(linear: nn.Linear, base: str) -> nn.Linear:
 
 def dequantise(linear: nn.Linear) -> Tensor:
     """A linear layer's weight, (out, in), in the precision that it computes in; as it is where it is not quantised."""
-    if isinstance(linear, scaled.ScaledLinear):
-        return linear.dequantize()
-    if hasattr(linear.weight, "quant_state"):
-        return nf4.dequantised(linear)
-    return linear.weight.detach()
+    return linear.dequantize() if isinstance(linear, QuantisedLinear) else linear.weight.detach()
 
 
 def is_quantised(linear: nn.Module) -> bool:
     """Whether a layer is one that `quantise` makes."""
-    return isinstance(linear, scaled.ScaledLinear) or getattr(linear.weight, "quant_state", None) is not None
+    return isinstance(linear, QuantisedLinear)

@@ -1,36 +1,49 @@
-"""Linear layers in 4 bits by bitsandbytes: NF4 of Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), blocks of 64."""
+"""Frozen linear layers in 4 bits: NF4 of Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), by bitsandbytes' kernels.
+
+Its own `Linear4bit` is not used: it keeps scales where nothing that moves a model finds them, computes
+in another precision than autocast's, and on some CPUs repacks the weight for inference so that no gradient passes it.
+"""
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from mpp.memory.linear import QuantisedLinear, Unpack
 
-def quantised(linear: nn.Linear) -> nn.Linear:
-    """A linear layer as bitsandbytes' `Linear4bit`, quantised where its weight lies.
+BLOCK = 64  # weights with a scale of their own
+
+
+class Nf4Linear(QuantisedLinear):
+    """A linear layer whose weight is 4-bit numbers, each standing for one of 16, and a scale for every 64 of them.
 
     Args:
-        linear: In float32, bfloat16 or float16, in which it computes.
+        packed: Two numbers a byte.
+        scale: (out * in / 64,) float32, largest magnitude of each 64 numbers in a row-major weight.
+        bias: (out,) in `dtype`, or None.
+        features: Output and input features.
+        dtype: Of the weight in computations outside autocast.
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: PLC0415 (an extra)
 
-    weight, bias = linear.weight.detach(), linear.bias
-    with torch.device("meta"):
-        made = Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=bias is not None,
-            compute_dtype=weight.dtype,
-            compress_statistics=False,
-            quant_type="nf4",
-        )
-    made.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=made)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    made.weight = made.weight.to(weight.device)  # which quantises it
-    return made
+    def unpacked(self) -> Unpack:
+        """As `QuantisedLinear` says."""
+        return partial(_dequantise, (self.out_features, self.in_features))
 
 
-def dequantised(linear: nn.Linear) -> Tensor:
-    """The weight of such a layer, (out, in), in the precision that it computes in."""
-    from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 (an extra)
+def _dequantise(features: tuple[int, int], weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    operation = torch.ops.bitsandbytes.dequantize_4bit.default
+    return operation(weight.view(torch.uint8), scale, BLOCK, "nf4", features, dtype)
 
-    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+
+def quantised(linear: nn.Linear) -> Nf4Linear:
+    """A linear layer's weight in NF4.
+
+    Args:
+        linear: In float32, bfloat16 or float16; may lie on the meta device.
+    """
+    import bitsandbytes  # noqa: F401, PLC0415 (an extra; it registers the operations)
+
+    weight = linear.weight.detach().contiguous()
+    packed, scale = torch.ops.bitsandbytes.quantize_4bit.default(weight, BLOCK, "nf4", torch.uint8)
+    bias, features = None if linear.bias is None else linear.bias.detach(), (linear.out_features, linear.in_features)
+    return Nf4Linear(packed.view(torch.int8), scale, bias, features=features, dtype=weight.dtype)
