@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpp.memory.linear import QuantisedLinear, Unpack
 
 BLOCK = 64  # weights with a scale of their own
+_ROWS = 4 * BLOCK  # quantised at once, so that they end with a block: on the CPU it makes 16 copies of them
 
 
 class Nf4Linear(QuantisedLinear):
@@ -43,7 +44,8 @@ def quantised(linear: nn.Linear) -> Nf4Linear:
     """
     import bitsandbytes  # noqa: F401, PLC0415 (an extra; it registers the operations)
 
-    weight = linear.weight.detach().contiguous()
-    packed, scale = torch.ops.bitsandbytes.quantize_4bit.default(weight, BLOCK, "nf4", torch.uint8)
+    weight, operation = linear.weight.detach().contiguous(), torch.ops.bitsandbytes.quantize_4bit.default
+    parts = [operation(rows, BLOCK, "nf4", torch.uint8) for rows in weight.split(_ROWS)]
+    packed, scale = torch.cat([part for part, _ in parts]), torch.cat([scale for _, scale in parts])
     bias, features = None if linear.bias is None else linear.bias.detach(), (linear.out_features, linear.in_features)
     return Nf4Linear(packed.view(torch.int8), scale, bias, features=features, dtype=weight.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mpp.memory.linear import QuantisedLinear, Unpack
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
+_ROWS = 512  # quantised at once, so that float32 copies stay small
 _ROUNDED = {FP8: torch.finfo(FP8).max, INT8: 127.0}  # what the largest number of a row becomes
 
 
@@ -49,9 +50,11 @@ def scaled(linear: nn.Linear, format: torch.dtype) -> ScaledLinear:
         format: `FP8` or `INT8`.
     """
     weight, most = linear.weight.detach(), _ROUNDED[format]
-    scale = (weight.abs().amax(dim=1, keepdim=True).float() / most).to(weight.dtype)
-    scale = torch.where(scale > 0, scale, 1)
-    numbers = (weight.float() / scale.float()).clamp(-most, most)
-    numbers = numbers.round() if format == INT8 else numbers
+    numbers, scales = torch.empty_like(weight, dtype=format), []
+    for rows, kept in zip(weight.split(_ROWS), numbers.split(_ROWS), strict=True):
+        scale = (rows.abs().amax(dim=1, keepdim=True).float() / most).to(weight.dtype)
+        scales.append(torch.where(scale > 0, scale, 1))
+        fractions = (rows.float() / scales[-1].float()).clamp_(-most, most)
+        kept.copy_(fractions.round_() if format == INT8 else fractions)
     bias = None if linear.bias is None else linear.bias.detach()
-    return ScaledLinear(numbers.to(format), scale, bias, weight.dtype)
+    return ScaledLinear(numbers, torch.cat(scales), bias, weight.dtype)
