@@ -1,9 +1,12 @@
 """Shape checks on, one thread, a tiny pipeline and a tiny cache."""
 
 import gc
+import importlib
 import logging
 import os
+import sys
 from functools import partial
+from importlib.abc import MetaPathFinder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,10 +15,21 @@ from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 (the hook looks it up by name)
 
-install_import_hook(
-    ["mpp.core", "mpp.models", "mpp.lora", "mpp.sampling.generation", "mpp.training.step", "mpp.training.teacher"],
-    "tests.typecheck.checked",
-)
+CHECKED = ["mpp.core", "mpp.models", "mpp.lora", "mpp.sampling.generation", "mpp.training.step", "mpp.training.teacher"]
+install_import_hook(CHECKED, "tests.typecheck.checked")
+
+
+class _PackagesFirst(MetaPathFinder):
+    """Imports packages before a checked module does: what comes in under the hook is compiled anew, all of it."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname in CHECKED:
+            for package in ("torch",) if fullname == "mpp.core" else ("lightning.pytorch", "diffusers", "peft"):
+                importlib.import_module(package)
+
+
+sys.meta_path.insert(0, _PackagesFirst())
+gc.disable()  # importing makes millions of small objects, which all stay
 
 import pytest
 
@@ -27,6 +41,7 @@ def pytest_collection_finish():
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
