@@ -9,7 +9,10 @@ from pathlib import Path
 import jaxtyping
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors import safe_open
 
@@ -29,6 +32,7 @@ QUIET = ["trainer.enable_progress_bar=false"]
 
 
 PLAIN = ["callbacks.report.pictures=0", "callbacks.page=null"]  # which are a third of a short run
+_SETTING = re.compile(r"(?!hydra\.|.*_target_=)(output_dir|\w+(\.\w+)+)=")  # a setting; no group, and not its class
 _SHOWN = re.compile(r"~?callbacks\.(report|page)|resume=|ckpt_path=")  # whoever types these gets both
 
 
@@ -47,18 +51,32 @@ def unchecked_error(call: Callable[..., object], *arguments, **settings) -> str:
 def config(name, overrides):
     """A composed configuration, as the command line makes it; preparing without worker processes of its own.
 
-    Composing takes longer than many a test, so it is done once for all that differ in absolute paths alone.
+    Composing takes longer than many a test, so it is done once for all that differ in plain settings alone: these are
+    put into a copy, by the function that does so while composing.
     """
-    overrides = cli.overrides(name, ["prepare.workers=0", *overrides] if name == "prepare" else overrides)
-    if any(override.startswith(("resume=", "ckpt_path=")) for override in overrides):
-        return compose(name, overrides)  # what is composed lies in a file
-    last = dict(override.partition("=")[::2] for override in overrides)
-    last = {key: value.strip('"') for key, value in last.items() if key.replace(".", "").isidentifier()}
-    paths = {key: value for key, value in last.items() if value.startswith("/")}
-    composed = deepcopy(_composed(name, *(o for o in overrides if o.partition("=")[0] not in paths)))
-    for key, value in paths.items():
-        OmegaConf.update(composed, key, value)
+    words = cli.overrides(name, ["prepare.workers=0", *overrides] if name == "prepare" else overrides)
+    if any(word.startswith(("resume=", "ckpt_path=")) for word in words):
+        return compose(name, words)  # what is composed lies in a file
+    plain = [word for word in words if _SETTING.match(word)]
+    try:
+        composed = deepcopy(_composed(name, *(word for word in words if word not in plain)))
+        typed = OverridesParser.create().parse_overrides(plain)
+    except (HydraException, ValueError):  # of all words together, more may be said
+        return compose(name, words)
+    if not all(_is_checked_later(override, composed) for override in typed):
+        return compose(name, words)
+    ConfigLoaderImpl._apply_overrides_to_config(typed, composed)
     return composed
+
+
+def _is_checked_later(override, composed):
+    """Whether nothing is said while composing of what is typed: it is of a class, or a value in place of another."""
+    above, _, name = override.key_or_group.rpartition(".")
+    node = OmegaConf.select(composed, above, default=None) if above else composed
+    if override.is_sweep_override() or not isinstance(node, DictConfig) or name not in node.keys():  # noqa: SIM118 (???)
+        return False
+    values = override.value(), node._get_node(name)
+    return "_target_" in node or values[0] is None or not any(isinstance(value, dict | DictConfig) for value in values)
 
 
 @cache
