@@ -20,7 +20,7 @@ import mpp.prepare
 import mpp.train
 from mpp import cli
 from mpp.batching.batch import Batch
-from mpp.config import build, compose
+from mpp.config import CONFIG_DIR, build, compose
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter
 from mpp.models.families.wan import WanConditioning
@@ -32,7 +32,7 @@ QUIET = ["trainer.enable_progress_bar=false"]
 
 
 PLAIN = ["callbacks.report.pictures=0", "callbacks.page=null"]  # which are a third of a short run
-_SETTING = re.compile(r"(?!hydra\.|.*_target_=)(output_dir|\w+(\.\w+)+)=")  # a setting; no group, and not its class
+_SETTING = re.compile(r"(?!hydra\.)((?!_target_)\w+\.?)+=")
 _SHOWN = re.compile(r"~?callbacks\.(report|page)|resume=|ckpt_path=")  # whoever types these gets both
 
 
@@ -57,7 +57,7 @@ def config(name, overrides):
     words = cli.overrides(name, ["prepare.workers=0", *overrides] if name == "prepare" else overrides)
     if any(word.startswith(("resume=", "ckpt_path=")) for word in words):
         return compose(name, words)  # what is composed lies in a file
-    plain = [word for word in words if _SETTING.match(word)]
+    plain = [word for word in words if _SETTING.match(word) and not (CONFIG_DIR / word.partition("=")[0]).is_dir()]
     try:
         composed = deepcopy(_composed(name, *(word for word in words if word not in plain)))
         typed = OverridesParser.create().parse_overrides(plain)
@@ -86,7 +86,7 @@ def _composed(name, *overrides):
 
 def architecture(pipeline, *overrides):
     """The tiny WAN with its weights at `pipeline`."""
-    cfg = config("train", ["model=tiny_wan", f"model.pretrained={pipeline}", "data.cache_dir=x", *overrides])
+    cfg = config("prepare", ["model=tiny_wan", f"model.pretrained={pipeline}", "data.cache_dir=x", *overrides])
     return build(cfg.model)
 
 

@@ -71,7 +71,7 @@ def built(variant: Variant, root: Path) -> Path:
 def architecture(variant: Variant, folder: Path, *overrides: str):
     """The variant's architecture with its weights at `folder`, in float32."""
     cfg = config(
-        "train",
+        "prepare",  # which has the least besides a model
         [
             *variant.overrides,
             f"model.pretrained={folder}",

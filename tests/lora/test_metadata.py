@@ -422,7 +422,7 @@ def test_every_model_config_is_known_by_a_name(name, pipeline, monkeypatch):
         "mpp.models.families.flux2.Flux2.transformer_config", lambda self: {"joint_attention_dim": TEXT_WIDTHS[name]}
     )
     words = [f"model.pretrained={pipeline}"] if name == "tiny_wan" else []
-    model = build(config("train", [f"model={name}", "data.cache_dir=x", *words]).model)
+    model = build(config("prepare", [f"model={name}", *words]).model)
     architecture, version = IDS[name]
     found = describe(model, {}, Facts("a"))
     assert (found["modelspec.architecture"], found["ss_base_model_version"]) == (f"{architecture}/lora", version)
