@@ -1,12 +1,13 @@
 """Every configuration composes, says nothing twice, and mistakes in it are said."""
 
 import inspect
+from itertools import groupby
 
 import lightning
 import pytest
 from omegaconf import OmegaConf
 
-from mpp.config import CONFIG_DIR, build, check_config
+from mpp.config import CONFIG_DIR, build, check_config, compose
 from mpp.settings import default_settings, locate
 from mpp.sources.clips import Clips
 from tests.helpers import config
@@ -26,25 +27,38 @@ PINNED = {  # said although it is the class's default
 }
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name.startswith("model/") and name not in FEW else ())
-        for name in GROUPS
-    ],
-)
-def test_every_group_option_composes_and_fits_its_class(choice):
-    group, name = choice.split("/")
-    if group == "tool":
-        cfg = config("masks", [f"tool={name}"])
-    elif group == "source":
-        cfg = config("prepare", [f"data={name}", "device=cpu", "data.cache_dir=x", "data.image_dir=y"])
+def assert_fits(*choices):
+    """Chosen together they compose and fit their classes, or this environment lacks their packages."""
+    words = [choice.replace("/", "=") for choice in choices]
+    if choices[0].startswith("tool/"):
+        cfg = config("masks", words)
+    elif choices[0].startswith("source/"):
+        cfg = config(
+            "prepare", [words[0].replace("source=", "data="), "device=cpu", "data.cache_dir=x", "data.image_dir=y"]
+        )
     else:
-        cfg = config("train", [f"{group}={name}", "output_dir=o", "data.cache_dir=x"])
+        cfg = config("train", [*words, "output_dir=o", "data.cache_dir=x"])
     try:
         check_config(cfg)
     except ValueError as error:
-        assert "is not installed; pip install 'mpp[" in str(error)  # an extra this environment lacks
+        assert all("is not installed; pip install 'mpp[" in line for line in str(error).splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", GROUPS)
+def test_every_group_option_composes_and_fits_its_class(choice):
+    assert_fits(choice)
+
+
+ALONE = [choice for choice in GROUPS if choice.startswith(("tool/", "source/", "experiment/"))]
+OTHERS = [choice for choice in GROUPS if choice not in ALONE and (not choice.startswith("model/") or choice in FEW)]
+SIDE_BY_SIDE = [list(options) for _, options in groupby(OTHERS, lambda choice: choice.split("/")[0])]
+ROUNDS = [tuple(options[n % len(options)] for options in SIDE_BY_SIDE) for n in range(max(map(len, SIDE_BY_SIDE)))]
+
+
+@pytest.mark.parametrize("choices", [*ROUNDS, *((choice,) for choice in ALONE)], ids=" ".join)
+def test_options_of_all_groups_compose_together_and_fit_their_classes(choices):
+    assert_fits(*choices)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -142,7 +156,7 @@ def typed(command, *words):
         "export": ["lora=l", "export.format=peft"],
         "masks": ["tool=invert", "input=i", "output=o"],
     }
-    return config(command, [*needed[command], *words])
+    return compose(command, [*needed[command], *words])
 
 
 def test_a_setting_that_stands_in_no_yaml_can_be_typed():
