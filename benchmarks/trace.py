@@ -114,6 +114,8 @@ def _train(folder: Path, name: str, model: str, pretrained: str, settings: Seque
             "lora.rank=4",
             "logger=csv",
             "validate_first=false",
+            "callbacks.report.pictures=0",
+            "callbacks.page=null",
             *settings,
         ],
     )

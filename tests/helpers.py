@@ -1,8 +1,8 @@
 """What several tests need: configs, drawn images, batches."""
 
+import pickle
 import re
 from collections.abc import Callable
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def config(name, overrides):
         return compose(name, words)  # what is composed lies in a file
     plain = [word for word in words if _SETTING.match(word) and not (CONFIG_DIR / word.partition("=")[0]).is_dir()]
     try:
-        composed = deepcopy(_composed(name, *(word for word in words if word not in plain)))
+        composed = pickle.loads(_composed(name, *(word for word in words if word not in plain)))
         typed = OverridesParser.create().parse_overrides(plain)
     except (HydraException, ValueError):  # of all words together, more may be said
         return compose(name, words)
@@ -81,7 +81,7 @@ def _is_checked_later(override, composed):
 
 @cache
 def _composed(name, *overrides):
-    return compose(name, list(overrides))
+    return pickle.dumps(compose(name, list(overrides)))  # read in a fifth of the time that a deep copy takes
 
 
 def architecture(pipeline, *overrides):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -416,13 +417,18 @@ IDS = {  # as musubi-tuner writes them (utils/sai_model_spec.py, dataset/archite
 TEXT_WIDTHS = {"flux2": 15360, "flux2_klein_4b": 7680, "flux2_klein_9b": 12288}  # of their published config.json
 
 
+def preset(name):
+    """What composing makes of a model's YAML and those that it names in its `defaults`."""
+    own = OmegaConf.load(CONFIG_DIR / "model" / f"{name}.yaml")
+    return OmegaConf.merge(*(preset(parent) for parent in own.pop("defaults", []) if parent != "_self_"), own)
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml")))
 def test_every_model_config_is_known_by_a_name(name, pipeline, monkeypatch):
     monkeypatch.setattr(
         "mpp.models.families.flux2.Flux2.transformer_config", lambda self: {"joint_attention_dim": TEXT_WIDTHS[name]}
     )
-    words = [f"model.pretrained={pipeline}"] if name == "tiny_wan" else []
-    model = build(config("prepare", [f"model={name}", *words]).model)
+    model = build(OmegaConf.merge(preset(name), {"pretrained": str(pipeline)} if name == "tiny_wan" else {}))
     architecture, version = IDS[name]
     found = describe(model, {}, Facts("a"))
     assert (found["modelspec.architecture"], found["ss_base_model_version"]) == (f"{architecture}/lora", version)
