@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -54,7 +55,12 @@ class LoraFile:
     def within(self, owned: Callable[[str], bool]) -> "LoraFile":
         """What it has for some of the tensors, by whether their names are owned."""
         tensors = {name: tensor for name, tensor in self.tensors.items() if owned(name)}
-        described = {**self.described, "target_modules": sorted(_by_module(tensors))}
+        modules = sorted(_by_module(tensors))
+        described = {**self.described, "target_modules": modules}
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = self.described.get(name) or {}
+            fits = [p for p in patterns if any(get_pattern_key([p], module) == p for module in modules)]
+            described[name] = {pattern: patterns[pattern] for pattern in fits}
         differences = {name: tensor for name, tensor in self.differences.items() if owned(name)}
         return replace(self, tensors=tensors, differences=differences, described=described)
 

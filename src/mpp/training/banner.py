@@ -12,6 +12,7 @@ from mpp.batching.datamodule import LatentDataModule
 from mpp.cache.coverage import Coverage, bucket_of, mode_of, step_cost
 from mpp.cache.mask_facts import black_under
 from mpp.core.loss import MaskedPriorLoss
+from mpp.memory.bases import is_quantised
 from mpp.models.weights import count_of
 from mpp.training.module import MaskedPriorModule
 from mpp.wording import few
@@ -32,13 +33,16 @@ def banner(trainer: Trainer, module: MaskedPriorModule, data: LatentDataModule, 
 
 def _model(trainer: Trainer, module: MaskedPriorModule) -> list[str]:
     model = module.architecture
-    frozen = [p for p in module.parameters() if not p.requires_grad]
+    layers = [layer for layer in module.modules() if is_quantised(layer)]
+    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    count = sum(p.numel() for p in frozen) + sum(layer.out_features * layer.in_features for layer in layers)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in frozen})
     source = f" from {model.pretrained}" if isinstance(model.pretrained, str) else ""
     memory = "activations are recomputed" if module.gradient_checkpointing else "activations are kept"
     return [
-        f"model: {model.family}{source}, {count_of(sum(p.numel() for p in frozen))} parameters, {' and '.join(kinds)}",
+        f"model: {model.family}{source}, {count_of(count)} parameters, {' and '.join(kinds)}"
+        + (f", linear layers of its blocks in {module.memory.base}" if layers else ""),
         f"adapter: {module.adapter.kind}, rank {module.adapter.rank}, {trained:,} trainable parameters",
         f"on {device_name(trainer.strategy.root_device)}, trainer.precision={trainer.precision}, {memory}"
         + (", compiled" if module.compile_blocks else ""),
