@@ -1,3 +1,4 @@
+import copy
 import json
 import random
 
@@ -117,6 +118,28 @@ def test_switching_restores_each_layers_own_state_also_after_an_exception():
         assert all(layer._disable_adapters for layer in layers)
         raise RuntimeError("inside")
     assert [layer._disable_adapters for layer in layers] == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_is_switched_however_it_came_there(kind):
+    def found(switched):
+        layers = [m for m in switched.modules() if isinstance(m, BaseTunerLayer)]
+        with adapters_off(switched):
+            return len(layers), {layer._disable_adapters for layer in layers}
+
+    model = transformer()
+    model.attention = torch.nn.MultiheadAttention(32, 2)  # PEFT adds an adapter inside of what it wraps
+    targets = ["to_q", "attention"] if kind in ("lora", "rslora") else ["to_q"]
+    inject(model, Adapter(kind=kind, rank=2), targets, seed=0)
+    count = 4 + 2 * (len(targets) == 2)
+    assert found(model) == (count, {True})
+    assert found(copy.deepcopy(model)) == (count, {True})
+    assert found(torch.nn.ModuleDict({"a": model, "b": copy.deepcopy(model)})) == (2 * count, {True})
+    model.delete_adapters("default")
+    model.add_adapter(Adapter(kind=kind, rank=2).config(["to_k", "to_v"]), adapter_name="other")
+    fresh = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and "other" in str(m.active_adapters)]
+    with adapters_off(model):
+        assert {layer._disable_adapters for layer in fresh} == {True}
 
 
 def test_switching_touches_neither_requires_grad_nor_train_mode():
