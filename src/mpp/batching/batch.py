@@ -72,8 +72,15 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory, for faster copies to a GPU."""
-        return replace(self, latents=self.latents.pin_memory(), mask=self.mask.pin_memory())
+        """The batch in page-locked memory: copies to a GPU from any other wait for what is queued there."""
+        mask = self.mask.pin_memory()
+        return replace(
+            self,
+            latents=self.latents.pin_memory(),
+            mask=mask,
+            conditioning=self.conditioning.pin_memory(),
+            host_mask=None if self.host_mask is None else mask,
+        )
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -37,8 +37,11 @@ class MaskWeights:
         return self.prior.flatten(1).amax(1) > 0
 
     def to(self, device: torch.device | str) -> "MaskWeights":
-        """The weights on a device."""
-        return MaskWeights(*(field.to(device, non_blocking=True) for field in (self.raw, self.target, self.prior)))
+        """The weights on a device; to a GPU by way of page-locked memory, from where the host need not wait."""
+        fields = (self.raw, self.target, self.prior)
+        if torch.device(device).type == "cuda" and self.raw.device.type == "cpu":
+            fields = tuple(field.pin_memory() for field in fields)
+        return MaskWeights(*(field.to(device, non_blocking=True) for field in fields))
 
 
 def as_mask(mask: Shaped[Tensor, "..."], dtype: torch.dtype = torch.float32) -> Mask:

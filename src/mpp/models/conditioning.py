@@ -49,6 +49,10 @@ class Conditioning:
         """The same on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "Conditioning":
+        """The same in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
     def select(self, samples: Sequence[int]) -> "Conditioning":
         """The given samples of a batch."""
         rows = list(samples)

@@ -141,7 +141,8 @@ class MaskedPriorStep:
             sigma: A fixed noise level; None: drawn from the architecture's law.
         """
         shape, latents = tuple(batch.latents.shape[1:]), batch.latents
-        noise = torch.stack([draws.noise(shape, *position, key) for key in batch.keys])
+        noise = torch.empty(batch.latents.shape, pin_memory=latents.is_cuda)  # so that the copy holds nothing up
+        torch.stack([draws.noise(shape, *position, key) for key in batch.keys], out=noise)
         if sigma is None:
             levels = draw_sigma(self.architecture, batch.keys, shape, *position)
         else:
@@ -152,10 +153,11 @@ class MaskedPriorStep:
     def _run(self, noisy: Noisy, batch: Batch, weights: MaskWeights, kept: MaskWeights) -> StepOutput:
         samples = tuple(kept.needs_prior().nonzero().flatten().tolist())
         device = noisy.latents.device
-        weights, kept = weights.to(device), kept.to(device)  # before the passes: a copy waits for what is queued
+        sent = weights.to(device)  # before the passes: a copy waits for what is queued
+        kept = sent if kept is weights else kept.to(device)
         prior, pred = self.passes(noisy, batch.conditioning, samples)
-        sums = self.loss.sums(pred, noisy.target, weights, prior)
-        return StepOutput(sums, weights, kept.prior, pred, noisy.target, noisy.sigma, prior, len(samples))
+        sums = self.loss.sums(pred, noisy.target, sent, prior)
+        return StepOutput(sums, sent, kept.prior, pred, noisy.target, noisy.sigma, prior, len(samples))
 
     def _quantiles(self, batch: Batch) -> list[float]:
         middles = torch.tensor([0.125, 0.375, 0.625, 0.875])
