@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,33 @@ def test_teacher_is_the_unadapted_base_bit_for_bit_after_50_steps(architecture):
         student = student_of(built, noisy, data)
     assert torch.equal(teacher_of(built, noisy, data), base)
     assert not torch.allclose(student, base, atol=1e-2)
+
+
+def test_what_a_window_divides_by_is_counted_and_reduced_once(architecture, monkeypatch):
+    built, counted, reduced = module(architecture, CONTINUOUS), [], []
+    good = MaskedPriorLoss.normalizers
+
+    def reduce(sums, reduce_op):
+        assert reduce_op == "sum"
+        reduced.append(sums)
+        return 2 * sums  # the other rank has the same
+
+    trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=3, strategy=SimpleNamespace(reduce=reduce))
+    monkeypatch.setattr(MaskedPriorLoss, "normalizers", lambda *a: counted.append(a) or good(*a))
+    built._trainer = trainer
+    windows = [[batch(four_masks().roll(number, 0), seed=number) for number in range(3)] for _ in range(2)]
+    for window in windows:
+        masks = tuple(data.mask for data in window)
+        parts = [replace(data, window=masks).to("cpu") for data in window]
+        found = [built.effective_batch(built.step(data, Position(0, 0)), data) for data in parts]
+        alone = [built.loss.sums(t := data.latents, t, built.loss.weights(data.mask)) for data in window]
+        for over, count in found:
+            assert count == 6
+            assert over.target_weight == 2 * sum(sums.target_weight for sums in alone)
+            assert over.prior_weight == 2 * sum(sums.prior_weight for sums in alone)
+    assert len(counted) == 6
+    assert len(reduced) == 2
+    built._trainer = None
 
 
 def test_base_weights_never_change(architecture):
