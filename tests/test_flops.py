@@ -1,10 +1,12 @@
 """What the teacher costs, to the integer."""
 
+import math
+
 import pytest
 import torch
 
+from benchmarks.counting import flops
 from mpp.core.loss import MaskedPriorLoss
-from tests.flops import attention_flops, count
 from tests.helpers import batch, four_masks, loss_of, module
 
 PLAIN = MaskedPriorLoss()
@@ -13,7 +15,7 @@ PRIOR = MaskedPriorLoss(1.0, 0.1, normalization="per_sample")
 
 def step(architecture, loss, data, checkpointing):
     built = module(architecture, loss, gradient_checkpointing=checkpointing)
-    return count(lambda: loss_of(built, data).backward())
+    return flops(lambda: loss_of(built, data).backward())
 
 
 def teacher(architecture, data):
@@ -23,14 +25,19 @@ def teacher(architecture, data):
         with torch.no_grad():
             architecture.velocity(transformer, data.latents, torch.full((len(data),), 0.5), data.conditioning)
 
-    return count(forward)
+    return flops(forward)
+
+
+def attention_flops(batch, heads, queries, keys, dim):
+    """Two matrix products."""
+    return 2 * 2 * math.prod((batch, heads, queries, keys, dim))
 
 
 def test_the_counter_sees_cpu_attention():
     query = torch.randn(2, 4, 16, 8, requires_grad=True)
-    forward = count(lambda: torch.nn.functional.scaled_dot_product_attention(query.detach(), query, query))
+    forward = flops(lambda: torch.nn.functional.scaled_dot_product_attention(query.detach(), query, query))
     assert forward == attention_flops(2, 4, 16, 16, 8)
-    both = count(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward())
+    both = flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward())
     assert both == forward * 7 // 2  # five products in the backward pass against two
 
 
