@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpp.core.flow import Noisy
 from mpp.core.loss import MaskedPriorLoss
 from mpp.training.step import MaskedPriorStep, Position, Predictions
+from mpp.training.teacher import Teacher
 from tests.helpers import batch, four_masks
 
 LOSSES = [
@@ -53,6 +56,42 @@ def test_measuring_asks_the_teacher_also_where_training_has_no_prior(architectur
         assert output.kept[0].any()
         assert bool(output.weights.prior.any()) == (loss.prior_weight > 0)
     assert not torch.equal(answers.asked[0][0].target, answers.asked[1][0].target)  # each level has noise of its own
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operations inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = {"aten::index.Tensor", "aten::index_put_", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+
+
+def test_a_teacher_of_some_samples_asks_the_device_nothing(monkeypatch, architecture):
+    random, seen = torch.Generator().manual_seed(0), []
+
+    def velocity(self, transformer, latents, sigma, conditioning):
+        seen.append((latents, sigma, conditioning.text))
+        return 2 * latents
+
+    monkeypatch.setattr(type(architecture), "velocity", velocity)
+    data, sigma = batch(torch.ones(5, 1, 1, 4, 4)), torch.rand(5, generator=random)
+    noisy = Noisy(data.latents, sigma, data.latents)
+    for rows in ((0,), (4, 1), (0, 2, 3)):
+        with Ops() as ops:
+            found = Teacher().predict(architecture, torch.nn.Linear(1, 1), noisy, data.conditioning, rows)
+        assert ops.names.isdisjoint(WAITING), ops.names & WAITING
+        want = torch.zeros_like(noisy.latents)
+        want[list(rows)] = 2 * noisy.latents[list(rows)]
+        assert torch.equal(found, want)
+        whole = (noisy.latents, sigma, data.conditioning.text)
+        assert all(torch.equal(part, of[list(rows)]) for part, of in zip(seen.pop(), whole, strict=True))
 
 
 def test_without_levels_the_quantiles_of_the_law_are_measured(architecture):

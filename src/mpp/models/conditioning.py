@@ -55,8 +55,7 @@ class Conditioning:
 
     def select(self, samples: Sequence[int]) -> "Conditioning":
         """The given samples of a batch."""
-        rows = list(samples)
-        return self._map(lambda tensor: tensor[rows])
+        return self._map(lambda tensor: rows_of(tensor, samples))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         def of(value: Tensors) -> Tensors:
@@ -65,6 +64,11 @@ class Conditioning:
             return None if value is None else change(value)
 
         return replace(self, **{f.name: of(getattr(self, f.name)) for f in fields(self)})
+
+
+def rows_of(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """The given rows of a tensor; indexed by a list, one on a GPU would have the host wait until it is idle."""
+    return torch.stack([tensor[row] for row in rows])
 
 
 def flat_tensors(values: Mapping[str, Tensors]) -> dict[str, Tensor]:

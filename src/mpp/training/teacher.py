@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpp.core.flow import Noisy
 from mpp.lora.adapters import adapters_off
+from mpp.models.conditioning import rows_of
 from mpp.models.contract import Architecture, Conditioning
 
 
@@ -45,11 +46,11 @@ class Teacher:
         with adapters_off(transformer), _eval_mode(transformer, wanted=self.eval_mode):
             if len(samples) == noisy.sigma.shape[0]:
                 return architecture.velocity(transformer, noisy.latents, noisy.sigma, conditioning)
-            rows = list(samples)
-            part = architecture.velocity(transformer, noisy.latents[rows], noisy.sigma[rows], conditioning.select(rows))
-        prediction = torch.zeros_like(noisy.latents, dtype=part.dtype)
-        prediction[rows] = part
-        return prediction
+            latents, sigma = rows_of(noisy.latents, samples), rows_of(noisy.sigma, samples)
+            part = architecture.velocity(transformer, latents, sigma, conditioning.select(samples))
+        answers = dict(zip(samples, part, strict=True))
+        nothing = torch.zeros_like(part[0])
+        return torch.stack([answers.get(row, nothing) for row in range(len(noisy.sigma))])
 
 
 @contextmanager
