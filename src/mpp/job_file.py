@@ -92,6 +92,11 @@ SHARED_ROOTS = {  # keys that are something else in each command: the names belo
         "prepare": _names("replace caption"),
         "train": _names("rate replace caption cache_dir"),
     },
+    "memory": {
+        "prepare": _names("text_encoder vae"),
+        "train": _names("base vae"),
+        "sample": _names("base text_encoder vae"),
+    },
     "export": {
         "train": _names("formats metadata"),
         "export": _names("format merge output dtype overwrite"),
@@ -133,7 +138,9 @@ def commands_of(key: str) -> tuple[str, ...]:
     if root in ROOTS:
         return ROOTS[root]
     if root not in SHARED_ROOTS or not below:
-        raise ValueError(_unknown(key, root, [*ROOTS, "data.*", "export.*"], "any command"))
+        raise ValueError(
+            _unknown(key, root, [*ROOTS, *(f"{name}.*" for name in SHARED_ROOTS if "." not in name)], "any command")
+        )
     found, above = COMMANDS, root
     while above in SHARED_ROOTS and below:
         name, _, below = below.partition(".")

@@ -34,7 +34,8 @@ def run(cfg: DictConfig, began: float | None = None) -> "Summary | MusubiSummary
 
     adopt()
     model, device = build(cfg.model), device_of(cfg.device)
-    summary = Preparation(build(cfg.data), model, device, build(cfg.sampling), build(cfg.prepare)).run(began)
+    prompts, sharding, memory = build(cfg.sampling), build(cfg.prepare), build(cfg.memory)
+    summary = Preparation(build(cfg.data), model, device, prompts, sharding, memory=memory).run(began)
     for line in summary.lines():
         print(line)
     counted = ("encoded", "current", "validation", "masks_written", "masks_current", "skipped", "seconds")

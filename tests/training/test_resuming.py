@@ -32,7 +32,7 @@ EXPECTED = {  # written from what each setting does; the longest key that leads 
     "validate_first": "applied",
     "model": "refused", "model.pretrained": "applied", "model.vae": "applied", "model.text_encoder": "applied",
     "model.loras": "applied",
-    "model.text_dtype": "applied", "model.vae_dtype": "applied", "model.pretrained_low": "applied",
+    "model.text_dtype": "applied", "model.vae_dtype": "applied", "memory.vae": "applied", "model.pretrained_low": "applied",
     "model.offload": "applied",
     "loss": "refused", "teacher": "refused", "lora": "refused", "memory": "refused",
     "data": "refused", "data.cache_dir": "applied", "data.num_workers": "applied", "data.require_mask": "applied",

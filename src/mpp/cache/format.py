@@ -56,6 +56,8 @@ class CacheIdentity:
         text_encoder: The same.
         settings: Settings of the model that shape what is cached.
         given_frames: Leading latent frames that the model is given, for reports.
+        text_weights: What the text encoders' weights were kept in, `bf16` as `model.text_dtype` says; None of a run
+            that goes with any.
     """
 
     family: str
@@ -64,14 +66,13 @@ class CacheIdentity:
     text_encoder: str | None
     settings: dict[str, Any] = field(default_factory=dict)
     given_frames: int = 0
+    text_weights: str | None = None
 
     @classmethod
-    def of(cls, model: Architecture, identity: Identity) -> "CacheIdentity":
+    def of(cls, model: Architecture, identity: Identity, text_weights: str | None = None) -> "CacheIdentity":
         """What a run's caches are made with."""
-        settings = dict(model.cache_settings)
-        return cls(
-            model.family, model.latents, identity.vae, identity.text_encoder, settings, given_frames=model.given_frames
-        )
+        settings, weights = dict(model.cache_settings), (identity.vae, identity.text_encoder)
+        return cls(model.family, model.latents, *weights, settings, model.given_frames, text_weights)
 
     def check(self, wanted: "CacheIdentity", folder: Path) -> list[str]:
         """Refuse a cache of another model; VAE and text encoder are compared where both are known.
@@ -80,7 +81,8 @@ class CacheIdentity:
             Names of what could not be compared because it is not on this machine.
 
         Raises:
-            ValueError: Family, latent shape, VAE, text encoder, or a setting that shapes caches differ.
+            ValueError: Family, latent shape, VAE, text encoder or the bits of its weights, or a setting that shapes
+                caches differ.
         """
         unknown = []
         for name in ("family", "latents", "vae", "text_encoder", "settings"):
@@ -92,6 +94,12 @@ class CacheIdentity:
                     f"the cache {folder} was made with another {name} ({cached}) than this run's ({run}); choose the "
                     "model it was made with, or prepare into another data.cache_dir"
                 )
+        if None not in (wanted.text_weights, self.text_weights) and wanted.text_weights != self.text_weights:
+            raise ValueError(
+                f"the cache {folder} holds embeddings of a text encoder in {self.text_weights}, which do not mix with "
+                f"those of memory.text_encoder={wanted.text_weights}; set it to {self.text_weights}, or prepare into "
+                "another data.cache_dir"
+            )
         return unknown
 
 
@@ -184,6 +192,7 @@ class Cache:
             content["text_encoder"],
             content["settings"],
             content["given_frames"],
+            content.get("text_weights") or "bf16",  # all that earlier versions knew
         )
 
     def write_identity(self, identity: CacheIdentity) -> None:

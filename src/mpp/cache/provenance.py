@@ -69,13 +69,18 @@ class TextProvenance(Provenance):
 
 @dataclass(frozen=True)
 class PromptProvenance(Provenance):
-    """Of a prompt's whole conditioning: the prompt, and the model by family, settings and fingerprints of weights."""
+    """Of a prompt's whole conditioning: the prompt, and the model by family, settings and fingerprints of weights.
+
+    Attributes:
+        text_weights: What the text encoders' weights were kept in.
+    """
 
     caption: str
     family: str
     settings: Mapping[str, Any]
     vae: str | None
     text_encoder: str | None
+    text_weights: str = _later("bf16", compare=True)
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,15 @@ class LatentsProvenance(MediaProvenance):
         alpha: Whether the media has an alpha that is not opaque. Seen on the way, so no part of a comparison.
         images: Shapes of the image conditioning by field name. No part of a comparison either.
         srgb: Whether colours of a source were converted to sRGB, which earlier versions never did.
+        tiled: Whether the VAE was told to encode in tiles. It is the same but for blended borders, so no part of a
+            comparison.
     """
 
     vae: str | None
     alpha: bool = field(default=False, compare=False)
     images: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
     srgb: bool = _later(default=False, compare=True)
+    tiled: bool = _later(default=False, compare=False)
 
     def header(self) -> dict[str, Any]:
         """As of any media; `images` are called `pictures` in the file."""

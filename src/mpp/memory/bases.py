@@ -1,7 +1,7 @@
 """Quantised bases: which there are, and linear layers replaced by quantised ones."""
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -13,18 +13,19 @@ Base = Literal["bf16", "fp8", "int8", "nf4"]
 QUANTISED = ("fp8", "int8", "nf4")
 
 
-def check_base(base: str, setting: str) -> None:
+def check_base(base: str, setting: str, more: Sequence[str] = ()) -> None:
     """Refuse a base that is unknown, or that needs a package which is not here.
 
     Args:
         base: Its name, `bf16` for weights as `model.dtype` has them.
         setting: Name of the setting, for errors.
+        more: What else it may be.
 
     Raises:
         ValueError: As above.
     """
     if base not in ("bf16", *QUANTISED):
-        raise ValueError(f"{setting} must be one of bf16, {', '.join(QUANTISED)}, got {base!r}")
+        raise ValueError(f"{setting} must be one of {', '.join(('bf16', *QUANTISED, *more))}, got {base!r}")
     if base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"{setting}=nf4 needs the package bitsandbytes; pip install 'mpp[nf4]', or take fp8 or int8")
 

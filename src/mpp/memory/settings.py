@@ -1,8 +1,12 @@
-"""What a user says of memory."""
+"""What a user says of memory: each command has the settings that do something there."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mpp.memory.bases import Base, check_base
+
+TextEncoder = Literal["bf16", "fp8", "int8", "nf4", "cpu"]
+Vae = Literal["whole", "tiled"]
 
 
 @dataclass(frozen=True)
@@ -13,13 +17,80 @@ class Memory:
         base: What the weights of the frozen base's blocks are kept in: `bf16`, as `model.dtype` has them; `fp8` or
             `int8`, 8 bits with a scale per output row; `nf4`, 4 bits by bitsandbytes. It computes in `model.dtype`, and
             adapters are float32, in all of them. Norms, embeddings, modulation and output layers are not quantised.
+        vae: How the VAE of samples decodes: `whole`, or `tiled`, as `EncoderMemory.vae`.
 
     Raises:
-        ValueError: An unknown base, or one whose package is not installed.
+        ValueError: An unknown value, or a base whose package is not installed.
+    """
+
+    base: Base = "bf16"
+    vae: Vae = "whole"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        check_base(self.base, "memory.base")
+        _check_vae(self.vae)
+
+    @property
+    def encoders(self) -> "EncoderMemory":
+        """Of the VAE that decodes; training loads no text encoder."""
+        return EncoderMemory(vae=self.vae)
+
+
+@dataclass(frozen=True)
+class EncoderMemory:
+    """How text encoders and VAE fit.
+
+    Args:
+        text_encoder: What the linear layers of the text encoders' repeated layers are kept in: `bf16`, as
+            `model.text_dtype` has them; `fp8`, `int8` or `nf4`, as in `memory.base`. `cpu`: as `bf16`, and the text
+            encoders run on the CPU, whatever runs on `device`.
+        vae: How the VAE encodes and decodes: `whole`; `tiled`, one sample at a time, and what is larger than a tile in
+            overlapping tiles that are blended, as diffusers does it: less memory, and slightly other values.
+
+    Raises:
+        ValueError: An unknown value, or one whose package is not installed.
+    """
+
+    text_encoder: TextEncoder = "bf16"
+    vae: Vae = "whole"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.text_encoder != "cpu":
+            check_base(self.text_encoder, "memory.text_encoder", more=("cpu",))
+        _check_vae(self.vae)
+
+    @property
+    def text_weights(self) -> str:
+        """What the text encoders' weights are kept in, wherever they run: what tells embeddings apart."""
+        return "bf16" if self.text_encoder == "cpu" else self.text_encoder
+
+    @property
+    def encoders(self) -> "EncoderMemory":
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class GenerationMemory(EncoderMemory):
+    """How generating fits.
+
+    Args:
+        base: As `Memory.base`.
+
+    Raises:
+        ValueError: An unknown value, or one whose package is not installed.
     """
 
     base: Base = "bf16"
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
+        super().__post_init__()
         check_base(self.base, "memory.base")
+
+
+def _check_vae(vae: str) -> None:
+    if vae not in ("whole", "tiled"):
+        raise ValueError(f"memory.vae must be whole or tiled, got {vae!r}")

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mpp.core.flow import SigmaLaw
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.experts import parts_of
 from mpp.models.frame_axis import FrameAxis, Layers, Moments
@@ -320,7 +321,7 @@ class Architecture(ABC):
         They come in the order in which they run, those of experts by ascending sigma; none lies in another.
         """
         for part, model in parts_of(transformer):
-            yield from _blocks(model, f"{part}." if part else "")
+            yield from repeated(model, f"{part}." if part else "")
 
     def quantisable(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         """The linear layers that a quantised base has in fewer bits, and their names in the transformer."""
@@ -330,8 +331,16 @@ class Architecture(ABC):
                     yield name, module
 
     @abstractmethod
-    def load_encoders(self, device: torch.device | str) -> Encoders:
-        """VAE, text and image encoders on `device`, each loaded when first used."""
+    def load_encoders(self, device: torch.device | str, memory: EncoderMemory | None = None) -> Encoders:
+        """VAE, text and image encoders on `device`, each loaded when first used.
+
+        Args:
+            device: Where they run.
+            memory: How they fit; None: as they are.
+
+        Raises:
+            ValueError: The family has nothing that `memory` could be about.
+        """
 
     @abstractmethod
     def collate(self, items: Sequence[Conditioning]) -> Conditioning:
@@ -367,13 +376,13 @@ class Architecture(ABC):
         """
 
 
-def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def repeated(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The members of all lists of one class that lie in no other: so every family keeps what it repeats, in order."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList) and len({type(block) for block in child}) == 1:
             yield from ((f"{prefix}{name}.{number}", block) for number, block in enumerate(child))
         else:
-            yield from _blocks(child, f"{prefix}{name}.")
+            yield from repeated(child, f"{prefix}{name}.")
 
 
 def draw_sigma(

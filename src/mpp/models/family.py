@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from mpp.files import weights_fingerprint
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, Prompt, Ready
 from mpp.models.filling import fill, folder_state
 from mpp.models.single_file import SingleFile
+from mpp.models.text_encoders import load_quantised
 from mpp.models.text_limit import TextLimit
 from mpp.models.weights import (
     announced,
@@ -230,24 +232,27 @@ class FamilyEncoders:
 
     vae_class: ClassVar[type[ModelMixin]]
 
-    def __init__(self, family: Family, device: torch.device | str) -> None:
+    def __init__(self, family: Family, device: torch.device | str, memory: EncoderMemory | None = None) -> None:
         self.model = family
         self.device = torch.device(device)
+        self.memory = memory or EncoderMemory()
+        self.text_device = torch.device("cpu") if self.memory.text_encoder == "cpu" else self.device
         self.seconds_loading = 0.0
         self._loaded: dict[str, Any] = {}
 
     @contextmanager
-    def loading(self, what: str, dtype: torch.dtype) -> Iterator[None]:
+    def loading(self, what: str, dtype: torch.dtype, more: str = "") -> Iterator[None]:
         """Say what is loaded, count the time, and name the setting in errors.
 
         Args:
             what: `vae`, or the folder of a text encoder or of what belongs to it.
             dtype: What it is loaded in.
+            more: What else is said of it.
         """
         setting = "vae" if what == "vae" else "text_encoder"
         name, kind = what.replace("vae", "VAE").replace("_", " "), str(dtype).removeprefix("torch.")
         start = time.monotonic()
-        with loading(getattr(self.model, setting), f"model.{setting}"), announced(f"{name} ({kind})"):
+        with loading(getattr(self.model, setting), f"model.{setting}"), announced(f"{name} ({kind}{more})"):
             yield
         self.seconds_loading += time.monotonic() - start
 
@@ -264,6 +269,9 @@ class FamilyEncoders:
                 vae = self.vae_class.from_pretrained(folder, torch_dtype=dtype)
                 self.check_vae(vae)
                 vae = vae.to(self.device).eval().requires_grad_(False)
+                if self.memory.vae == "tiled":
+                    vae.enable_tiling()
+                    vae.enable_slicing()
             # Samples are generated under the run's autocast, which would decode a float32 VAE in bfloat16.
             vae.decode = torch.autocast(self.device.type, enabled=False)(vae.decode)
             self._loaded["vae"] = vae
@@ -275,13 +283,17 @@ class FamilyEncoders:
     def encoder(
         self, kind: type[PreTrainedModel], subfolder: str = "text_encoder", dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
-        """A text or image encoder in `text_dtype`, or another."""
+        """A text encoder in `text_dtype` as `memory` has it, or an image encoder, or in another dtype."""
         if subfolder not in self._loaded:
             dtype = dtype or DTYPES[self.model.text_dtype]
-            with self.loading(subfolder, dtype):
+            text = subfolder in self.model.text_components
+            base = self.memory.text_weights if text else "bf16"
+            with self.loading(subfolder, dtype, "" if base == "bf16" else f" in {base}"):
                 folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
-                model = kind.from_pretrained(folder, dtype=dtype)
-                self._loaded[subfolder] = model.to(self.device).eval().requires_grad_(False)
+                model = load_quantised(kind, folder, dtype, base) if base != "bf16" else None
+                model = model or kind.from_pretrained(folder, dtype=dtype)
+                device = self.text_device if text else self.device
+                self._loaded[subfolder] = model.to(device).eval().requires_grad_(False)
         return self._loaded[subfolder]
 
     def tokenizer(self, subfolder: str = "tokenizer", kind: Any = AutoTokenizer) -> Any:  # noqa: ANN401

@@ -259,7 +259,7 @@ class QwenEncoders(FamilyEncoders):
     def texts(self, encode: Callable[..., tuple[Tensor, Tensor | None]], **arguments: Any) -> list[Tensor]:  # noqa: ANN401
         """What a pipeline's `encode_prompt` makes of texts, each trimmed to its true length, on the CPU."""
         with _image_positions(self.encoder(Qwen2_5_VLForConditionalGeneration)):
-            embeddings, mask = encode(device=self.device, **arguments)
+            embeddings, mask = encode(device=self.text_device, **arguments)
         if mask is None:  # no padding
             mask = torch.ones(embeddings.shape[:2])
         return [row[real.bool()].cpu() for row, real in zip(embeddings, mask, strict=True)]

@@ -83,6 +83,7 @@ class LatentWriter:
         identity: Of their weights.
         sharding: Workers and batches.
         failures: What becomes of a sample that cannot be read, encoded or written.
+        tiled: Whether the encoders' VAE works in tiles.
     """
 
     def __init__(
@@ -94,9 +95,10 @@ class LatentWriter:
         *,
         sharding: Sharding,
         failures: Failures,
+        tiled: bool = False,
     ) -> None:
         self.cache, self.architecture, self.encoders, self.identity = cache, architecture, encoders, identity
-        self.sharding, self.failures = sharding, failures
+        self.sharding, self.failures, self.tiled = sharding, failures, tiled
 
     def write(self, jobs: Sequence[Job]) -> dict[str, Job | None]:
         """Encode all of them.
@@ -167,7 +169,7 @@ class LatentWriter:
         shapes = {name: tuple(tensor.shape) for name, tensor in fields.items()}
         cut, vae = job.cut, self.identity.vae
         made = LatentsProvenance(
-            decoded.sources, cut.numbers, cut.frames, vae, job.has_alpha, shapes, job.in_srgb
+            decoded.sources, cut.numbers, cut.frames, vae, job.has_alpha, shapes, job.in_srgb, self.tiled
         ).header()
         if fields:
             write_tensors(self.cache.images_path(job.key), fields, made, synced=False)

@@ -15,6 +15,7 @@ from mpp.cache.index import Entry, Index
 from mpp.cache.mask_facts import MaskDoubts
 from mpp.core.loss import MaskedPriorLoss
 from mpp.files import check_writable, names_told_apart, remove_leftovers
+from mpp.memory.settings import EncoderMemory
 from mpp.models.contract import Architecture, Encoders, Identity
 from mpp.preparing.encoding import LatentWriter, preview_paths
 from mpp.preparing.failures import Failures
@@ -42,6 +43,7 @@ class Preparation:
         device: Where the encoders run.
         prompts: What will be generated during training, encoded as well; None: nothing.
         sharding: Shard of this process, workers and batches.
+        memory: How the encoders fit.
     """
 
     def __init__(
@@ -51,10 +53,13 @@ class Preparation:
         device: torch.device | str,
         prompts: Prompts | None = None,
         sharding: Sharding | None = None,
+        *,
+        memory: EncoderMemory | None = None,
     ) -> None:
         self.source = source
         self.architecture = architecture
         self.device = device
+        self.memory = memory or EncoderMemory()
         self.prompts = prompts or Prompts()
         self.sharding = sharding or Sharding(workers=0)
         self.shard = self.sharding.own_shard()
@@ -79,6 +84,7 @@ class Preparation:
         if began is not None:
             self.summary.spent("start", began)
         self.prompts.check(self.architecture)
+        encoders = self.architecture.load_encoders(self.device, self.memory)
         items = self.source.items(with_layers=self.architecture.latents.frames.has_layers)
         self.source.preservation.check([item.caption for item in items if item.split == "train"])
         identity = self.architecture.identity(fetch=True)
@@ -86,11 +92,10 @@ class Preparation:
         mine = items[self.shard.index :: self.shard.count]
         jobs = self._plan(mine, identity)
         if new:
-            self.cache.write_identity(CacheIdentity.of(self.architecture, identity))
+            self.cache.write_identity(self._identity(identity))
         layered = self.architecture.latents.frames.has_layers
         self.summary.left_over = self.source.left_over(items, with_layers=layered)
         self.summary.spent("check", start)
-        encoders = self.architecture.load_encoders(self.device)
         jobs = self._encode_text(jobs, encoders)
         self._retire_index(jobs, items)
         jobs = self._encode_latents(jobs, encoders, identity)
@@ -110,9 +115,12 @@ class Preparation:
         check_writable(self.cache.folder, "data.cache_dir")
         if not (self.cache.folder / "cache.json").exists():
             return True
-        self.cache.identity().check(CacheIdentity.of(self.architecture, identity), self.cache.folder)
+        self.cache.identity().check(self._identity(identity), self.cache.folder)
         remove_leftovers(self.cache.folder)
         return False
+
+    def _identity(self, identity: Identity) -> CacheIdentity:
+        return CacheIdentity.of(self.architecture, identity, self.memory.text_weights)
 
     def _plan(self, items: Sequence[Item], identity: Identity) -> list[Job]:
         """Jobs for all usable images and videos."""
@@ -173,7 +181,13 @@ class Preparation:
         """Encode what is stale; returns the jobs that have latents now."""
         start = time.monotonic()
         writer = LatentWriter(
-            self.cache, self.architecture, encoders, identity, sharding=self.sharding, failures=self.failures
+            self.cache,
+            self.architecture,
+            encoders,
+            identity,
+            sharding=self.sharding,
+            failures=self.failures,
+            tiled=self.memory.vae == "tiled",
         )
         stale = [job for job in jobs if not job.latents_current]
         if stale:
@@ -226,7 +240,10 @@ class Preparation:
 
     def _encode_prompts(self, encoders: Encoders, identity: Identity) -> None:
         start = time.monotonic()
-        self.summary.prompts = self.prompts.encode(self.architecture, encoders, self.cache, identity)
+        weights = self.memory.text_weights
+        self.summary.prompts = self.prompts.encode(
+            self.architecture, encoders, self.cache, identity, text_weights=weights
+        )
         self.summary.spent("prompts", start)
 
     def _finish(self, jobs: Sequence[Job], items: Sequence[Item]) -> None:

@@ -98,8 +98,25 @@ class Prompts:
         for wanted in self.each:
             wanted.check(architecture)
 
-    def encode(self, architecture: Architecture, encoders: Encoders, cache: Cache, identity: Identity) -> int:
+    def encode(
+        self,
+        architecture: Architecture,
+        encoders: Encoders,
+        cache: Cache,
+        identity: Identity,
+        *,
+        text_weights: str = "bf16",
+    ) -> int:
         """Cache the conditioning of all prompts, and of the negative one, as far as it is not there.
+
+        All texts come first, then all images: text encoders and VAE are never loaded at once.
+
+        Args:
+            architecture: The family.
+            encoders: Its encoders.
+            cache: Where it goes.
+            identity: Of the model's weights.
+            text_weights: What those of the text encoders are kept in, as `EncoderMemory.text_weights`.
 
         Returns:
             Number of prompts.
@@ -113,12 +130,15 @@ class Prompts:
             generation = wanted.generation(architecture)
             for text, negative in wanted.texts(generation):
                 path = cache.generation_path(wanted.name(architecture, text, negative=negative))
-                made = PromptProvenance(text, architecture.family, settings, identity.vae, identity.text_encoder)
+                weights = identity.vae, identity.text_encoder, text_weights
+                made = PromptProvenance(text, architecture.family, settings, *weights)
                 if made_from(path, PromptProvenance) != made:
                     todo[path] = made, generation, _sees(architecture, negative=negative)
         prompts = [
             Prompt(made.caption, generation.controls if sees else ()) for made, generation, sees in todo.values()
         ]
+        if prompts:
+            encoders.release()
         texts = [encoders.encode_text([prompt])[0] for prompt in prompts]
         encoders.release()
         for (path, (made, generation, _)), record in zip(todo.items(), texts, strict=True):

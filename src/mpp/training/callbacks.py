@@ -367,7 +367,7 @@ class Generations(Checkpoint):
         """This process's prompts."""
         endings = endings_of(trainer)
         share, first = list(enumerate(self._ready))[trainer.global_rank :: trainer.world_size], None
-        encoders = module.architecture.load_encoders(module.device)
+        encoders = module.architecture.load_encoders(module.device, module.memory.encoders)
         try:
             with module.evaluated_adapter(), trainer.precision_plugin.forward_context():
                 for number, ready in share:

@@ -93,6 +93,7 @@ class MaskedPriorModule(LightningModule):
                 "whole updates; set lora.dropout=0"
             )
         self.memory = memory or Memory()
+        architecture.load_encoders("cpu", self.memory.encoders)  # loads nothing, refuses what the family cannot do
         if self.memory.base == "nf4" and adapter.kind in LYCORIS:
             raise ValueError(
                 f"memory.base=nf4 does not go with lora={adapter.kind}, which PEFT shapes after a packed weight; take "

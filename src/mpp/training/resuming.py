@@ -46,7 +46,7 @@ RULES = (  # the first that covers a key holds
          "trainer.enable_model_summary trainer.enable_checkpointing trainer.enable_autolog_hparams "
          "trainer.model_registry trainer.profiler", "applied", "what is saved, logged and shown changes no weights"),
     Rule("export export.*", "applied", "files for other programs, and what files say, change no weights"),
-    Rule("sampling sampling.* model.text_dtype model.vae_dtype", "applied",
+    Rule("sampling sampling.* model.text_dtype model.vae_dtype memory.vae", "applied",
          "generations change no weights; prompts must have been prepared"),
     Rule("val_sigmas validate_first trainer.val_check_interval trainer.check_val_every_n_epoch "
          "trainer.num_sanity_val_steps trainer.limit_val_batches trainer.limit_test_batches "

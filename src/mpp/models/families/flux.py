@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from mpp.core.flow import LinearShift, SigmaLaw
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
@@ -197,9 +198,9 @@ class Flux(Family):
         """Channels of packed latents, and the guidance input, which tells dev and Kontext from schnell."""
         return {"in_channels": 4 * self.latents.channels, "guidance_embeds": True}
 
-    def load_encoders(self, device: torch.device | str) -> "FluxEncoders":
+    def load_encoders(self, device: torch.device | str, memory: EncoderMemory | None = None) -> "FluxEncoders":
         """VAE and text encoders on `device`, each loaded when first used."""
-        return FluxEncoders(self, device)
+        return FluxEncoders(self, device, memory)
 
     def collate(self, items: Sequence[FluxConditioning]) -> FluxConditioning:
         """Stack; every text has exactly `text_length` tokens, as FLUX.1 attends to T5's states of the padding.
@@ -318,7 +319,10 @@ class FluxEncoders(FamilyEncoders):
             transformer=None,
         )
         text, pooled, _ = pipe.encode_prompt(
-            prompt=captions_of(prompts), prompt_2=None, device=self.device, max_sequence_length=self.model.text_length
+            prompt=captions_of(prompts),
+            prompt_2=None,
+            device=self.text_device,
+            max_sequence_length=self.model.text_length,
         )
         pairs = zip(text.cpu(), pooled.cpu(), strict=True)
         return [FluxConditioning(states.clone(), state.clone()) for states, state in pairs]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from mpp.core.flow import LinearShift, SigmaLaw
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of, exact_dtype
@@ -160,9 +161,9 @@ class Flux2(Family):
         """The transformer's channels, and whether it embeds guidance (dev does, klein does not)."""
         return {"in_channels": self.latents.channels, "guidance_embeds": self.guidance is not None}
 
-    def load_encoders(self, device: torch.device | str) -> "Flux2Encoders":
+    def load_encoders(self, device: torch.device | str, memory: EncoderMemory | None = None) -> "Flux2Encoders":
         """VAE and text encoder on `device`, each loaded when first used."""
-        return Flux2Encoders(self, device)
+        return Flux2Encoders(self, device, memory)
 
     def collate(self, items: Sequence[Flux2Conditioning]) -> Flux2Conditioning:
         """Stack; FLUX.2 is trained to attend to the encoder's states at padding, so no text is padded here.
@@ -265,7 +266,7 @@ class Flux2Encoders(FamilyEncoders):
         parts = {"text_encoder": self.encoder(encoder), "tokenizer": self.tokenizer()}
         pipe = kind(**parts, scheduler=None, vae=None, transformer=None)
         length = self.model.text_length
-        states, _ = pipe.encode_prompt(captions_of(prompts), device=self.device, max_sequence_length=length)
+        states, _ = pipe.encode_prompt(captions_of(prompts), device=self.text_device, max_sequence_length=length)
         return [Flux2Conditioning(text.clone()) for text in states.cpu()]
 
     @torch.no_grad()

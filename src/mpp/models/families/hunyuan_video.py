@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, CLIPTextModel, CLIPTokenizer, LlamaModel, LlavaForConditionalGeneration
 
 from mpp.core.flow import SigmaLaw
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
 from mpp.models.family import DType, Family, FamilyEncoders, output_pixels
@@ -205,9 +206,9 @@ class HunyuanVideo(Family):
             "guidance_embeds": self.guidance is not None,
         }
 
-    def load_encoders(self, device: torch.device | str) -> "HunyuanVideoEncoders":
+    def load_encoders(self, device: torch.device | str, memory: EncoderMemory | None = None) -> "HunyuanVideoEncoders":
         """VAE and text encoders on `device`, each loaded when first used."""
-        return HunyuanVideoEncoders(self, device)
+        return HunyuanVideoEncoders(self, device, memory)
 
     def collate(self, items: Sequence[HunyuanVideoConditioning]) -> HunyuanVideoConditioning:
         """Pad the texts to the longest, with a mask that makes padding neutral.
@@ -376,7 +377,7 @@ class HunyuanVideoEncoders(FamilyEncoders):
         condition = self.model.image_condition
         if condition is None:
             pipe = HunyuanVideoPipeline(text_encoder=self.encoder(LlamaModel), **parts)
-            encoded = [pipe.encode_prompt(prompt.text, device=self.device) for prompt in prompts]
+            encoded = [pipe.encode_prompt(prompt.text, device=self.text_device) for prompt in prompts]
         else:
             pipe = HunyuanVideoImageToVideoPipeline(
                 text_encoder=self.encoder(LlavaForConditionalGeneration),
@@ -389,7 +390,7 @@ class HunyuanVideoEncoders(FamilyEncoders):
                 pipe.encode_prompt(
                     prompt.images[0] if prompt.images else black,
                     prompt.text,
-                    device=self.device,
+                    device=self.text_device,
                     image_embed_interleave=every,
                 )
                 for prompt in prompts

@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, ByT5Tokenizer, Qwen2_5_VLTextModel, SiglipVisionModel, T5EncoderModel
 
 from mpp.core.flow import SigmaLaw
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of, exact_dtype
@@ -185,9 +186,11 @@ class HunyuanVideo15(Family):
             "use_meanflow": False,
         }
 
-    def load_encoders(self, device: torch.device | str) -> "HunyuanVideo15Encoders":
+    def load_encoders(
+        self, device: torch.device | str, memory: EncoderMemory | None = None
+    ) -> "HunyuanVideo15Encoders":
         """VAE, text and image encoders on `device`, each loaded when first used."""
-        return HunyuanVideo15Encoders(self, device)
+        return HunyuanVideo15Encoders(self, device, memory)
 
     def collate(self, items: Sequence[HunyuanVideo15Conditioning]) -> HunyuanVideo15Conditioning:
         """Pad both texts with masks, and stack the image fields.
@@ -295,12 +298,12 @@ class HunyuanVideo15Encoders(FamilyEncoders):
     def encode_text(self, prompts: Sequence[Prompt]) -> list[HunyuanVideo15Conditioning]:
         """States of both text encoders as the pipeline makes them, without those of padding."""
         captions = captions_of(prompts)
-        text = _text_states(self.encoder(Qwen2_5_VLTextModel), self.tokenizer(), captions, self.device)
+        text = _text_states(self.encoder(Qwen2_5_VLTextModel), self.tokenizer(), captions, self.text_device)
         glyphs = _glyph_states(
             self.tokenizer("tokenizer_2", ByT5Tokenizer),
             self.encoder(T5EncoderModel, "text_encoder_2"),
             captions,
-            self.device,
+            self.text_device,
         )
         return [HunyuanVideo15Conditioning(*both) for both in zip(_real(*text), _real(*glyphs), strict=True)]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, Qwen2_5_VLForConditionalGeneration
 
 from mpp.core.flow import SigmaLaw
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Generation, LatentSpec, ModelId, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of
@@ -95,9 +96,9 @@ class Kandinsky5(Family):
             "attention_type": "regular",
         }
 
-    def load_encoders(self, device: torch.device | str) -> "Kandinsky5Encoders":
+    def load_encoders(self, device: torch.device | str, memory: EncoderMemory | None = None) -> "Kandinsky5Encoders":
         """VAE and text encoders on `device`, each loaded when first used."""
-        return Kandinsky5Encoders(self, device)
+        return Kandinsky5Encoders(self, device, memory)
 
     def collate(self, items: Sequence[Kandinsky5Conditioning]) -> Kandinsky5Conditioning:
         """Stack, with a mask that tells real tokens from padding."""
@@ -214,7 +215,7 @@ class Kandinsky5Encoders(FamilyEncoders):
         records = []
         for caption in captions_of(prompts):
             text, pooled, _ = pipe.encode_prompt(
-                caption, max_sequence_length=self.model.text_length, device=self.device
+                caption, max_sequence_length=self.model.text_length, device=self.text_device
             )
             records.append(Kandinsky5Conditioning(text[0].cpu(), pooled[0].cpu()))
         return records

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Gemma3ForConditionalGeneration
 
 from mpp.core.flow import LinearShift, SigmaLaw
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Generation, LatentSpec, ModelId, Prompt
 from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
@@ -125,9 +126,9 @@ class LTX2(Family):
         """The transformer's channels, and that it is LTX-2: later versions modulate text and project it elsewhere."""
         return {"in_channels": self.latents.channels, "cross_attn_mod": False, "use_prompt_embeddings": True}
 
-    def load_encoders(self, device: torch.device | str) -> "LTX2Encoders":
+    def load_encoders(self, device: torch.device | str, memory: EncoderMemory | None = None) -> "LTX2Encoders":
         """VAE, text encoder and connectors on `device`, each loaded when first used."""
-        return LTX2Encoders(self, device)
+        return LTX2Encoders(self, device, memory)
 
     def collate(self, items: Sequence[LTX2Conditioning]) -> LTX2Conditioning:
         """Stack: the connectors brought every caption to one length, with content that nothing can stand for later.
@@ -253,7 +254,7 @@ class LTX2Encoders(FamilyEncoders):
             with self.loading("connectors", dtype):
                 folder = resolve_folder(self.model.text_encoder, "connectors", "model.text_encoder")
                 model = LTX2TextConnectors.from_pretrained(folder, torch_dtype=dtype)
-                self._loaded["connectors"] = model.to(self.device).eval().requires_grad_(False)
+                self._loaded["connectors"] = model.to(self.text_device).eval().requires_grad_(False)
         return self._loaded["connectors"]
 
     @torch.no_grad()
@@ -275,7 +276,7 @@ class LTX2Encoders(FamilyEncoders):
                 caption,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.model.text_length,
-                device=self.device,
+                device=self.text_device,
             )
             video, _, _ = pipe.connectors(states, mask, padding_side=pipe.tokenizer.padding_side)
             records.append(LTX2Conditioning(video[0].cpu()))

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from mpp.memory.settings import EncoderMemory
 from mpp.models import qwen
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, ModelId, Prompt
@@ -96,9 +97,9 @@ class QwenImage(qwen.QwenFamily):
             "use_layer3d_rope": False,
         }
 
-    def load_encoders(self, device: torch.device | str) -> "QwenImageEncoders":
+    def load_encoders(self, device: torch.device | str, memory: EncoderMemory | None = None) -> "QwenImageEncoders":
         """VAE and text encoder on `device`, each loaded when first used."""
-        return QwenImageEncoders(self, device)
+        return QwenImageEncoders(self, device, memory)
 
     def collate(self, items: Sequence[QwenImageConditioning]) -> QwenImageConditioning:
         """Pad every text to the longest, with a mask; stack the control images.

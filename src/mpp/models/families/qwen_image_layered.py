@@ -11,6 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from mpp.memory.settings import EncoderMemory
 from mpp.models import qwen
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Prompt
@@ -89,9 +90,11 @@ class QwenImageLayered(qwen.QwenFamily):
             "zero_cond_t": False,
         }
 
-    def load_encoders(self, device: torch.device | str) -> "QwenImageLayeredEncoders":
+    def load_encoders(
+        self, device: torch.device | str, memory: EncoderMemory | None = None
+    ) -> "QwenImageLayeredEncoders":
         """VAE and text encoder on `device`, each loaded when first used."""
-        return QwenImageLayeredEncoders(self, device)
+        return QwenImageLayeredEncoders(self, device, memory)
 
     def collate(self, items: Sequence[LayeredConditioning]) -> LayeredConditioning:
         """Pad every text to the longest, with a mask; stack the whole images.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpp.core.flow import SigmaLaw
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, LatentSpec, ModelId, Prompt, Ready
 from mpp.models.filling import fill, folder_state
@@ -109,9 +110,12 @@ class Toy(Architecture):
         with init_empty_weights():
             return WanTransformer3DModel.from_config(json.loads((folder / "config.json").read_bytes()))
 
-    def load_encoders(self, device: torch.device | str) -> "ToyEncoders":
-        """Codec and words; nothing to load."""
+    def load_encoders(self, device: torch.device | str, memory: EncoderMemory | None = None) -> "ToyEncoders":
+        """Codec and words; nothing to load, and nothing to save memory with."""
         del device
+        for name, default in vars(EncoderMemory()).items():
+            if memory is not None and (said := getattr(memory, name)) != default:
+                raise ValueError(f"memory.{name}={said}: model=toy has no weights to encode with; leave it out")
         return ToyEncoders(self)
 
     def collate(self, items: Sequence[ToyConditioning]) -> ToyConditioning:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from mpp.core.flow import SigmaLaw
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Tensors
 from mpp.models.contract import Generation, Identity, ImageInputs, LatentSpec, ModelId, Prompt, Ready
 from mpp.models.experts import Experts, below
@@ -186,9 +187,9 @@ class Wan(Family):
 
     # ---------------------------------------------------------------- training
 
-    def load_encoders(self, device: torch.device | str) -> "WanEncoders":
+    def load_encoders(self, device: torch.device | str, memory: EncoderMemory | None = None) -> "WanEncoders":
         """VAE, text and image encoder on `device`, each loaded when first used."""
-        return WanEncoders(self, device)
+        return WanEncoders(self, device, memory)
 
     def collate(self, items: Sequence[WanConditioning]) -> WanConditioning:
         """Zero-pad every text to `text_length`: WAN is trained to attend to exactly this padding."""
@@ -297,7 +298,7 @@ class WanEncoders(FamilyEncoders):
             captions_of(prompts),
             do_classifier_free_guidance=False,
             max_sequence_length=self.model.text_length,
-            device=self.device,
+            device=self.text_device,
         )
         lengths = states.any(-1).sum(1).tolist()
         return [WanConditioning(state[:n].cpu().clone()) for state, n in zip(states, lengths, strict=True)]

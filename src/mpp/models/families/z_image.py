@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Model
 
 from mpp.core.flow import SigmaLaw
+from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Generation, LatentSpec, ModelId, Names, NativeRule, Prompt
 from mpp.models.family import Family, FamilyEncoders, captions_of
@@ -105,9 +106,9 @@ class ZImage(Family):
         """The transformer's channels, and that it takes no images (Z-Image-Omni does)."""
         return {"in_channels": self.latents.channels, "siglip_feat_dim": None}
 
-    def load_encoders(self, device: torch.device | str) -> "ZImageEncoders":
+    def load_encoders(self, device: torch.device | str, memory: EncoderMemory | None = None) -> "ZImageEncoders":
         """VAE and text encoder on `device`, each loaded when first used."""
-        return ZImageEncoders(self, device)
+        return ZImageEncoders(self, device, memory)
 
     def collate(self, items: Sequence[ZImageConditioning]) -> ZImageConditioning:
         """Pad every text to the longest, with the mask by which `velocity` takes the padding off again."""
@@ -178,7 +179,7 @@ class ZImageEncoders(FamilyEncoders):
         )
         texts, _ = pipe.encode_prompt(
             captions_of(prompts),
-            device=self.device,
+            device=self.text_device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.model.text_length,
         )

@@ -1,0 +1,115 @@
+"""Text encoders of transformers in fewer bits, each weight quantised as soon as it is read.
+
+It is transformers' own loading, with its names of tensors and its exceptions of precision; the quantizer is added to it
+as its documentation has them added.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mpp.memory import nf4
+from mpp.memory.bases import quantise
+from mpp.models.contract import repeated
+
+_METHOD = "mpp"
+
+
+def load_quantised(kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype, base: str) -> PreTrainedModel:
+    """A text encoder on the CPU, never more of it unquantised than one weight and what stays so.
+
+    Args:
+        kind: Its class.
+        folder: As transformers saves it.
+        dtype: Of what is not quantised, and of computations.
+        base: One of `mpp.memory.bases.QUANTISED`.
+    """
+    return kind.from_pretrained(folder, dtype=dtype, quantization_config=_Config(base))
+
+
+def quantisable(model: PreTrainedModel, dtype: torch.dtype, base: str) -> Iterator[str]:
+    """Names of the linear layers that are quantised: those in repeated layers.
+
+    Embeddings, norms and heads lie outside of these, and a vision tower's patches. What transformers keeps in float32
+    stays as it is. In 4 bits so does T5's `wo`, because T5 casts what goes into it to the dtype of its weight unless
+    that is int8, which bitsandbytes' bytes are not; and rows that make no whole blocks, which it cannot multiply by on
+    a CPU.
+
+    Args:
+        model: May be on the meta device.
+        dtype: As `load_quantised`.
+        base: The same.
+    """
+    exact = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()  # noqa: SLF001
+    if dtype == torch.float16:
+        exact |= set(model._keep_in_fp32_modules or ())  # noqa: SLF001
+    if base == "nf4":
+        exact.add("wo")
+    for prefix, layer in repeated(model):
+        for name, module in layer.named_modules(prefix=prefix):
+            linear = isinstance(module, nn.Linear) and exact.isdisjoint(name.split("."))
+            if linear and (base != "nf4" or module.in_features % nf4.BLOCK == 0):
+                yield name
+
+
+@register_quantization_config(_METHOD)
+class _Config(QuantizationConfigMixin):
+    def __init__(self, base: str) -> None:
+        super().__init__(quant_method=_METHOD)
+        self.base = base
+
+
+@register_quantizer(_METHOD)
+class _Quantizer(HfQuantizer):
+    """Says what is quantised, and does it."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:  # noqa: ANN401
+        names = quantisable(model, model.dtype, self.quantization_config.base)
+        self.names = {f"{name}.weight" for name in names}
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:  # noqa: ANN401
+        del model
+        return param_name in self.names
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantise(self.quantization_config.base)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class _Quantise(ConversionOps):
+    """Puts a quantised layer where the layer of a weight was."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        missing_keys: set[str],
+        **_: Any,  # noqa: ANN401
+    ) -> dict[str, Tensor]:
+        (weight,) = input_dict.values()
+        name = full_layer_name.removesuffix(".weight")
+        linear = model.get_submodule(name)
+        linear.weight = nn.Parameter(weight[0] if isinstance(weight, list) else weight, requires_grad=False)
+        quantise(model, [name], self.base)
+        missing_keys.discard(full_layer_name)
+        for tensor in model.get_submodule(name).state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True  # noqa: SLF001 (or transformers would draw it anew)
+        return {}
