@@ -132,6 +132,16 @@ class Encoders(Protocol):
         """
         ...
 
+    def decode_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes at the peak of decoding one sample's latents `(c, f, h, w)` by the VAE, its weights among them.
+
+        Counted on the meta device: no weights are read. What kernels take for themselves while they run is not in it.
+
+        Raises:
+            ValueError: The VAE's configuration is not there.
+        """
+        ...
+
     def release(self) -> None:
         """Free whatever is loaded."""
         ...

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from mpp.files import weights_fingerprint
+from mpp.memory.live import LiveBytes, bytes_of
 from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, Prompt, Ready
@@ -268,14 +269,31 @@ class FamilyEncoders:
                 folder = resolve_folder(self.model.vae, "vae", "model.vae")
                 vae = self.vae_class.from_pretrained(folder, torch_dtype=dtype)
                 self.check_vae(vae)
-                vae = vae.to(self.device).eval().requires_grad_(False)
-                if self.memory.vae == "tiled":
-                    vae.enable_tiling()
-                    vae.enable_slicing()
+                vae = self._fitted(vae.to(self.device))
             # Samples are generated under the run's autocast, which would decode a float32 VAE in bfloat16.
             vae.decode = torch.autocast(self.device.type, enabled=False)(vae.decode)
             self._loaded["vae"] = vae
         return self._loaded["vae"]
+
+    def _fitted(self, vae: ModelMixin) -> ModelMixin:
+        if self.memory.vae == "tiled":
+            vae.enable_tiling()
+            vae.enable_slicing()
+        return vae.eval().requires_grad_(False)
+
+    def decode_bytes(self, shape: Sequence[int]) -> int:
+        """Weights, latents, and all that the VAE makes of them, at the peak."""
+        folder = resolve_folder(self.model.vae, "vae", "model.vae", files="*.json")
+        with torch.device("meta"):
+            vae = self.vae_class.from_config(json.loads((folder / "config.json").read_bytes()))
+            vae = self._fitted(nn.Module.to(vae, DTYPES[self.model.vae_dtype]))
+        with torch.no_grad(), LiveBytes() as live:
+            vae.decode(torch.empty(self.vae_shape(shape), device="meta", dtype=vae.dtype))
+        return live.peak + bytes_of([*vae.parameters(), *vae.buffers()])
+
+    def vae_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of what the VAE is given of one sample's latents `(c, f, h, w)`."""
+        return (1, *shape)
 
     def check_vae(self, vae: ModelMixin) -> None:
         """Refuse a VAE of another latent shape: raise ValueError."""

@@ -297,6 +297,11 @@ class Flux2Encoders(FamilyEncoders):
             latents.append(self.encode_pixels(cropped[:, :, None])[0, :, 0])
         return {"controls": tuple(latents)} if latents else {}
 
+    def vae_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of 2x2 patches their cells."""
+        channels, _, height, width = shape
+        return 1, channels // 4, 2 * height, 2 * width
+
     def check_vae(self, vae: AutoencoderKLFlux2) -> None:
         """Refuse a VAE of another latent shape."""
         spec = self.model.latents

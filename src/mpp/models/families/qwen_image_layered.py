@@ -182,6 +182,11 @@ class QwenImageLayeredEncoders(qwen.QwenEncoders):
         """Mode of the VAE's posterior of every frame as an image of its own, `(z - mean) / std` in float32."""
         return self.latents_of(pixels)
 
+    def vae_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Each layer is an image of its own."""
+        channels, layers, height, width = shape
+        return layers, channels, 1, height, width
+
     def encode_images(
         self, pixels: Float[Tensor, "1 4 frames height width"], controls: Sequence[Image.Image]
     ) -> dict[str, Tensors]:

@@ -209,6 +209,11 @@ class ToyEncoders:
         pixels = functional.pixel_shuffle(flat, self.architecture.latents.spatial_stride)
         return pixels.unflatten(0, (-1, frames)).transpose(1, 2).contiguous()
 
+    def decode_bytes(self, shape: Sequence[int]) -> int:
+        """None: the CPU shuffles pixels."""
+        del shape
+        return 0
+
     def release(self) -> None:
         """Nothing to free."""
 

@@ -198,6 +198,11 @@ class ZImageEncoders(FamilyEncoders):
         latents = vae.encode(pixels[:, :, 0].to(self.device, vae.dtype)).latent_dist.mode().float().cpu()
         return ((latents - vae.config.shift_factor) * vae.config.scaling_factor)[:, :, None]
 
+    def vae_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Without a frame axis."""
+        channels, _, height, width = shape
+        return 1, channels, height, width
+
     def check_vae(self, vae: AutoencoderKL) -> None:
         """Refuse a VAE of another latent shape."""
         spec, stride = self.model.latents, 2 ** (len(vae.config.block_out_channels) - 1)
