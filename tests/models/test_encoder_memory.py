@@ -171,7 +171,7 @@ def test_a_quantised_text_encoder_never_takes_more_than_itself_and_one_weight(tm
 
     assert peak("bf16") > 1.9 * count
     for base, size in (("fp8", 1), ("int8", 1), ("nf4", 4.5 / 8)):
-        assert size * count < peak(base) < size * count + 16 * largest  # a weight in float32, thrice, and in bfloat16
+        assert size * count < peak(base) < size * count + 20 * largest  # of one weight copies in float32
 
 
 # ---------------------------------------------------------------- one after the other

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, T5EncoderModel
 
 SOURCE = Path(__file__).parents[2] / "src" / "mpp"
 CALLED = [  # class in diffusers or itself, name, parameters that calls rely on
@@ -52,6 +53,8 @@ READ = {
     "_actions",  # of argparse's parsers
     "_keys_to_ignore_on_load_unexpected",
     "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+    "_is_hf_initialized",  # set; tests/models/test_encoder_memory.py finds weights that were drawn anew
     "_disable_adapters",
     "_ddp_kwargs",
     "_signal_connector",
@@ -75,6 +78,8 @@ def test_private_attributes_are_there_and_mean_what_they_meant():
     for name, member in (("_keys_to_ignore_on_load_unexpected", "norm_added_q"), ("_keep_in_fp32_modules", "norm1")):
         found = getattr(diffusers.WanTransformer3DModel, name, None)
         assert member in (found or ()), f"WanTransformer3DModel of this version has {name} = {found}"
+    assert "wo" in T5EncoderModel._keep_in_fp32_modules
+    assert PreTrainedModel._keep_in_fp32_modules_strict is None
     layer = inject_adapter_in_model(LoraConfig(target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(2, 2)))[0]
     assert isinstance(layer, BaseTunerLayer)
     for off in (True, False):

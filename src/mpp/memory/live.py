@@ -35,7 +35,7 @@ class LiveBytes(TorchDispatchMode):
         return made
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()  # noqa: SLF001 (what all its tensors share)
+        key, size = id(storage), storage.nbytes()  # torch gives all its tensors one object
         if key in self._known:
             return
 

@@ -17,7 +17,8 @@ class Memory:
         base: What the weights of the frozen base's blocks are kept in: `bf16`, as `model.dtype` has them; `fp8` or
             `int8`, 8 bits with a scale per output row; `nf4`, 4 bits by bitsandbytes. It computes in `model.dtype`, and
             adapters are float32, in all of them. Norms, embeddings, modulation and output layers are not quantised.
-        vae: How the VAE of samples decodes: `whole`, or `tiled`, as `EncoderMemory.vae`.
+        vae: How the VAE decodes samples: `whole`; `tiled`, what is larger than a tile in overlapping tiles that are
+            blended: less memory, and slightly other values.
 
     Raises:
         ValueError: An unknown value, or a base whose package is not installed.
@@ -43,8 +44,8 @@ class EncoderMemory:
 
     Args:
         text_encoder: What the linear layers of the text encoders' repeated layers are kept in: `bf16`, as
-            `model.text_dtype` has them; `fp8`, `int8` or `nf4`, as in `memory.base`. `cpu`: as `bf16`, and the text
-            encoders run on the CPU, whatever runs on `device`.
+            `model.text_dtype` has them; `fp8` or `int8`, 8 bits with a scale per output row; `nf4`, 4 bits by
+            bitsandbytes. `cpu`: as `bf16`, and the text encoders run on the CPU, whatever else runs on `device`.
         vae: How the VAE encodes and decodes: `whole`; `tiled`, one sample at a time, and what is larger than a tile in
             overlapping tiles that are blended, as diffusers does it: less memory, and slightly other values.
 
@@ -77,7 +78,7 @@ class GenerationMemory(EncoderMemory):
     """How generating fits.
 
     Args:
-        base: As `Memory.base`.
+        base: What the weights of the base's blocks are kept in, as for training.
 
     Raises:
         ValueError: An unknown value, or one whose package is not installed.
