@@ -15,7 +15,6 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mpp.memory import nf4
 from mpp.memory.bases import quantise
 from mpp.models.contract import repeated
 
@@ -34,28 +33,23 @@ def load_quantised(kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype
     return kind.from_pretrained(folder, dtype=dtype, quantization_config=_Config(base))
 
 
-def quantisable(model: PreTrainedModel, dtype: torch.dtype, base: str) -> Iterator[str]:
+def quantisable(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[str]:
     """Names of the linear layers that are quantised: those in repeated layers.
 
     Embeddings, norms and heads lie outside of these, and a vision tower's patches. What transformers keeps in float32
-    stays as it is. In 4 bits so does T5's `wo`, because T5 casts what goes into it to the dtype of its weight unless
-    that is int8, which bitsandbytes' bytes are not; and rows that make no whole blocks, which it cannot multiply by on
-    a CPU.
+    stays as it is. (T5 casts what goes into its `wo` to the dtype of that weight unless it is int8, which packed weights
+    say they are.)
 
     Args:
         model: May be on the meta device.
         dtype: As `load_quantised`.
-        base: The same.
     """
     exact = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()  # noqa: SLF001
     if dtype == torch.float16:
         exact |= set(model._keep_in_fp32_modules or ())  # noqa: SLF001
-    if base == "nf4":
-        exact.add("wo")
     for prefix, layer in repeated(model):
         for name, module in layer.named_modules(prefix=prefix):
-            linear = isinstance(module, nn.Linear) and exact.isdisjoint(name.split("."))
-            if linear and (base != "nf4" or module.in_features % nf4.BLOCK == 0):
+            if isinstance(module, nn.Linear) and exact.isdisjoint(name.split(".")):
                 yield name
 
 
@@ -71,8 +65,7 @@ class _Quantizer(HfQuantizer):
     """Says what is quantised, and does it."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:  # noqa: ANN401
-        names = quantisable(model, model.dtype, self.quantization_config.base)
-        self.names = {f"{name}.weight" for name in names}
+        self.names = {f"{name}.weight" for name in quantisable(model, model.dtype)}
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:  # noqa: ANN401
         del model
