@@ -18,7 +18,7 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.files import check_writable, remove_leftovers
 from mpp.jobs import begin_record, job_number, repeat_output
 from mpp.logs import adopt, record
-from mpp.lora.stack import base_fingerprint, check_loras
+from mpp.lora.stack import base_fingerprint, check_weights
 from mpp.lora.starting import Start
 from mpp.recorded import followers, going_on
 from mpp.reporting.findings import find
@@ -77,7 +77,7 @@ def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     )
     data = build(cfg.data, architecture=architecture)
     architecture.check()
-    check_loras(architecture)
+    check_weights(architecture, module.memory.base)
     module.start = None if resumption else Start.read(module.adapter, architecture)
     data.setup()
     check_preservation(module.loss, data)

@@ -20,7 +20,7 @@ def run(cfg: DictConfig) -> list[Path]:
     import torch
 
     from mpp.cache.format import Cache
-    from mpp.lora.stack import Stack, check_loras, load_base
+    from mpp.lora.stack import Stack, check_weights, load_base
     from mpp.models.experts import parts_of
     from mpp.sampling.generation import generate, generation_name, save
 
@@ -32,9 +32,10 @@ def run(cfg: DictConfig) -> list[Path]:
         raise ValueError("sampling.prompts is empty; give one, e.g. sampling.prompts='a photo of ohwx'")
     architecture.check()
     prompts.check(architecture)
-    check_loras(architecture)
+    check_weights(architecture, memory.base)
     skeleton = dict(parts_of(architecture.skeleton()))
     loras = Stack.read(cfg.lora_path, architecture, skeleton)
+    loras.check_kinds(memory.base)
     loras.attach(skeleton)
     folder = Path(cfg.output_dir)
     encoders = architecture.load_encoders(device, memory)

@@ -15,6 +15,7 @@ from mpp.core.flow import Noisy, interpolate
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter, adapter_state, adapters_off, inject
 from mpp.media.geometry import image_tensor
+from mpp.memory.bases import quantise, restore
 from mpp.models.contract import Generation, Prompt
 from mpp.training.teacher import Teacher
 from tests.batching.test_loader import pickled
@@ -334,6 +335,24 @@ def test_one_training_step_by_the_command_line_on_a_prepared_cache(variant, arch
     for file in loras:
         assert all(name.startswith("transformer.") for name in load_file(file))
         assert file.with_stem(f"{file.stem}_comfyui").exists()
+
+
+@pytest.mark.parametrize("variant", wan_first(), indirect=True)
+def test_whatever_of_the_blocks_a_file_has_in_fp8_they_predict_as_dequantised(arch, two):
+    transformer = arch.load_transformer()
+    inside = [name for _, block in arch.blocks(transformer) for name in linears_of(transformer, block)]
+    quantise(transformer, inside, "fp8")
+    noisy = noisy_of(two)
+    with torch.no_grad():
+        packed = arch.velocity(transformer, noisy.latents, noisy.sigma, two.conditioning)
+        assert restore(transformer, inside) == inside
+        assert torch.equal(packed, arch.velocity(transformer, noisy.latents, noisy.sigma, two.conditioning))
+
+
+def linears_of(transformer, block):
+    """Names in the transformer of all linear layers of a block, modulation too."""
+    own = {id(module) for module in block.modules() if isinstance(module, torch.nn.Linear)}
+    return [name for name, module in transformer.named_modules() if id(module) in own]
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -130,6 +130,25 @@ class Adapter:
         )
 
 
+def check_kind(kind: str, base: str, what: str) -> None:
+    """Refuse a kind of adapter that PEFT makes from weights which a base has packed.
+
+    Args:
+        kind: As `Adapter.kind`.
+        base: As `memory.base`.
+        what: Is of that kind, for the error.
+
+    Raises:
+        ValueError: As above.
+    """
+    unfit = {"nf4": tuple(LYCORIS), "gguf": tuple(LYCORIS)}.get(base, ())
+    if kind in unfit:
+        raise ValueError(
+            f"memory.base={base} does not go with {what}, which PEFT shapes after a packed weight; take "
+            "memory.base=fp8 or int8, or a plain LoRA"
+        )
+
+
 def inject(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequence[str], *, seed: int) -> None:
     """Freeze the transformer and add a trainable float32 adapter.
 

@@ -26,6 +26,7 @@ from mpp.lora.reading import find_loras
 from mpp.lora.record import base_name
 from mpp.lora.stack import base_fingerprint, load_base
 from mpp.lora.writing import described
+from mpp.memory.bases import dequantise
 from mpp.models.contract import Architecture
 from mpp.models.experts import parts_of
 from mpp.models.weights import other_components
@@ -102,6 +103,7 @@ class Export:
         if self.format == "original" and len(skeleton) > 1:
             raise ValueError("export.format=original is for one expert at a time; choose its model config")
         targets = self._targets(loras)
+        self._check_stored(architecture)
         if self.format == "original":
             _check_base(lora := loras[""], base_fingerprint(architecture))
             tensors, metadata = merged_original(lora, architecture, skeleton[""])
@@ -121,6 +123,16 @@ class Export:
         for part, target in targets.items():
             (write_folder if self._is_folder else write_atomically)(target, writers[part])
         return list(targets.values())
+
+    def _check_stored(self, architecture: Architecture) -> None:
+        """Refuse quantised files where whole weights are written, or needed, that they cannot give."""
+        stored = set(architecture.stored().values())
+        if (self.format == "original" and stored) or (self.merge and "gguf" in stored):
+            raise ValueError(
+                f"model.pretrained={architecture.pretrained} has quantised weights ({', '.join(stored)}), into which "
+                "nothing is merged; give the bf16 weights"
+                + ("" if "gguf" in stored else ", or leave out export.format=original for a folder in model.dtype")
+            )
 
     def _targets(self, loras: Mapping[str, LoraFile]) -> dict[str, Path]:
         """Where each LoRA goes; a merged model, which is one whatever it consists of, is called `""`."""
@@ -212,7 +224,7 @@ def by_program(
     names = architecture.names_in(format)
 
     def norms(name: str) -> Tensor:
-        return layers[name].weight.detach().float().norm(dim=1).to(device)
+        return dequantise(layers[name]).float().norm(dim=1).to(device)
 
     device = next(iter(tensors.values())).device
     native = to_native(updates(transformer, tensors), names.rules, sizes, norms)

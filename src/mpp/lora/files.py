@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mpp.lora.adapters import ADAPTER
-from mpp.memory.bases import dequantise
+from mpp.memory.bases import dequantise, is_quantised
 
 PREFIX = "transformer."
 _TENSOR = re.compile(r"(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector|lokr_[a-z0-9_]+|hada_[a-z0-9_]+)")
@@ -47,6 +47,16 @@ class LoraFile:
     def is_dora(self) -> bool:
         """Whether it has magnitudes, which other programs count by the norms of the base."""
         return any(name.endswith(_MAGNITUDE) for name in self.tensors)
+
+    @property
+    def kind(self) -> str:
+        """Its kind, as `Adapter.kind` has it, but for how it is scaled."""
+        return "dora" if self.is_dora else str(self.described.get("peft_type", "LORA")).lower()
+
+    @property
+    def layers(self) -> set[str]:
+        """Names of the layers that it changes."""
+        return _by_module(self.tensors).keys() | {name.rpartition(".")[0] for name in self.differences}
 
     def adapter_alone(self) -> "LoraFile":
         """Without the differences of whole weights."""
@@ -251,6 +261,8 @@ def merge(transformer: nn.Module) -> None:
     """
     for layer in [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]:
         base = layer.get_base_layer()
+        if is_quantised(base):
+            raise ValueError("a LoRA cannot be merged into quantised weights; merge it into those in bf16")
         dtype = base.weight.dtype
         layer.float()
         layer.merge(safe_merge=True)

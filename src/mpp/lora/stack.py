@@ -9,12 +9,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mpp.files import content_hash
-from mpp.lora.adapters import ADAPTER
+from mpp.lora.adapters import ADAPTER, check_kind
 from mpp.lora.files import LoraFile, attach, merge
 from mpp.lora.reading import asked, find_loras
-from mpp.memory.bases import quantise
+from mpp.memory.bases import quantise, restore
 from mpp.models.contract import Architecture
 from mpp.models.experts import parts_of
+from mpp.models.weights import say
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,16 @@ class Stack:
         entries = [] if entries is None else [entries] if isinstance(entries, str) else entries
         wanted = [asked(entry) for entry in entries]
         return cls(tuple((find_loras(path, architecture, parts), strength) for path, strength in wanted))
+
+    def check_kinds(self, base: str) -> None:
+        """Refuse LoRAs that cannot be put on a base: ValueError as `check_kind`.
+
+        Args:
+            base: As `memory.base`.
+        """
+        for found, _ in self.loras:
+            for lora in found.values():
+                check_kind(lora.kind, base, f"lora={lora.path}, a {lora.kind}")
 
     def attach(self, parts: Mapping[str, nn.Module]) -> None:
         """Put them on as adapters that are all on, or off together.
@@ -97,6 +108,11 @@ class Stack:
             )
         )
 
+    @property
+    def layers(self) -> set[str]:
+        """Names of the layers that they change, beginning with the part's."""
+        return {_in_part(part, name) for found, _ in self.loras for part, lora in found.items() for name in lora.layers}
+
     def fingerprint(self) -> str:
         """What tells one stack from another, whatever the files are called."""
         return "".join(
@@ -119,35 +135,69 @@ def _add_differences(transformer: nn.Module, lora: LoraFile, strength: float) ->
             weight.copy_(weight.float() + strength * difference.to(weight.device))
 
 
+def _check_stored(architecture: Architecture, base: str) -> None:
+    stored = architecture.stored()
+    if base != "gguf" and "gguf" in stored.values():
+        raise ValueError(
+            f"model.pretrained={architecture.pretrained} is a GGUF file, whose weights are quantised already: say so "
+            f"by memory.base=gguf (got memory.base={base}), or give the bf16 weights"
+        )
+    if base == "gguf" and any(stored.get(part) != "gguf" for part, _ in parts_of(architecture.skeleton())):
+        raise ValueError(
+            "memory.base=gguf keeps GGUF files as they are: set model.pretrained to a .gguf, of several experts each "
+            f"one's; got {architecture.pretrained}"
+        )
+    if base == "gguf" and architecture.loras:
+        raise ValueError(
+            f"model.loras cannot be merged into a GGUF file, got {', '.join(architecture.loras)}; give the bf16 weights"
+        )
+    if base in ("int8", "nf4") and "fp8" in stored.values():
+        raise ValueError(
+            f"memory.base={base} would round the fp8 weights of model.pretrained={architecture.pretrained} a second "
+            "time; set memory.base=fp8, which keeps them, or give the bf16 weights"
+        )
+
+
 def load_base(architecture: Architecture, base: str = "bf16") -> nn.Module:
     """The frozen transformer with the LoRAs that belong to it (`model.loras`) in its weights.
 
-    A quantised one is made block by block: read, LoRAs merged in `model.dtype`, quantised.
+    A quantised one is made block by block: read, LoRAs merged in `model.dtype`, quantised. Of files in fp8 all is kept
+    as it is, but for the layers that LoRAs are merged into.
 
     Args:
         architecture: The family.
         base: As `memory.base`.
 
     Raises:
-        ValueError: One of the LoRAs does not fit.
+        ValueError: As `check_weights`.
     """
-    if base == "bf16":
+    _check_stored(architecture, base)
+    if base in ("bf16", "gguf"):
         transformer = architecture.load_transformer()
         parts = dict(parts_of(transformer))
         Stack.read(architecture.loras, architecture, parts).merge(parts)
         return transformer.requires_grad_(False)
     skeleton = architecture.skeleton()
-    names = [name for name, _ in architecture.quantisable(skeleton)]
+    whole = tuple(f"{part}." if part else "" for part in architecture.stored())
+    names = [name for name, _ in architecture.quantisable(skeleton) if not name.startswith(whole)]
     blocks = [f"{name}." for name, _ in architecture.blocks(skeleton)]
     stack = Stack.read(architecture.loras, architecture, dict(parts_of(skeleton)))
 
+    again = 0
+
     def ready(block_name: str, block: nn.Module) -> None:
+        nonlocal again
         inside = f"{block_name}."
         part = next((part for part, _ in parts_of(skeleton) if part and inside.startswith(f"{part}.")), "")
-        stack.within(lambda name: name.startswith(inside)).merge({part: _holding(block_name, part, block)})
-        quantise(block, [name.removeprefix(inside) for name in names if name.startswith(inside)], base)
+        own = stack.within(lambda name: name.startswith(inside))
+        restored = restore(block, [name.removeprefix(inside) for name in own.layers if name.startswith(inside)])
+        own.merge({part: _holding(block_name, part, block)})
+        quantise(block, [name.removeprefix(inside) for name in names if name.startswith(inside)] + restored, base)
+        again += len(restored)
 
     transformer = architecture.load_transformer(ready)
+    if again:
+        say(f"model.loras: {again} layers in fp8 were dequantised, changed, and quantised again with a scale per row")
     stack.within(lambda name: not name.startswith(tuple(blocks))).merge(dict(parts_of(transformer)))
     return transformer.requires_grad_(False)
 
@@ -177,6 +227,21 @@ def base_fingerprint(architecture: Architecture) -> str | None:
     if weights is None or not architecture.loras:
         return weights
     return weights + Stack.read(architecture.loras, architecture, dict(parts_of(architecture.skeleton()))).fingerprint()
+
+
+def check_weights(architecture: Architecture, base: str) -> None:
+    """Refuse what `load_base` could not give, off the headers of files, before any weights are loaded.
+
+    Args:
+        architecture: The family.
+        base: As `memory.base`.
+
+    Raises:
+        ValueError: GGUF files under another base, or the other way round; fp8 files that would be quantised once more;
+            as `check_loras`.
+    """
+    _check_stored(architecture, base)
+    check_loras(architecture)
 
 
 def check_loras(architecture: Architecture) -> None:

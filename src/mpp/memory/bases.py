@@ -2,32 +2,36 @@
 
 import importlib.util
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from mpp.memory import nf4, scaled
 from mpp.memory.linear import QuantisedLinear
 
-Base = Literal["bf16", "fp8", "int8", "nf4"]
-QUANTISED = ("fp8", "int8", "nf4")
+Base = Literal["bf16", "fp8", "int8", "nf4", "gguf"]
+QUANTISED = ("fp8", "int8", "nf4")  # that weights are brought to here; GGUF files are there already
+_PACKAGES = {"nf4": "bitsandbytes", "gguf": "gguf"}
 
 
-def check_base(base: str, setting: str, more: Sequence[str] = ()) -> None:
+def check_base(base: str, setting: str, known: Sequence[str] = get_args(Base)) -> None:
     """Refuse a base that is unknown, or that needs a package which is not here.
 
     Args:
         base: Its name, `bf16` for weights as `model.dtype` has them.
         setting: Name of the setting, for errors.
-        more: What else it may be.
+        known: What it may be.
 
     Raises:
         ValueError: As above.
     """
-    if base not in ("bf16", *QUANTISED):
-        raise ValueError(f"{setting} must be one of {', '.join(('bf16', *QUANTISED, *more))}, got {base!r}")
-    if base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"{setting}=nf4 needs the package bitsandbytes; pip install 'mpp[nf4]', or take fp8 or int8")
+    if base not in known:
+        raise ValueError(f"{setting} must be one of {', '.join(known)}, got {base!r}")
+    package = _PACKAGES.get(base)
+    if package is not None and importlib.util.find_spec(package) is None:
+        otherwise = "or take fp8 or int8" if base == "nf4" else "or give model.pretrained=FILE.safetensors"
+        raise ValueError(f"{setting}={base} needs the package {package}; pip install 'mpp[{base}]', {otherwise}")
 
 
 def quantise(module: nn.Module, names: Iterable[str], base: str) -> None:
@@ -44,6 +48,33 @@ def quantise(module: nn.Module, names: Iterable[str], base: str) -> None:
         setattr(owner, last, _quantised(linear, base).train(linear.training))
 
 
+def restore(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Replace quantised layers by plain ones with their weights in the precision that they compute in.
+
+    Args:
+        module: That holds them.
+        names: Of modules in it, not all of which need be quantised.
+
+    Returns:
+        The names of those that were.
+    """
+    found = [name for name in names if is_quantised(module.get_submodule(name))]
+    for name in found:
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, dequantised_layer(module.get_submodule(name)))
+    return found
+
+
+def dequantised_layer(layer: nn.Linear) -> nn.Linear:
+    """A quantised layer as a plain one with its weight in the precision that it computes in."""
+    weight = dequantise(layer)
+    with torch.device("meta"):
+        made = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return made.train(layer.training)
+
+
 def _quantised(linear: nn.Linear, base: str) -> nn.Linear:
     if base == "nf4":
         return nf4.quantised(linear)
@@ -55,6 +86,6 @@ def dequantise(linear: nn.Linear) -> Tensor:
     return linear.dequantize() if isinstance(linear, QuantisedLinear) else linear.weight.detach()
 
 
-def is_quantised(linear: nn.Module) -> bool:
-    """Whether a layer is one that `quantise` makes."""
-    return isinstance(linear, QuantisedLinear)
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer's weight is kept in fewer bits."""
+    return isinstance(layer, QuantisedLinear)

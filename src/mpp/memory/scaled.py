@@ -28,15 +28,27 @@ class ScaledLinear(QuantisedLinear):
 
     def unpacked(self) -> Unpack:
         """As `QuantisedLinear` says."""
-        return partial(_product, self.format)
+        return partial(_unpack, self.format)
 
     def extra_repr(self) -> str:
         """With the format of the numbers."""
         return f"{super().extra_repr()}, format={self.format}"
 
 
-def _product(format: torch.dtype, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight.view(format).to(dtype) * scale).to(dtype)
+def dequantized(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight, `numbers * scale`: multiplied in float32 where the scale is that exact, and rounded once to `dtype`.
+
+    Args:
+        numbers: (out, ...), 8-bit numbers, which every `dtype` holds exactly.
+        scale: One for all, or one for each `out` in any shape.
+        dtype: Of the weight.
+    """
+    by_row = scale.reshape(-1, *[1] * (numbers.dim() - 1))  # never of no dimension, which torch rounds on a GPU
+    return (numbers.to(dtype) * by_row).to(dtype)
+
+
+def _unpack(format: torch.dtype, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantized(weight.view(format), scale, dtype)
 
 
 def scaled(linear: nn.Linear, format: torch.dtype) -> ScaledLinear:

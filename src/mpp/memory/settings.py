@@ -1,7 +1,7 @@
 """What a user says of memory: each command has the settings that do something there."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mpp.memory.bases import Base, check_base
 
@@ -15,8 +15,9 @@ class Memory:
 
     Args:
         base: What the weights of the frozen base's blocks are kept in: `bf16`, as `model.dtype` has them; `fp8` or
-            `int8`, 8 bits with a scale per output row; `nf4`, 4 bits by bitsandbytes. It computes in `model.dtype`, and
-            adapters are float32, in all of them. Norms, embeddings, modulation and output layers are not quantised.
+            `int8`, 8 bits with a scale per output row; `nf4`, 4 bits by bitsandbytes; `gguf`, as a GGUF file has them.
+            It computes in `model.dtype`, and adapters are float32, in all of them. Norms, embeddings, modulation and
+            output layers are not quantised. Of a single file in fp8, `fp8` keeps the blocks' layers just as they are.
         vae: How the VAE decodes samples: `whole`; `tiled`, what is larger than a tile in overlapping tiles that are
             blended: less memory, and slightly other values.
 
@@ -59,7 +60,7 @@ class EncoderMemory:
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         if self.text_encoder != "cpu":
-            check_base(self.text_encoder, "memory.text_encoder", more=("cpu",))
+            check_base(self.text_encoder, "memory.text_encoder", get_args(TextEncoder))
         _check_vae(self.vae)
 
     @property

@@ -318,8 +318,13 @@ class Architecture(ABC):
 
         Args:
             ready: Called with the name of each block in the transformer, and the block, as soon as its weights are
-                there, and before those of the next one are.
+                there, and before those of the next one are. Blocks that a file has in fp8 come so, to whoever waits for
+                them; without `ready` they are dequantised.
         """
+
+    def stored(self) -> Mapping[str, str]:
+        """What the weights of transformers lie in where that is no full precision: `fp8` or `gguf` by the part."""
+        return {}
 
     @abstractmethod
     def skeleton(self) -> nn.Module:

@@ -8,7 +8,7 @@ import inspect
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,11 @@ from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, Prompt, Ready
 from mpp.models.filling import fill, folder_state
-from mpp.models.single_file import SingleFile
+from mpp.models.single_file import SingleFile, stored
 from mpp.models.text_encoders import load_quantised
 from mpp.models.text_limit import TextLimit
 from mpp.models.weights import (
+    SINGLE_FILES,
     announced,
     component_fingerprint,
     count_of,
@@ -50,8 +51,8 @@ class Family(Architecture):
     """An architecture on diffusers' classes: loads, checks, fingerprints and generates.
 
     Args:
-        pretrained: Diffusers folder, hub id, or (where `single_file` is set) one `.safetensors` of the transformer
-            with the original's or diffusers' keys.
+        pretrained: Diffusers folder, hub id, or (where `single_file` is set) one file of the transformer with the
+            original's or diffusers' keys: `.safetensors`, in full precision or fp8, or `.gguf`.
         vae: Folder or hub id of the VAE; None: `pretrained`.
         text_encoder: Folder or hub id of text encoders, tokenizers and image encoders; None: `pretrained`.
         dtype: Of the frozen transformer; `float32`, `bfloat16` or `float16`. What diffusers keeps in float32 stays.
@@ -159,7 +160,8 @@ class Family(Architecture):
         """One frozen transformer in `dtype`; its blocks one after the other where somebody waits for them."""
         file, size = self._file(), count_of(sum(p.numel() for p in self.skeleton().parameters()))
         folder = resolve_folder(self.pretrained, subfolder, "model.pretrained") if file is None else None
-        with announced(f"{subfolder} ({size}, {self.dtype})"):
+        kind = self.dtype if file is None else stored(file) or self.dtype
+        with announced(f"{subfolder} ({size}, {kind})"):
             if file is not None:
                 transformer = self.single_file.load(
                     file, self.transformer_class, DTYPES[self.dtype], blocks=self.blocks, ready=ready
@@ -172,6 +174,12 @@ class Family(Architecture):
                 fill(transformer, state, DTYPES[self.dtype], option, blocks=self.blocks(transformer), ready=ready)
         return transformer.requires_grad_(False)
 
+    def stored(self) -> Mapping[str, str]:
+        """Of a single file in fp8 or GGUF `{"": "fp8"}` or `{"": "gguf"}`, read off its header."""
+        file = self._file()
+        kind = None if file is None else stored(file)
+        return {} if kind is None else {"": kind}
+
     def skeleton(self) -> nn.Module:
         """The transformer without weights, on the meta device."""
         with init_empty_weights():
@@ -179,7 +187,7 @@ class Family(Architecture):
 
     def _file(self) -> Path | None:
         path = Path(self.pretrained).expanduser()
-        if path.suffix != ".safetensors":
+        if path.suffix not in SINGLE_FILES:
             return None
         if not path.is_file():
             raise ValueError(f"model.pretrained={self.pretrained} is not there")

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from diffusers import ModelMixin
@@ -34,6 +35,68 @@ def folder_state(folder: Path, option: str) -> dict[str, Tensor]:
             "safetensors as diffusers names them; save it so by save_pretrained, or set memory.base=bf16"
         )
     return {key: tensor for name in files for key, tensor in load_file(folder / name).items()}
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """A quantised tensor of a file."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of what it holds, however it is packed."""
+        ...
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """The tensor in `dtype`."""
+        ...
+
+    def layer(self, linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+        """A layer that keeps it, in place of one on the meta device."""
+        ...
+
+
+def lay_out(
+    transformer: ModelMixin,
+    state: Mapping[str, Tensor | Packed],
+    dtype: torch.dtype,
+    option: str,
+    *,
+    blocks: Iterable[tuple[str, nn.Module]],
+) -> dict[str, Tensor]:
+    """Make a skeleton ready for quantised tensors.
+
+    Args:
+        transformer: On the meta device; its linear layers in the blocks are replaced by such as keep their weights.
+        state: Its tensors.
+        dtype: That these compute in, and of all other quantised tensors, which become plain ones.
+        option: What it was set by, for errors: `model.pretrained=...`.
+        blocks: In whose layers they are kept. Elsewhere families and diffusers ask weights what precision they want.
+
+    Returns:
+        The tensors, as `fill` takes them.
+
+    Raises:
+        ValueError: A quantised tensor is of another shape than the layer.
+    """
+    kept = {f"{name}.{path}": m for name, b in blocks for path, m in b.named_modules() if isinstance(m, nn.Linear)}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        precision = _precision(name, dtype, _exact(transformer))
+        path = name.removesuffix(".weight")
+        if isinstance(tensor, Tensor):
+            tensors[name] = tensor
+        elif path != name and path in kept:
+            wanted = kept[path].weight.shape
+            if tuple(tensor.shape) != tuple(wanted):
+                raise ValueError(f"{option} has {name} in the shape {list(tensor.shape)}, the model in {list(wanted)}")
+            layer = tensor.layer(kept[path], precision)
+            parent, _, last = path.rpartition(".")
+            setattr(transformer.get_submodule(parent), last, layer)
+            held = layer.state_dict(prefix=f"{path}.", keep_vars=True)
+            tensors |= {held_name: held for held_name, held in held.items() if not held.is_meta}
+        else:
+            tensors[name] = tensor.plain(precision)
+    return tensors
 
 
 def fill(
@@ -76,8 +139,11 @@ def fill(
 def _cast(module: nn.Module, prefix: str, dtype: torch.dtype, exact: Sequence[str]) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point():
-            kept = any(part in prefix + name for part in exact)
-            parameter.data = parameter.data.to(torch.float32 if kept else dtype)
+            parameter.data = parameter.data.to(_precision(prefix + name, dtype, exact))
+
+
+def _precision(name: str, dtype: torch.dtype, exact: Sequence[str]) -> torch.dtype:
+    return torch.float32 if any(part in name for part in exact) else dtype
 
 
 def _needless(transformer: ModelMixin) -> Sequence[str]:

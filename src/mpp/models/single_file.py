@@ -8,15 +8,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mpp.models import fp8_file, gguf_file
 from mpp.models.contract import Ready
-from mpp.models.filling import fill
-
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
-_SCALES = ("scale_weight", "weight_scale", "scaled_fp8")
+from mpp.models.filling import fill, lay_out
+from mpp.models.weights import GGUF, say
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -42,7 +39,7 @@ class SingleFile:
         Raises:
             ValueError: The file holds no such transformer.
         """
-        shapes = read_shapes(file)
+        shapes = gguf_file.read_shapes(file) if file.suffix == GGUF else fp8_file.safetensors_header(file).shapes
         try:
             config = self.config(shapes, self.marker in shapes)
         except KeyError as error:
@@ -72,13 +69,29 @@ class SingleFile:
         Raises:
             ValueError: The file holds no such transformer, or lacks tensors, or has others.
         """
-        config = self.describe(file, kind.__name__)
-        state = {strip_prefix(key): tensor for key, tensor in load_file(file).items()}
-        if self.marker in state:
-            state = self.convert(state)
+        config, option = self.describe(file, kind.__name__), f"model.pretrained={file}"
         with init_empty_weights():
             transformer = kind.from_config(config)
-        return fill(transformer, state, dtype, f"model.pretrained={file}", blocks=blocks(transformer), ready=ready)
+        if file.suffix == GGUF:
+            state, kept = gguf_file.read_gguf(file, self._converted), True
+        else:
+            header, kept = fp8_file.safetensors_header(file), ready is not None
+            state = fp8_file.read_safetensors(file, header, self._converted)
+            if header.fp8:
+                say(f"{option} {_words(header, dtype, kept=kept)}")
+        state = lay_out(transformer, state, dtype, option, blocks=blocks(transformer) if kept else ())
+        return fill(transformer, state, dtype, option, blocks=blocks(transformer), ready=ready)
+
+    def _converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.convert(state) if self.marker in state else state
+
+
+def _words(header: fp8_file.SafetensorsHeader, dtype: torch.dtype, *, kept: bool) -> str:
+    formats = " and ".join(sorted({str(format).removeprefix("torch.") for format in header.fp8.values()}))
+    scales = "with scales" if header.scales else f"no scales: raw {formats}, taken as it is"
+    plain = str(dtype).removeprefix("torch.")
+    done = f"the blocks keep it, all else is {plain}" if kept else f"dequantised to {plain}; memory.base=fp8 keeps it"
+    return f"holds {formats} ({scales}); {done}"
 
 
 def count_blocks(shapes: Shapes, prefix: str) -> int:
@@ -93,27 +106,12 @@ def count_blocks(shapes: Shapes, prefix: str) -> int:
     return max(found) + 1
 
 
-def read_shapes(file: Path) -> dict[str, list[int]]:
-    """Tensor shapes of a single file by their names without ComfyUI's prefixes; reads the header only.
+def stored(file: Path) -> str | None:
+    """What a single file keeps its weights in where that is no full precision: `fp8` or `gguf`.
 
     Raises:
-        ValueError: An incomplete file, or one of scaled fp8 weights.
+        ValueError: As `fp8_file.safetensors_header`.
     """
-    try:
-        with safe_open(file, "pt") as handle:
-            shapes = {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"model.pretrained={file} is not a complete .safetensors file ({error})") from error
-    if any(mark in key for key in shapes for mark in _SCALES):
-        raise ValueError(
-            f"model.pretrained={file} is a ComfyUI fp8_scaled file: its weights mean nothing without their scales, "
-            "which no loader here applies; use the bf16 or fp16 file"
-        )
-    return {strip_prefix(key): shape for key, shape in shapes.items()}
-
-
-def strip_prefix(key: str) -> str:
-    """A tensor's name without the prefixes that other programs put before it."""
-    for prefix in PREFIXES:
-        key = key.removeprefix(prefix)
-    return key
+    if file.suffix == GGUF:
+        return "gguf"
+    return "fp8" if fp8_file.safetensors_header(file).fp8 else None

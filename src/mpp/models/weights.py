@@ -15,6 +15,8 @@ from mpp.files import weights_fingerprint
 
 log = logging.getLogger("mpp")
 
+GGUF = ".gguf"
+SINGLE_FILES = (".safetensors", GGUF)
 _CONFIGS = ("", "tokenizer_", "preprocessor_", "scheduler_")  # what a component's folder holds: `..config.json`
 
 
@@ -45,12 +47,16 @@ def announced(what: str) -> Iterator[None]:
     Args:
         what: E.g. `transformer (14.3 B, bfloat16)`.
     """
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    level = logging.DEBUG if several and torch.distributed.get_rank() > 0 else logging.INFO
     start = time.monotonic()
-    log.log(level, "loading %s ...", what)
+    say(f"loading {what} ...")
     yield
-    log.log(level, "loaded in %.1f s", time.monotonic() - start)
+    say(f"loaded in {time.monotonic() - start:.1f} s")
+
+
+def say(line: str) -> None:
+    """Log a line; of several processes the first speaks for all."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    log.log(logging.DEBUG if several and torch.distributed.get_rank() > 0 else logging.INFO, "%s", line)
 
 
 def count_of(parameters: int) -> str:
@@ -83,7 +89,7 @@ def resolve_folder(source: str, subfolder: str, option: str, *, fetch: bool = Tr
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(
             f"{option}={source} is not there; give a diffusers folder, a hub id (owner/name), or for the transformer a "
-            "single .safetensors file"
+            "single .safetensors or .gguf file"
         )
     try:
         snapshot = snapshot_download(source, allow_patterns=[f"{subfolder}/{files}"], local_files_only=not fetch)
@@ -114,7 +120,7 @@ def component_fingerprint(source: str, subfolder: str, option: str, *, fetch: bo
     Raises:
         ValueError: It was, or with `fetch`: nothing is there.
     """
-    if source.endswith(".safetensors"):
+    if source.endswith(SINGLE_FILES):
         if not fetch:
             return None
         raise ValueError(

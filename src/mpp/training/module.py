@@ -17,7 +17,7 @@ from mpp import __version__
 from mpp.batching.batch import Batch
 from mpp.batching.datamodule import LatentDataModule
 from mpp.core.loss import LossSums, MaskedPriorLoss
-from mpp.lora.adapters import LYCORIS, Adapter, adapter_state, inject, load_adapter_state
+from mpp.lora.adapters import Adapter, adapter_state, check_kind, inject, load_adapter_state
 from mpp.lora.stack import base_fingerprint, load_base
 from mpp.lora.starting import Start
 from mpp.memory.settings import Memory
@@ -94,10 +94,11 @@ class MaskedPriorModule(LightningModule):
             )
         self.memory = memory or Memory()
         architecture.load_encoders("cpu", self.memory.encoders)  # loads nothing, refuses what the family cannot do
-        if self.memory.base == "nf4" and adapter.kind in LYCORIS:
+        check_kind(adapter.kind, self.memory.base, f"lora={adapter.kind}")
+        if self.memory.base == "gguf" and compile_blocks:
             raise ValueError(
-                f"memory.base=nf4 does not go with lora={adapter.kind}, which PEFT shapes after a packed weight; take "
-                "memory.base=fp8 or int8, or lora=lora"
+                "compile=true does not go with memory.base=gguf, whose weights diffusers unpacks in a way that cannot "
+                "be compiled; leave compile=false, or take memory.base=fp8 or int8"
             )
         if val_sigmas is not None and not all(0 <= sigma <= 1 for sigma in val_sigmas):
             raise ValueError(f"val_sigmas must lie in [0, 1], got {list(val_sigmas)}")

@@ -19,6 +19,8 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT
 from mpp.config import build
 from mpp.core.flow import SigmaLaw, interpolate
 from mpp.lora.adapters import Adapter, adapter_state, inject, load_adapter_state
+from mpp.lora.stack import load_base
+from mpp.memory.bases import dequantise, is_quantised
 from mpp.models.contract import Generation, LatentSpec, Prompt
 from mpp.models.experts import Experts
 from mpp.models.families.wan import Wan, WanConditioning
@@ -93,16 +95,6 @@ def test_single_file_in_bf16_keeps_what_diffusers_keeps_in_float32(single, tmp_p
         n: p.dtype for n, p in from_folder.named_parameters()
     }
     assert torch.float32 in {p.dtype for p in from_file.parameters()}
-
-
-@pytest.mark.parametrize("marker", ["blocks.0.self_attn.q.scale_weight", "scaled_fp8", "blocks.0.ffn.0.weight_scale"])
-def test_fp8_scaled_files_are_refused(single, tmp_path, marker):
-    _, _, state = single
-    file = tmp_path / "wan_fp8_scaled.safetensors"
-    save_file({**original_keys(state), marker: torch.ones(1)}, file)
-    for action in (wan(file).check, wan(file).load_transformer):
-        with pytest.raises(ValueError, match="fp8_scaled"):
-            action()
 
 
 def test_weights_that_diffusers_leaves_out_do_not_make_a_file_foreign(single, tmp_path):
@@ -296,7 +288,7 @@ def test_text_is_padded_with_zeros_to_the_fixed_length_and_too_long_is_refused()
 def test_constructing_loads_nothing(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr("mpp.models.family.resolve_folder", lambda *a, **k: opened.append(a))
-    monkeypatch.setattr("mpp.models.single_file.safe_open", lambda *a, **k: opened.append(a))
+    monkeypatch.setattr("mpp.models.fp8_file.safe_open", lambda *a, **k: opened.append(a))
     wan(tmp_path / "not there yet")
     wan(tmp_path / "not there yet.safetensors")
     assert opened == []
@@ -556,6 +548,30 @@ def test_two_single_files_make_both_experts(tmp_path):
     for name, model in models.items():
         assert all(torch.equal(t, experts[name].state_dict()[n]) for n, t in model.state_dict().items())
     assert len(arch.identity().transformer.split("+")) == 2
+
+
+@pytest.mark.slow
+def test_of_two_experts_a_file_in_fp8_stays_as_it_is_and_the_other_is_quantised(tmp_path):
+    states = {}
+    for seed, name in enumerate(("high", "low")):
+        torch.manual_seed(seed)
+        states[name] = {
+            k: v.contiguous() for k, v in original_keys(WanTransformer3DModel(**SMALL).state_dict()).items()
+        }
+    layer = "blocks.1.self_attn.q"
+    states["high"][f"{layer}.weight"] = states["high"][f"{layer}.weight"].to(torch.float8_e5m2)
+    states["high"][f"{layer}.scale_weight"] = torch.tensor(0.25)
+    for name, state in states.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    files = (tmp_path / "high.safetensors", f"model.pretrained_low={tmp_path / 'low.safetensors'}")
+    arch = architecture(named("WAN 2.2 A14B T2V both"), *files)
+    assert arch.stored() == {"high": "fp8"}
+    experts = load_base(arch, "fp8")
+    quantised = {name for name, module in experts.named_modules() if is_quantised(module)}
+    low = {name for name, _ in arch.quantisable(arch.skeleton()) if name.startswith("low.")}
+    assert quantised == {"high.blocks.1.attn1.to_q"} | low
+    wanted = states["high"][f"{layer}.weight"].float() * 0.25
+    assert torch.equal(dequantise(experts.get_submodule("high.blocks.1.attn1.to_q")), wanted)
 
 
 def test_settings_that_exclude_one_another_are_refused():

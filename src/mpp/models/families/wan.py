@@ -1,6 +1,6 @@
 """WAN 2.1 and 2.2 on diffusers' `WanTransformer3DModel`: text to video (one frame is an image) and image to video."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from mpp.models.family import Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_text
 from mpp.models.single_file import SingleFile
 from mpp.models.wan_conditioning import NATIVE, PreparedImageToVideo, WanConditioning, read_config, stack
+from mpp.models.weights import SINGLE_FILES
 
 _CLIP_TEXT = 512  # diffusers' attention takes all tokens before the last 512 for the image's
 _BOUNDARY = {False: 0.875, True: 0.9}  # text and image to video: wan_t2v_A14B.py, wan_i2v_A14B.py of Wan2.2
@@ -127,7 +128,7 @@ class Wan(Family):
 
     def _experts(self) -> dict[str, "Wan"]:
         """The two experts as families of their own, in ascending order of sigma."""
-        if self.pretrained_low is None and self.pretrained.endswith(".safetensors"):
+        if self.pretrained_low is None and self.pretrained.endswith(SINGLE_FILES):
             raise ValueError(
                 f"model.pretrained={self.pretrained}: diffusers cannot load a pair of experts from a single file; give "
                 "a diffusers folder or a hub id, or set model.pretrained_low to the file of the low noise expert"
@@ -178,6 +179,12 @@ class Wan(Family):
             {name: expert.load_transformer(below(name, ready)) for name, expert in self._experts().items()},
             offload=self.offload,
         )
+
+    def stored(self) -> Mapping[str, str]:
+        """What their files keep the weights in where that is no full precision."""
+        if self.expert != "both":
+            return super().stored()
+        return {name: part.stored()[""] for name, part in self._experts().items() if part.stored()}
 
     def skeleton(self) -> nn.Module:
         """The same without weights, on the meta device."""
