@@ -156,7 +156,7 @@ def test_a_failing_prompt_leaves_a_finished_cache(pipeline, tmp_path, monkeypatc
     from tests.helpers import draw_photos
 
     draw_photos(tmp_path / "photos", tmp_path / "masks", count=2)
-    monkeypatch.setattr(Prompts, "encode", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+    monkeypatch.setattr(Prompts, "encode", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory")))
     with pytest.raises(RuntimeError, match="no memory"):
         prepare(pipeline, tmp_path, "sampling.prompts=[a]")
     assert len(Cache(tmp_path / "cache").entries()) == 2

@@ -15,6 +15,7 @@ import mpp.train
 import mpp.training.callbacks
 from mpp.lora.adapters import Adapter, adapters_off, inject
 from mpp.media.lettering import font_size, line_height
+from mpp.memory.settings import Memory
 from mpp.models.contract import Generation, Prompt
 from mpp.models.families.wan import WanEncoders
 from mpp.models.frame_axis import Layers, Moments
@@ -269,7 +270,7 @@ def test_processes_share_the_prompts(architecture, tmp_path):
             precision_plugin=SimpleNamespace(forward_context=nullcontext),
         )
         module = SimpleNamespace(
-            architecture=architecture, transformer=None, device="cpu", evaluated_adapter=nullcontext
+            architecture=architecture, transformer=None, device="cpu", evaluated_adapter=nullcontext, memory=Memory()
         )
         with pytest.MonkeyPatch.context() as patch:
             pair = Pair("", "", ramp(1), None, Moments())

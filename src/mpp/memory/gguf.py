@@ -22,8 +22,13 @@ class GgufLinear(QuantisedLinear):
     """
 
     def __init__(self, weight: Any, bias: Tensor | None, dtype: torch.dtype) -> None:  # noqa: ANN401
-        packed = torch.Tensor._make_subclass(Tensor, weight.data).view(torch.int8)  # noqa: SLF001 (as_tensor, of data)
-        super().__init__(packed, torch.empty(0), bias, features=tuple(weight.quant_shape), dtype=dtype)
+        super().__init__(
+            weight.as_tensor().detach().view(torch.int8),
+            torch.empty(0),
+            bias,
+            features=tuple(weight.quant_shape),
+            dtype=dtype,
+        )
         self.quant_type = weight.quant_type
 
     def unpacked(self) -> Unpack:

@@ -37,8 +37,8 @@ def quantisable(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[str]:
     """Names of the linear layers that are quantised: those in repeated layers.
 
     Embeddings, norms and heads lie outside of these, and a vision tower's patches. What transformers keeps in float32
-    stays as it is. (T5 casts what goes into its `wo` to the dtype of that weight unless it is int8, which packed weights
-    say they are.)
+    stays as it is. (T5 casts what goes into its `wo` to that weight's dtype unless it is int8, as packed weights
+    are.)
 
     Args:
         model: May be on the meta device.
