@@ -45,7 +45,7 @@ def train(out: Path, cache: Path, preset: str) -> dict[str, tuple[float, float]]
         "trainer.precision=32-true",
         "trainer.accelerator=cpu",
         "optimizer.lr=2e-3",
-        "gradient_checkpointing=false",
+        "memory.activations=keep",
     )
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     known = events.Tags()["scalars"]

@@ -12,7 +12,7 @@ from lightning.fabric.strategies.launchers import subprocess_script
 from omegaconf import OmegaConf
 
 from mpp import cli
-from mpp.config import CONFIG_DIR, check_config, explanation
+from mpp.config import CONFIG_DIR, check_config, compose, explanation
 from tests.helpers import config
 
 COMMANDS = ("prepare", "train", "sample", "export", "report", "masks")
@@ -201,3 +201,40 @@ def test_reading_words_imports_nothing_heavy_and_makes_nothing(tmp_path):
     run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "['lora_path=\"a\"', 'output_dir=\"out\"'] set()"
     assert not list(tmp_path.iterdir())
+
+
+OLDER_WORDS = [
+    ("gradient_checkpointing=true", ["memory.activations=checkpoint"]),
+    ("++gradient_checkpointing=False", ["memory.activations=keep"]),
+    ("gradient_checkpointing=null", ["gradient_checkpointing=null"]),
+    ("gradient_checkpointing=some", ["gradient_checkpointing=some"]),  # which is refused with the other values
+]
+
+
+@pytest.mark.parametrize(("typed", "meant"), OLDER_WORDS)
+def test_the_older_word_for_activations_is_that_of_now(typed, meant):
+    assert cli.overrides("train", [typed]) == meant
+
+
+def test_a_sweep_over_the_older_word_is_one_over_that_of_now():
+    assert (
+        cli.overrides("train", ["-m", "gradient_checkpointing=true,false"])[1] == "memory.activations=checkpoint,keep"
+    )
+
+
+def test_both_words_for_activations_are_refused_where_they_disagree():
+    assert cli.overrides("train", ["gradient_checkpointing=false", "memory.activations=keep"])
+    with pytest.raises(ValueError, match=r"^gradient_checkpointing=true is the older word for memory.activations=chec"):
+        cli.overrides("train", ["gradient_checkpointing=true", "memory.activations=offload"])
+
+
+def test_a_yaml_of_the_users_own_may_have_the_older_word(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "own.yaml"
+    words = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=own", "data.cache_dir=x"]
+    for said, typed, found in (("false", [], "keep"), ("false", ["memory.activations=offload"], "offload")):
+        file.write_text(f"# @package _global_\ngradient_checkpointing: {said}\n")
+        assert compose("train", [*words, *typed]).memory.activations == found
+    file.write_text("# @package _global_\ngradient_checkpointing: false\nmemory: {activations: checkpoint}\n")
+    with pytest.raises(ValueError, match="gradient_checkpointing=false is the older word for memory.activations=keep"):
+        compose("train", words)

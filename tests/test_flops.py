@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.counting import flops
 from mpp.core.loss import MaskedPriorLoss
+from mpp.memory.settings import Memory
 from tests.helpers import batch, four_masks, loss_of, module
 
 PLAIN = MaskedPriorLoss()
@@ -14,7 +15,7 @@ PRIOR = MaskedPriorLoss(1.0, 0.1, normalization="per_sample")
 
 
 def step(architecture, loss, data, checkpointing):
-    built = module(architecture, loss, gradient_checkpointing=checkpointing)
+    built = module(architecture, loss, memory=Memory(activations="checkpoint" if checkpointing else "keep"))
     return flops(lambda: loss_of(built, data).backward())
 
 

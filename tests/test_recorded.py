@@ -447,6 +447,13 @@ def test_classes_by_their_older_names_are_found():
         assert now == name or name.startswith("mpp.")
 
 
+@pytest.mark.parametrize(("was", "now"), [(True, "checkpoint"), (False, "keep"), (None, "checkpoint")])
+def test_what_a_record_says_by_an_older_word_is_kept_by_that_of_now(was, now):
+    base = recorded_settings({"config": {"seed": 1} if was is None else {"gradient_checkpointing": was}})
+    assert base.memory.activations == now
+    assert base.get("gradient_checkpointing") is None
+
+
 def test_what_followed_from_other_settings_follows_again(begun):
     base = recorded_settings(last(begun)["mpp"])
     base.output_dir, base.seed = "elsewhere", 7

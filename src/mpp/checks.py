@@ -26,7 +26,7 @@ ROOTS: dict[str, Any] = {  # settings that belong to no class, by their types
     "resume_lr": Literal["new"] | None,
     "resume_schedule": Literal["keep", "new"] | None,
     "ckpt_path": str | None,
-    "gradient_checkpointing": bool,
+    "gradient_checkpointing": bool | None,
     "compile": bool,
     "val_sigmas": Sequence[float] | None,
     "validate_first": bool,

@@ -44,6 +44,9 @@ PATHS = frozenset(  # settings that are one file or folder, by the last word of 
 )
 SWITCHES = frozenset({"--show", "--quiet", "--json"})  # of all commands, besides Hydra's
 LISTS = frozenset({"lora_path", "loras", "sampling.prompts"})  # what may be several: [FILE:0.8, FILE2], [a cat, "a, b"]
+OLDER = {  # settings by the names and values that they were released with, by command: today's setting and values
+    "train": {"gradient_checkpointing": ("memory.activations", {"true": "checkpoint", "false": "keep"})},
+}
 _TEXTS = re.compile(  # settings that are a text, or a file besides true and false
     r"export\.metadata\.(title|author|license|description|tags|trigger_phrase|usage_hint|thumbnail)"
     r"|sampling\.(prompts|negative_prompt)"
@@ -73,7 +76,30 @@ def overrides(command: str, words: Sequence[str]) -> list[str]:
             raise ValueError(elsewhere.format(word=word))
     sweep = {"--multirun", "-m"} & set(words)
     words = sorted(words, key=lambda word: word not in ("--multirun", "-m"))  # Hydra takes it at either end alone
+    words = _renewed(command, words)
     return [_full(command, word, sweep=bool(sweep)) for word in words]
+
+
+def _renewed(command: str, words: Sequence[str]) -> list[str]:
+    """Words whose setting is called otherwise today, by its name of now; values that mean nothing stay.
+
+    Raises:
+        ValueError: Both names are there, and say different things.
+    """
+    found = list(words)
+    for older, (newer, values) in OLDER.get(command, {}).items():
+        for number, word in enumerate(words):
+            typed = re.fullmatch(rf"\+*{older}=(.*)", word)
+            chosen = [values.get(value.strip().lower()) for value in typed[1].split(",")] if typed else [None]
+            if None in chosen:
+                continue
+            found[number] = f"{newer}={','.join(chosen)}"
+            other = next((w for w in words if w.lstrip("+").startswith(f"{newer}=") and w != found[number]), None)
+            if other is not None:
+                raise ValueError(
+                    f"{word} is the older word for {found[number]}, and {other} says otherwise; leave one out"
+                )
+    return found
 
 
 def _from_job(command: str, file: str, typed: Sequence[str]) -> list[str]:

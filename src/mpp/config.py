@@ -113,6 +113,24 @@ def _defaults(target: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in FROM_ELSEWHERE.get(target, ())}
 
 
+def renew(cfg: DictConfig) -> None:
+    """Put settings that a YAML, or the record of a run, has by their older names to where they belong today.
+
+    Raises:
+        ValueError: It has the setting by its name of now as well, and they differ.
+    """
+    for older, (newer, values) in cli.OLDER["train"].items():
+        value = str(OmegaConf.select(cfg, older)).lower()
+        if value not in values:
+            continue
+        other = OmegaConf.select(cfg, newer)
+        if other not in (None, values[value]):
+            raise ValueError(f"{older}={value} is the older word for {newer}={values[value]}, which is {other} here")
+        with open_dict(cfg):
+            OmegaConf.update(cfg, newer, values[value])
+            cfg[older] = None
+
+
 def _override(overrides: Sequence[Override], cfg: DictConfig) -> None:
     """Complete the configuration, and apply what was typed; classes first, as the other settings are theirs.
 
@@ -122,6 +140,7 @@ def _override(overrides: Sequence[Override], cfg: DictConfig) -> None:
     typed = [replace(o, type=OverrideType.FORCE_ADD) if o.is_add() else o for o in overrides]
     classes = [o for o in typed if o.key_or_group.endswith("_target_")]
     found = list(_refused(classes, cfg))
+    renew(cfg)
     for name in cfg:
         if name != "hydra" and not _is_open(cfg, name) and isinstance(cfg[name], DictConfig):
             complete(cfg[name])

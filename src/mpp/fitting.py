@@ -67,7 +67,6 @@ def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         schedule=build(cfg.schedule),
         seed=cfg.seed,
         val_sigmas=cfg.val_sigmas,
-        gradient_checkpointing=cfg.gradient_checkpointing,
         compile_blocks=cfg.compile,
         memory=build(cfg.memory),
         provenance=settings,

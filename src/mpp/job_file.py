@@ -69,6 +69,7 @@ ROOTS = {  # whose settings are those of a root key
     "model": tuple(_MODEL),
     "loss": ("report", "train"),
     "sampling": tuple(_PROMPTS),
+    "memory": ("train", "sample"),
     "device": ("prepare", "sample"),
     "prepare": ("prepare",),
     "report": ("report",),

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from mpp.config import complete, plain_values
+from mpp.config import complete, plain_values, renew
 from mpp.messages import is_readable
 from mpp.training.resuming import SWITCHES, Decisions, Reached, Switches, decide, rule_of
 
@@ -155,6 +155,8 @@ def recorded_settings(record: Mapping[str, Any] | None, *, follow: bool = True) 
         OmegaConf.update(base, _LENGTH, None)  # the run's own, which 0.1.0 wrote as a number
     if "resuming" not in record and base.get("callbacks") is not None:
         base.callbacks.setdefault("ema", {"_target_": "mpp.training.ema.AdapterEma"})  # which 0.1.0 did not have
+    base.setdefault("memory", {"_target_": "mpp.memory.settings.Memory"})  # which older versions did not have
+    renew(base)
     for name in base:
         if isinstance(base[name], DictConfig):
             complete(base[name])

@@ -40,7 +40,7 @@ def words(size, accumulate, limit, loss):
         f"loss={loss}", f"data.batch_size={size}", f"trainer.accumulate_grad_batches={accumulate}",
         f"trainer.limit_train_batches={limit}", "optimizer._target_=torch.optim.SGD", f"optimizer.lr={RATE}",
         "optimizer.weight_decay=0", "trainer.gradient_clip_val=null", "trainer.max_steps=-1", "validate_first=false",
-        "callbacks.report=null", "callbacks.samples=null", "gradient_checkpointing=false",
+        "callbacks.report=null", "callbacks.samples=null", "memory.activations=keep",
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import torch
 
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter, adapters_off
+from mpp.memory.settings import Memory
 from mpp.training.step import Position
 from mpp.training.teacher import Teacher
 from tests.helpers import (
@@ -115,7 +116,7 @@ def test_training_lowers_the_target_loss(architecture):
 
 
 def test_teacher_carries_no_graph_and_pins_no_memory(architecture):
-    built = module(architecture, THRESHOLD, gradient_checkpointing=True)
+    built = module(architecture, THRESHOLD, memory=Memory(activations="checkpoint"))
     data = batch(four_masks()[[0, 2]])
     noisy = corrupted(built, data)
     saved = []
@@ -210,7 +211,7 @@ def test_gradients_reach_every_adapter_and_equal_with_checkpointing(architecture
     data = batch(four_masks())
     grads = []
     for checkpointing in (False, True):
-        built = module(architecture, THRESHOLD, gradient_checkpointing=checkpointing)
+        built = module(architecture, THRESHOLD, memory=Memory(activations="checkpoint" if checkpointing else "keep"))
         randomise_adapter(built.transformer)
         loss_of(built, data).backward()
         grads.append({n: p.grad for n, p in built.named_parameters() if p.requires_grad})
@@ -359,7 +360,7 @@ def test_compiled_blocks_train_like_eager_ones_without_recompiling(architecture,
     grads = []
     torch.compiler.reset()
     for compiled in (False, True):
-        settings = {"compile_blocks": compiled, "gradient_checkpointing": True}
+        settings = {"compile_blocks": compiled}
         built = module(architecture, THRESHOLD, adapter=Adapter(kind=kind, rank=4, alpha=4), **settings)
         randomise_adapter(built.transformer)
         for _ in range(2):

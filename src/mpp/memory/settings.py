@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mpp.memory.activations import Activations, check_activations
 from mpp.memory.bases import Base, check_base
 
 TextEncoder = Literal["bf16", "fp8", "int8", "nf4", "cpu"]
@@ -18,6 +19,9 @@ class Memory:
             `int8`, 8 bits with a scale per output row; `nf4`, 4 bits by bitsandbytes; `gguf`, as a GGUF file has them.
             It computes in `model.dtype`, and adapters are float32, in all of them. Norms, embeddings, modulation and
             output layers are not quantised. Of a single file in fp8, `fp8` keeps the blocks' layers just as they are.
+        activations: What training's backward pass needs of the forward pass: `keep` keeps all of it; `checkpoint`
+            keeps the blocks' inputs and computes the rest again, for far less memory at about 1.4 times the time;
+            `offload` does so and keeps the blocks' inputs in the CPU's memory. Loss and gradients are the same.
         vae: How the VAE decodes samples: `whole`; `tiled`, what is larger than a tile in overlapping tiles that are
             blended: less memory, and slightly other values.
 
@@ -26,12 +30,19 @@ class Memory:
     """
 
     base: Base = "bf16"
+    activations: Activations = "checkpoint"
     vae: Vae = "whole"
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         check_base(self.base, "memory.base")
+        check_activations(self.activations, "memory.activations")
         _check_vae(self.vae)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes the blocks again."""
+        return self.activations != "keep"
 
     @property
     def encoders(self) -> "EncoderMemory":

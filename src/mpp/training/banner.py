@@ -18,6 +18,11 @@ from mpp.training.module import MaskedPriorModule
 from mpp.wording import few
 
 _BUCKETS = 8  # that are named
+_ACTIVATIONS = {
+    "keep": "activations are kept",
+    "checkpoint": "activations are recomputed",
+    "offload": "activations are recomputed from the blocks' inputs, which wait on the CPU",
+}
 
 
 def banner(trainer: Trainer, module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage) -> list[str]:
@@ -39,7 +44,7 @@ def _model(trainer: Trainer, module: MaskedPriorModule) -> list[str]:
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in frozen})
     source = f" from {model.pretrained}" if isinstance(model.pretrained, str) else ""
-    memory = "activations are recomputed" if module.gradient_checkpointing else "activations are kept"
+    memory = _ACTIVATIONS[module.memory.activations]
     return [
         f"model: {model.family}{source}, {count_of(count)} parameters, {' and '.join(kinds)}"
         + (f", linear layers of its blocks in {module.memory.base}" if layers else ""),
@@ -83,7 +88,7 @@ def _loss(module: MaskedPriorModule, data: LatentDataModule, coverage: Coverage)
     loss, visits, picks = module.loss, int(data.train_entries.repeats.sum()), data.pool_picks
     rate = picks / (picks + visits)
     taught = coverage.taught * (1 - data.changes.unmasked_probability) * (1 - rate) + rate
-    least, most = step_cost(taught, gradient_checkpointing=module.gradient_checkpointing)
+    least, most = step_cost(taught, gradient_checkpointing=module.memory.recomputes)
     cost = (
         f"teacher: runs for {taught:.0%} of the samples; steps take about {least:.2f}x (long videos) to {most:.2f}x "
         f"(small images) as long"

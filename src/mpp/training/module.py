@@ -28,7 +28,7 @@ from mpp.training.metrics import LossMetrics, Point
 from mpp.training.pace import Pace, peak_memory
 from mpp.training.rates import check_ratio, effective_rates, optimizer_of, renew_rates
 from mpp.training.schedule import schedule_for
-from mpp.training.step import MaskedPriorStep, Position, StepOutput, WholePasses
+from mpp.training.step import MaskedPriorStep, OffloadedPasses, Position, StepOutput, WholePasses
 from mpp.training.teacher import Teacher
 
 log = logging.getLogger("mpp")
@@ -46,9 +46,8 @@ class MaskedPriorModule(LightningModule):
         schedule: Called with the optimizer, stepped after each optimizer step; None: constant.
         seed: Seed of adapter, noise and sigma.
         val_sigmas: Noise levels of validation; None: four quantiles of the architecture's law.
-        gradient_checkpointing: Recompute activations in the backward pass.
         compile_blocks: `torch.compile` the transformer's repeated blocks.
-        memory: How it fits; None: an unquantised base.
+        memory: How it fits; None: an unquantised base whose blocks are computed again in the backward pass.
         provenance: Resolved configuration, for checkpoints and LoRA files.
         followers: Settings of it that followed from others, by key, for runs that go on from its checkpoints.
         renew_rates: When going on, begin with the learning rate of `optimizer` and `schedule`, not the checkpoint's.
@@ -70,7 +69,6 @@ class MaskedPriorModule(LightningModule):
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
         seed: int = 0,
         val_sigmas: Sequence[float] | None = None,
-        gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
         memory: Memory | None = None,
         provenance: Mapping[str, object] | None = None,
@@ -106,7 +104,7 @@ class MaskedPriorModule(LightningModule):
         self.make_optimizer, self.schedule, self.make_schedule = optimizer, schedule, schedule
         self.planned_steps: int | None = None  # that the schedule is made for
         self.seed, self.val_sigmas = seed, val_sigmas
-        self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
+        self.compile_blocks = compile_blocks
         self.provenance, self.followers = dict(provenance or {}), dict(followers or {})
         self.renew_rates, self.held_after, self.start = renew_rates, held_after, start
         self.transformer: nn.Module | None = None
@@ -152,7 +150,7 @@ class MaskedPriorModule(LightningModule):
         inject(transformer, self.adapter, self.architecture.lora_targets, seed=self.seed)
         if self.start is not None:
             self.start.fill(transformer)
-        if self.gradient_checkpointing:
+        if self.memory.recomputes:
             transformer.enable_gradient_checkpointing()
         if self.compile_blocks:
             transformer.compile_repeated_blocks(fullgraph=True)
@@ -164,6 +162,8 @@ class MaskedPriorModule(LightningModule):
         self._base = base_fingerprint(self.architecture)
         self.transformer = transformer.train()
         passes = WholePasses(self.architecture, self.transformer, self.teacher)
+        if self.memory.activations == "offload":
+            passes = OffloadedPasses(passes, self.transformer)
         self.step = MaskedPriorStep(self.architecture, self.loss, passes)
 
     def plan(self, steps: int | None) -> None:

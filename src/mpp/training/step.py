@@ -13,6 +13,7 @@ from mpp.core import draws, flow
 from mpp.core.flow import Noisy
 from mpp.core.loss import LossSums, MaskedPriorLoss
 from mpp.core.masks import Mask, MaskWeights
+from mpp.memory.activations import on_the_cpu
 from mpp.models.contract import Architecture, Conditioning, draw_sigma
 from mpp.training.teacher import Teacher
 
@@ -55,6 +56,19 @@ class WholePasses:
         prior = self.teacher.predict(self.architecture, self.transformer, noisy, conditioning, samples)
         pred = self.architecture.velocity(self.transformer, noisy.latents, noisy.sigma, conditioning)
         return Predictions(prior, pred)
+
+
+@dataclass(frozen=True)
+class OffloadedPasses:
+    """Passes of which what is saved for the backward pass waits in the CPU's memory."""
+
+    passes: Passes
+    transformer: nn.Module
+
+    def __call__(self, noisy: Noisy, conditioning: Conditioning, samples: Sequence[int]) -> Predictions:
+        """As `Passes` says."""
+        with on_the_cpu(self.transformer):
+            return self.passes(noisy, conditioning, samples)
 
 
 @dataclass(frozen=True)
