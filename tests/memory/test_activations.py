@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mpp.core.loss import MaskedPriorLoss
-from mpp.memory.activations import ACTIVATIONS, on_the_cpu
+from mpp.memory.activations import ACTIVATIONS, Host, on_the_cpu
 from mpp.memory.settings import Memory
 from tests.families import base, parameters
 from tests.helpers import batch, four_masks, loss_of, module, randomise_adapter, unchecked_error
@@ -62,7 +62,7 @@ def test_blocks_inputs_are_let_go_of_before_the_backward_pass_where_they_wait_on
 
 def test_weights_stay_where_they_are_and_what_several_save_is_copied_once():
     layer, given = torch.nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
-    with on_the_cpu(layer):
+    with on_the_cpu(layer, Host()):
         made = given * 2
         product, square = layer(made).grad_fn, (made * made).grad_fn
     assert product._saved_mat2.data_ptr() == layer.weight.data_ptr()
@@ -71,7 +71,7 @@ def test_weights_stay_where_they_are_and_what_several_save_is_copied_once():
 
 def test_what_is_changed_in_place_after_it_was_saved_has_its_old_value():
     given = torch.ones(3, requires_grad=True)
-    with on_the_cpu(torch.nn.Linear(1, 1)):
+    with on_the_cpu(torch.nn.Linear(1, 1), Host()):
         made = given * 2
         first = made * made
         made.mul_(3)

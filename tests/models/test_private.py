@@ -60,6 +60,12 @@ READ = {
     "_signal_connector",
 }
 READ |= {"_batches_that_stepped"}
+READ |= {  # of torch: a tensor's version, whether the backward pass runs, attention on the CPU; tests/training/test_costs.py
+    "_version",
+    "_current_graph_task_id",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+}
 
 
 @pytest.mark.parametrize(("owner", "name", "parameters"), CALLED, ids=lambda value: getattr(value, "__name__", value))

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -327,8 +327,12 @@ class Architecture(ABC):
         return {}
 
     @abstractmethod
-    def skeleton(self) -> nn.Module:
-        """The same without weights, on the meta device."""
+    def skeleton(self, *, published: bool = False) -> nn.Module:
+        """The same without weights, on the meta device, in the precisions that they are loaded in.
+
+        Args:
+            published: Fetch nothing: of a hub id that is not on this machine take what is known of its shape.
+        """
 
     def blocks(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The transformer's repeated blocks, which hold all its attention, and their names in it.
@@ -360,6 +364,15 @@ class Architecture(ABC):
     @abstractmethod
     def collate(self, items: Sequence[Conditioning]) -> Conditioning:
         """One batch of conditioning: pads, masks or fixes lengths as the family wants it."""
+
+    @abstractmethod
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> Conditioning:
+        """One sample's unbatched record of the sizes that training sees, of zeros: to count with.
+
+        Args:
+            config: Configuration of the transformer.
+            shape: Of the sample's latents, with the frames that the model is given: (channels, frames, height, width).
+        """
 
     @abstractmethod
     def velocity(

@@ -28,7 +28,8 @@ from mpp.memory.live import LiveBytes, bytes_of
 from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, Prompt, Ready
-from mpp.models.filling import fill, folder_state
+from mpp.models.filling import cast, fill, folder_state
+from mpp.models.published import published_config
 from mpp.models.single_file import SingleFile, stored
 from mpp.models.text_encoders import load_quantised
 from mpp.models.text_limit import TextLimit
@@ -120,18 +121,31 @@ class Family(Architecture):
                     f"{wanted}; choose the model config that fits"
                 )
 
-    def transformer_config(self) -> dict[str, Any]:
+    def transformer_config(self, *, published: bool = False) -> dict[str, Any]:
         """Configuration of the transformer, from its folder or read off a single file's header.
 
         Entries that the folder's file leaves out have the class's defaults.
+
+        Args:
+            published: Fetch nothing: of a hub id that is not on this machine take what is known of it.
+
+        Raises:
+            ValueError: There is none, or nothing is known.
         """
-        file = self._file()
+        file, name = self._file(), self.transformer_class.__name__
         if file is None:
-            folder = resolve_folder(self.pretrained, self.folders[""], "model.pretrained", files="*.json")
-            config = json.loads((folder / "config.json").read_bytes())
+            try:
+                folder = resolve_folder(
+                    self.pretrained, self.folders[""], "model.pretrained", files="*.json", fetch=not published
+                )
+                config = json.loads((folder / "config.json").read_bytes())
+            except ValueError:
+                if not published or Path(self.pretrained).expanduser().is_dir():
+                    raise
+                config = {"_class_name": name, **self.expected_config(), **published_config(self.pretrained)}
         else:
-            config = self.single_file.describe(file, self.transformer_class.__name__)
-        if config.get("_class_name") != self.transformer_class.__name__:
+            config = self.single_file.describe(file, name)
+        if config.get("_class_name") != name:
             return config
         known = inspect.signature(self.transformer_class.__init__).parameters.values()
         defaults = {p.name: p.default for p in known if p.default is not inspect.Parameter.empty}
@@ -180,10 +194,11 @@ class Family(Architecture):
         kind = None if file is None else stored(file)
         return {} if kind is None else {"": kind}
 
-    def skeleton(self) -> nn.Module:
-        """The transformer without weights, on the meta device."""
+    def skeleton(self, *, published: bool = False) -> nn.Module:
+        """The transformer without weights, on the meta device, in the precisions that they are loaded in."""
         with init_empty_weights():
-            return self.transformer_class.from_config(self.transformer_config())
+            transformer = self.transformer_class.from_config(self.transformer_config(published=published))
+        return cast(transformer, DTYPES[self.dtype])
 
     def _file(self) -> Path | None:
         path = Path(self.pretrained).expanduser()

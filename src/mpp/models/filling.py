@@ -132,8 +132,13 @@ def fill(
         _cast(block, f"{name}.", dtype, _exact(transformer))
         if ready is not None:
             ready(name, block)
+    return cast(transformer, dtype).eval()
+
+
+def cast(transformer: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """Its weights in `dtype`, but for those that diffusers keeps in float32; perhaps on the meta device."""
     _cast(transformer, "", dtype, _exact(transformer))
-    return transformer.eval()
+    return transformer
 
 
 def _cast(module: nn.Module, prefix: str, dtype: torch.dtype, exact: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from mpp.training.metrics import LossMetrics, Point
 from mpp.training.pace import Pace, peak_memory
 from mpp.training.rates import check_ratio, effective_rates, optimizer_of, renew_rates
 from mpp.training.schedule import schedule_for
-from mpp.training.step import MaskedPriorStep, OffloadedPasses, Position, StepOutput, WholePasses
+from mpp.training.step import MaskedPriorStep, Position, StepOutput, passes_of
 from mpp.training.teacher import Teacher
 
 log = logging.getLogger("mpp")
@@ -161,9 +161,7 @@ class MaskedPriorModule(LightningModule):
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)  # noqa: SLF001
         self._base = base_fingerprint(self.architecture)
         self.transformer = transformer.train()
-        passes = WholePasses(self.architecture, self.transformer, self.teacher)
-        if self.memory.activations == "offload":
-            passes = OffloadedPasses(passes, self.transformer)
+        passes = passes_of(self.architecture, self.transformer, self.teacher, self.memory.activations)
         self.step = MaskedPriorStep(self.architecture, self.loss, passes)
 
     def plan(self, steps: int | None) -> None:

@@ -13,7 +13,7 @@ from mpp.core import draws, flow
 from mpp.core.flow import Noisy
 from mpp.core.loss import LossSums, MaskedPriorLoss
 from mpp.core.masks import Mask, MaskWeights
-from mpp.memory.activations import on_the_cpu
+from mpp.memory.activations import Activations, Host, on_the_cpu
 from mpp.models.contract import Architecture, Conditioning, draw_sigma
 from mpp.training.teacher import Teacher
 
@@ -64,11 +64,32 @@ class OffloadedPasses:
 
     passes: Passes
     transformer: nn.Module
+    host: Host
 
     def __call__(self, noisy: Noisy, conditioning: Conditioning, samples: Sequence[int]) -> Predictions:
         """As `Passes` says."""
-        with on_the_cpu(self.transformer):
+        with on_the_cpu(self.transformer, self.host):
             return self.passes(noisy, conditioning, samples)
+
+
+def passes_of(
+    architecture: Architecture,
+    transformer: nn.Module,
+    teacher: Teacher,
+    activations: Activations,
+    host: Host | None = None,
+) -> Passes:
+    """The passes of a run.
+
+    Args:
+        architecture: The DiT family.
+        transformer: With its adapter.
+        teacher: Who answers for the prior.
+        activations: As `memory.activations`.
+        host: Where activations wait that are offloaded; None: the CPU's memory.
+    """
+    passes = WholePasses(architecture, transformer, teacher)
+    return OffloadedPasses(passes, transformer, host or Host()) if activations == "offload" else passes
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,13 @@ class Flux(Family):
         pooled = torch.stack([item.pooled for item in items])
         return FluxConditioning(text, pooled, torch.stack(controls) if controls else None)
 
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> FluxConditioning:
+        """Zeros for a text of `text_length` tokens, and for Kontext a control image of the sample's size."""
+        channels, _, *sides = shape
+        text = torch.zeros(self.text_length, config["joint_attention_dim"], dtype=DTYPES[self.text_dtype])
+        pooled = torch.zeros(config["pooled_projection_dim"], dtype=DTYPES[self.text_dtype])
+        return FluxConditioning(text, pooled, torch.zeros(channels, *sides) if self.kontext else None)
+
     def velocity(
         self,
         transformer: nn.Module,

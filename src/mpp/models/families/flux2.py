@@ -1,6 +1,6 @@
 """FLUX.2 dev and klein, text to image with any number of reference images, on `Flux2Transformer2DModel`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -185,6 +185,12 @@ class Flux2(Family):
             )
         controls = tuple(torch.stack(same) for same in zip(*(item.controls or () for item in items), strict=True))
         return Flux2Conditioning(torch.stack([item.text for item in items]), controls or None)
+
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> Flux2Conditioning:
+        """Zeros for a text of `text_length` tokens without reference images."""
+        del shape
+        dim = config["joint_attention_dim"]
+        return Flux2Conditioning(torch.zeros(self.text_length, dim, dtype=DTYPES[self.text_dtype]))
 
     def velocity(
         self,

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -28,7 +28,7 @@ from mpp.core.flow import SigmaLaw
 from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
-from mpp.models.family import DType, Family, FamilyEncoders, output_pixels
+from mpp.models.family import DTYPES, DType, Family, FamilyEncoders, output_pixels
 from mpp.models.padding import pad_with_mask
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 from mpp.models.text_limit import TextLimit, before_caption
@@ -46,6 +46,11 @@ _ADDED = tuple(rf"transformer_blocks.\1.attn.add_{part}_proj" for part in "qkv")
 _LINEAR1 = tuple(
     rf"single_transformer_blocks.\1.{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
 )
+
+_LONGEST, _IMAGE_TOKENS = (
+    256,
+    576,
+)  # tokens of a text and of the image before it (max_sequence_length, image_embed_interleave)
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,15 @@ class HunyuanVideo(Family):
             raise ValueError(f"first frames of one batch must have one shape, got {sorted(map(str, shapes))}")
         first = None if None in shapes else torch.stack([item.first_frame for item in items])
         return HunyuanVideoConditioning(text, pooled, mask, first)
+
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> HunyuanVideoConditioning:
+        """Zeros for the longest text, and for the first frame where it is seen."""
+        channels, _, *sides = shape
+        tokens = _LONGEST + (0 if self.image_condition is None else _IMAGE_TOKENS)
+        text = torch.zeros(tokens, config["text_embed_dim"], dtype=DTYPES[self.text_dtype])
+        pooled = torch.zeros(config["pooled_projection_dim"], dtype=DTYPES[self.text_dtype])
+        first = None if self.image_condition is None else torch.zeros(channels, 1, *sides)
+        return HunyuanVideoConditioning(text, pooled, first_frame=first)
 
     def velocity(
         self,

@@ -1,7 +1,7 @@
 """HunyuanVideo 1.5, text or image to video, on diffusers' `HunyuanVideo15Transformer3DModel`; one frame is an image."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from mpp.core.flow import SigmaLaw
 from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Names, NativeRule, Prompt
-from mpp.models.family import Family, FamilyEncoders, captions_of, exact_dtype
+from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of, exact_dtype
 from mpp.models.padding import pad_with_mask
 from mpp.models.text_limit import CAPTION, TextLimit, before_message
 
@@ -38,6 +38,8 @@ _ADDED = tuple(rf"transformer_blocks.\1.attn.add_{part}_proj" for part in "qkv")
 _text_states = HunyuanVideo15Pipeline._get_mllm_prompt_embeds  # noqa: SLF001
 _glyph_states = HunyuanVideo15Pipeline._get_byt5_prompt_embeds  # noqa: SLF001
 _image_states = HunyuanVideo15ImageToVideoPipeline._get_image_embeds  # noqa: SLF001
+
+_LONGEST, _IMAGE_TOKENS = 1000, 729  # tokens of a text (tokenizer_max_length), and of SigLIP
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,19 @@ class HunyuanVideo15(Family):
         return HunyuanVideo15Conditioning(
             text, glyphs, text_mask, glyph_mask, _stack(items, "image_latents"), _stack(items, "image_embeds")
         )
+
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> HunyuanVideo15Conditioning:
+        """Zeros for the longest text that quotes nothing, and for the first frame where it is seen."""
+        channels, frames, *sides = shape
+        fields: dict[str, Tensor] = {}
+        if self.task != "t2v" and frames > 1:
+            fields["image_latents"] = torch.zeros(channels, 1, *sides)
+            fields["image_embeds"] = torch.zeros(_IMAGE_TOKENS, config["image_embed_dim"])
+        text, glyphs = (
+            torch.zeros(tokens, config[dim], dtype=DTYPES[self.text_dtype])
+            for tokens, dim in ((_LONGEST, "text_embed_dim"), (0, "text_embed_2_dim"))
+        )
+        return HunyuanVideo15Conditioning(text, glyphs, **fields)
 
     def velocity(
         self,

@@ -1,6 +1,6 @@
 """Kandinsky 5 Lite and Pro, text to video, on diffusers' `Kandinsky5Transformer3DModel`; one frame is an image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from mpp.core.flow import SigmaLaw
 from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Generation, LatentSpec, ModelId, Prompt
-from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.text_limit import TextLimit, before_caption
 
@@ -104,6 +104,12 @@ class Kandinsky5(Family):
         """Stack, with a mask that tells real tokens from padding."""
         text, mask = pad_with_mask([item.text for item in items])
         return Kandinsky5Conditioning(text, torch.stack([item.pooled for item in items]), mask)
+
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> Kandinsky5Conditioning:
+        """Zeros for a text of `text_length` tokens."""
+        del shape
+        text = torch.zeros(self.text_length, config["in_text_dim"], dtype=DTYPES[self.text_dtype])
+        return Kandinsky5Conditioning(text, torch.zeros(config["in_text_dim2"], dtype=DTYPES[self.text_dtype]))
 
     def velocity(
         self,

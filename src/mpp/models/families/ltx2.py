@@ -5,7 +5,7 @@ does for data without sound: the attention between the two is skipped in every b
 does not depend on sound at all. The transformer still wants some sound; it gets a token of zeros.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,12 @@ class LTX2(Family):
                     "run `python -m mpp.prepare` again with this setting"
                 )
         return LTX2Conditioning(torch.stack([item.text for item in items]))
+
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> LTX2Conditioning:
+        """Zeros for a text of `text_length` tokens."""
+        del shape
+        dim = config["caption_channels"]
+        return LTX2Conditioning(torch.zeros(self.text_length, dim, dtype=DTYPES[self.text_dtype]))
 
     def velocity(
         self,

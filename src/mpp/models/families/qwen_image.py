@@ -1,6 +1,6 @@
 """Qwen-Image and its editing sisters (Edit, Edit 2509, Edit 2511) on diffusers' `QwenImageTransformer2DModel`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from mpp.memory.settings import EncoderMemory
 from mpp.models import qwen
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, ModelId, Prompt
-from mpp.models.family import captions_of
+from mpp.models.family import DTYPES, captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.text_limit import TextLimit
 
@@ -118,6 +118,14 @@ class QwenImage(qwen.QwenFamily):
             for number in range(counts[0])
         )
         return QwenImageConditioning(*pad_with_mask([item.text for item in items]), controls or None)
+
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> QwenImageConditioning:
+        """Zeros for a text of `text_length` tokens, and for control images of the sample's size where it needs some."""
+        channels, _, *sides = shape
+        controls = tuple(torch.zeros(channels, 1, *sides) for _ in range(self.images.least))
+        dim = config["joint_attention_dim"]
+        text = torch.zeros(self.text_length, dim, dtype=DTYPES[self.text_dtype])
+        return QwenImageConditioning(text, controls=controls or None)
 
     def velocity(
         self,

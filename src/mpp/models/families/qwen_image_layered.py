@@ -1,6 +1,6 @@
 """Qwen-Image-Layered: one image into RGBA layers, on diffusers' `QwenImageTransformer2DModel`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from mpp.memory.settings import EncoderMemory
 from mpp.models import qwen
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Generation, ImageInputs, LatentSpec, ModelId, Prompt
-from mpp.models.family import captions_of
+from mpp.models.family import DTYPES, captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.text_limit import TextLimit
 
@@ -104,6 +104,13 @@ class QwenImageLayered(qwen.QwenFamily):
         """
         condition = qwen.stack_images([item.condition for item in items], "the latents of the whole image")
         return LayeredConditioning(*pad_with_mask([item.text for item in items]), condition)
+
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> LayeredConditioning:
+        """Zeros for a text of `text_length` tokens, and for the whole image."""
+        channels, _, *sides = shape
+        dim = config["joint_attention_dim"]
+        text = torch.zeros(self.text_length, dim, dtype=DTYPES[self.text_dtype])
+        return LayeredConditioning(text, condition=torch.zeros(channels, 1, *sides))
 
     def velocity(
         self,

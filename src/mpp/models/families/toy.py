@@ -7,8 +7,9 @@ whole objects. The weights are a diffusers folder like any other family's.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,8 +105,9 @@ class Toy(Architecture):
         fill(transformer, state, torch.float32, option, blocks=self.blocks(transformer), ready=ready)
         return transformer.requires_grad_(False)
 
-    def skeleton(self) -> WanTransformer3DModel:
+    def skeleton(self, *, published: bool = False) -> WanTransformer3DModel:
         """The transformer without weights, on the meta device."""
+        del published
         folder = resolve_folder(self.pretrained, "transformer", "model.pretrained")
         with init_empty_weights():
             return WanTransformer3DModel.from_config(json.loads((folder / "config.json").read_bytes()))
@@ -121,6 +123,11 @@ class Toy(Architecture):
     def collate(self, items: Sequence[ToyConditioning]) -> ToyConditioning:
         """Zero-pad every caption to `text_length` words."""
         return ToyConditioning(pad_text([item.text for item in items], self.text_length))
+
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> ToyConditioning:
+        """Zeros for a text of `text_length` tokens."""
+        del config, shape
+        return ToyConditioning(torch.zeros(self.text_length, self.text_dim))
 
     def velocity(
         self,

@@ -25,13 +25,14 @@ from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Tensors
 from mpp.models.contract import Generation, Identity, ImageInputs, LatentSpec, ModelId, Prompt, Ready
 from mpp.models.experts import Experts, below
-from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_text
 from mpp.models.single_file import SingleFile
 from mpp.models.wan_conditioning import NATIVE, PreparedImageToVideo, WanConditioning, read_config, stack
 from mpp.models.weights import SINGLE_FILES
 
 _CLIP_TEXT = 512  # diffusers' attention takes all tokens before the last 512 for the image's
+_CLIP_TOKENS = 257  # of CLIP ViT-H
 _BOUNDARY = {False: 0.875, True: 0.9}  # text and image to video: wan_t2v_A14B.py, wan_i2v_A14B.py of Wan2.2
 _GUIDANCE = {"high": 4.0, "low": 3.0, "both": 3.5}  # wan_t2v_A14B.py; both get one number, so between the two
 
@@ -186,11 +187,12 @@ class Wan(Family):
             return super().stored()
         return {name: part.stored()[""] for name, part in self._experts().items() if part.stored()}
 
-    def skeleton(self) -> nn.Module:
+    def skeleton(self, *, published: bool = False) -> nn.Module:
         """The same without weights, on the meta device."""
         if self.expert != "both":
-            return super().skeleton()
-        return Experts({name: part.skeleton() for name, part in self._experts().items()}, offload=self.offload)
+            return super().skeleton(published=published)
+        parts = {name: part.skeleton(published=published) for name, part in self._experts().items()}
+        return Experts(parts, offload=self.offload)
 
     # ---------------------------------------------------------------- training
 
@@ -202,6 +204,20 @@ class Wan(Family):
         """Zero-pad every text to `text_length`: WAN is trained to attend to exactly this padding."""
         text = pad_text([item.text for item in items], self.text_length)
         return WanConditioning(text, stack([i.image for i in items]), stack([i.condition for i in items]))
+
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> WanConditioning:
+        """Zeros for a text of `text_length` tokens, and for the first frame where it is seen."""
+        channels, *clip = shape
+        fields: dict[str, Tensor] = {}
+        if self.image_to_video and self.expand_timesteps:
+            fields["condition"] = torch.zeros(channels, 1, *clip[1:])
+        elif self.image_to_video:
+            fields["condition"] = torch.zeros(channels + self.latents.temporal_stride, *clip)
+        if self.clip_dim is not None:
+            fields["image"] = torch.zeros(_CLIP_TOKENS, self.clip_dim)
+        return WanConditioning(
+            torch.zeros(self.text_length, config["text_dim"], dtype=DTYPES[self.text_dtype]), **fields
+        )
 
     def velocity(
         self,

@@ -1,6 +1,6 @@
 """Z-Image, text to image, on diffusers' `ZImageTransformer2DModel`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ from mpp.core.flow import SigmaLaw
 from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Generation, LatentSpec, ModelId, Names, NativeRule, Prompt
-from mpp.models.family import Family, FamilyEncoders, captions_of
+from mpp.models.family import DTYPES, Family, FamilyEncoders, captions_of
 from mpp.models.padding import pad_with_mask
 from mpp.models.single_file import Shapes, SingleFile, count_blocks
 from mpp.models.text_limit import CAPTION, TextLimit, before_message
@@ -113,6 +113,12 @@ class ZImage(Family):
     def collate(self, items: Sequence[ZImageConditioning]) -> ZImageConditioning:
         """Pad every text to the longest, with the mask by which `velocity` takes the padding off again."""
         return ZImageConditioning(*pad_with_mask([item.text for item in items]))
+
+    def blank(self, config: Mapping[str, Any], shape: Sequence[int]) -> ZImageConditioning:
+        """Zeros for a text of `text_length` tokens."""
+        del shape
+        dim = config["cap_feat_dim"]
+        return ZImageConditioning(torch.zeros(self.text_length, dim, dtype=DTYPES[self.text_dtype]))
 
     def velocity(
         self,
