@@ -15,7 +15,7 @@ from mpp import cli
 from mpp.config import CONFIG_DIR, check_config, compose, explanation
 from tests.helpers import config
 
-COMMANDS = ("prepare", "train", "sample", "export", "report", "masks")
+COMMANDS = ("prepare", "train", "sample", "export", "report", "plan", "masks")
 
 
 @pytest.mark.parametrize(

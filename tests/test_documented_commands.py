@@ -29,6 +29,7 @@ ELLIPSIS = {  # what `...` leaves out
     "sample": ("model=wan", "sampling.prompts=ohwx", "output_dir=out"),
     "masks": ("input=photos", "output=new"),
     "export": ("model=wan", "lora=outputs/mychar"),
+    "plan": ("model=wan", "data.cache_dir=cache/mychar"),
     "init": ("model=wan", "images=photos"),
 }
 HUB = "its weights come from a hub"
@@ -60,7 +61,7 @@ def words_of(command):
 
 
 def test_there_are_commands_and_none_is_overlooked():
-    assert {command.name for command in OURS} == {*run.STAGES, "init", "run", "sample", "export", "masks"}
+    assert {command.name for command in OURS} == {*run.STAGES, "init", "run", "sample", "export", "plan", "masks"}
     text = "\n".join(path.read_text("utf-8") for path in [*REPOSITORY.glob("docs/*.md"), REPOSITORY / "README.md"])
     typed = re.findall(r"^\s*(?:\$ )?(python -m mpp\.[^#\n\\]+)", text, re.MULTILINE)
     lines = [command.line for command in OURS]

@@ -49,6 +49,9 @@ MEANT = {  # written by hand
         "data.flip": True, "data.caption_variants": {"trigger": "zarp"},
     },
     "report": {"loss": "masked", "report.cache_dir": "cache/a"},
+    "plan": {
+        "model": "tiny_wan", "loss": "masked", "plan.cache_dir": "cache/a", "optimizer.betas": [0.8, 0.9],
+    },
     "train": {
         "model": "tiny_wan", "loss": "masked", "data.cache_dir": "cache/a", "trainer.max_steps": 3,
         "optimizer.lr": 0.001, "sampling.prompts": ["a red box, a dog --w 64", "'quoted': #1"],
@@ -303,7 +306,11 @@ def test_run_checks_the_words_of_all_commands_before_the_first_begins(job, monke
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in KEYS[key].settings.values()])
 def test_a_key_of_the_file_that_is_typed_behind_it_names_its_setting(job, key):
-    told = {"data.cache": ["data.cache_dir", "report.cache_dir"], "output": ["output_dir", "lora_path", "export.lora"]}
+    told = {
+        "data.cache": ["data.cache_dir", "report.cache_dir", "plan.cache_dir"],
+        "train.batch": ["data.batch_size", "plan.batch_size"],
+        "output": ["output_dir", "lora_path", "export.lora"],
+    }
     with pytest.raises(ValueError, match=f"^{key} is a key of job files; its setting is ") as refused:
         mpp.run.commands([job(), f"{key}=1"])
     named = str(refused.value).rpartition(" is ")[2].split(" or ")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "mpp"
 MODELS = sorted((Path(__file__).parents[1] / "configs" / "model").glob("*.yaml"))
-COMMANDS = {"prepare", "train", "sample", "export", "report", "masks", "init", "run"}
+COMMANDS = {"prepare", "train", "sample", "export", "report", "plan", "masks", "init", "run"}
 LAYERS = [  # rooms, or modules of the top; each may import from those before it
     "wording",
     "files",

@@ -94,7 +94,7 @@ def test_its_long_description_is_what_an_index_can_show(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["prepare", "train", "sample", "export", "report", "masks", "init", "run"])
+@pytest.mark.parametrize("command", ["prepare", "train", "sample", "export", "report", "plan", "masks", "init", "run"])
 def test_every_command_explains_itself_without_the_toy(command, typed):
     shown = typed("-m", f"mpp.{command}", "--help")
     assert (shown.returncode, shown.stderr) == (0, "")

@@ -19,6 +19,16 @@ SHORT = {  # by command: what may be typed for a longer key
     | {name: f"export.{name}" for name in ("format", "merge", "overwrite")},
     "report": {"data.cache_dir": "report.cache_dir"}
     | {name: f"report.{name}" for name in ("output", "limit", "scanned")},
+    "plan": {
+        "data.cache_dir": "plan.cache_dir",
+        "data.batch_size": "plan.batch_size",
+        "trainer.precision": "plan.precision",
+        "trainer.accumulate_grad_batches": "plan.accumulate",
+    }
+    | {
+        name: f"plan.{name}"
+        for name in ("size", "frames", "batch_size", "precision", "accumulate", "tflops", "bandwidth", "table")
+    },
     "masks": {
         name: f"job.{name}"
         for name in ("input", "output", "overwrite", "keep", "video_format", "frame_folders", "preview")
@@ -44,9 +54,8 @@ PATHS = frozenset(  # settings that are one file or folder, by the last word of 
 )
 SWITCHES = frozenset({"--show", "--quiet", "--json"})  # of all commands, besides Hydra's
 LISTS = frozenset({"lora_path", "loras", "sampling.prompts"})  # what may be several: [FILE:0.8, FILE2], [a cat, "a, b"]
-OLDER = {  # settings by the names and values that they were released with, by command: today's setting and values
-    "train": {"gradient_checkpointing": ("memory.activations", {"true": "checkpoint", "false": "keep"})},
-}
+_ACTIVATIONS = {"gradient_checkpointing": ("memory.activations", {"true": "checkpoint", "false": "keep"})}
+OLDER = {"train": _ACTIVATIONS, "plan": _ACTIVATIONS}  # settings by the names and values that they were released with
 _TEXTS = re.compile(  # settings that are a text, or a file besides true and false
     r"export\.metadata\.(title|author|license|description|tags|trigger_phrase|usage_hint|thumbnail)"
     r"|sampling\.(prompts|negative_prompt)"

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-COMMANDS = ("prepare", "report", "train", "sample", "export")  # that take a job file as their first word
+COMMANDS = ("prepare", "report", "plan", "train", "sample", "export")  # that take a job file as their first word
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,21 @@ _MODEL = {command: "model" for command in COMMANDS if command != "report"}
 _PROMPTS = dict.fromkeys(("prepare", "train", "sample"), "sampling.prompts")
 KEYS = {
     "model": Key("text", _MODEL),
-    "loss": _key("text", report="loss", train="loss"),
-    "lora": _key("text", train="lora"),
-    "optimizer": _key("text", train="optimizer"),
+    "loss": _key("text", report="loss", plan="loss", train="loss"),
+    "lora": _key("text", plan="lora", train="lora"),
+    "optimizer": _key("text", plan="optimizer", train="optimizer"),
     "schedule": _key("text", train="schedule"),
     "data.images": _key("text", prepare="data.image_dir"),
     "data.masks": _key("text", prepare="data.mask_dir"),
     "data.captions": _key("text", prepare="data.captions"),
-    "data.cache": _key("text", prepare="data.cache_dir", report="report.cache_dir", train="data.cache_dir"),
+    "data.cache": _key(
+        "text", prepare="data.cache_dir", report="report.cache_dir", plan="plan.cache_dir", train="data.cache_dir"
+    ),
     "data.resolution": _key("whole number", prepare="data.resolution"),
     "train.steps": _key("whole number", train="trainer.max_steps"),
-    "train.batch": _key("whole number", train="data.batch_size"),
+    "train.batch": _key("whole number", train="data.batch_size", plan="plan.batch_size"),
     "train.lr": _key("number", train="optimizer.lr"),
-    "train.rank": _key("whole number", train="lora.rank"),
+    "train.rank": _key("whole number", plan="lora.rank", train="lora.rank"),
     "samples": Key("prompts", _PROMPTS),
     "output": _key("text", train="output_dir", sample="lora_path", export="export.lora"),
 }
@@ -61,15 +63,16 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_TRAINING = _names(
-    "teacher lora optimizer schedule trainer callbacks logger experiment seed gradient_checkpointing compile "
-    "val_sigmas validate_first"
-)
+_TRAINING = _names("teacher schedule trainer callbacks logger experiment seed compile val_sigmas validate_first")
 ROOTS = {  # whose settings are those of a root key
     "model": tuple(_MODEL),
-    "loss": ("report", "train"),
+    "loss": ("report", "plan", "train"),
+    "lora": ("plan", "train"),
+    "optimizer": ("plan", "train"),
+    "gradient_checkpointing": ("plan", "train"),
     "sampling": tuple(_PROMPTS),
-    "memory": ("train", "sample"),
+    "memory": ("plan", "train", "sample"),
+    "plan": ("plan",),
     "device": ("prepare", "sample"),
     "prepare": ("prepare",),
     "report": ("report",),

@@ -60,7 +60,7 @@ READ = {
     "_signal_connector",
 }
 READ |= {"_batches_that_stepped"}
-READ |= {  # of torch: a tensor's version, whether the backward pass runs, attention on the CPU; tests/training/test_costs.py
+READ |= {  # of torch, which tests/training/test_costs.py would tell
     "_version",
     "_current_graph_task_id",
     "_scaled_dot_product_flash_attention_for_cpu",

@@ -12,8 +12,8 @@ from mpp import __version__
 from mpp.files import check_writable
 from mpp.masking.alpha import Preview
 from mpp.masking.pixels import Pixels
-from mpp.masking.plan import Task, check_outside, check_targets, find_pairs, task_for
 from mpp.masking.sequences import FrameSequence
+from mpp.masking.tasks import Task, check_outside, check_targets, find_pairs, task_for
 from mpp.masking.tools import Tool, one_of
 from mpp.masking.video_frames import read_times
 from mpp.masking.writing import is_own_folder, made_with, write_frames, write_png, write_video

@@ -28,7 +28,7 @@ from mpp.memory.live import LiveBytes, bytes_of
 from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, Prompt, Ready
-from mpp.models.filling import cast, fill, folder_state
+from mpp.models.filling import fill, folder_state, in_precision
 from mpp.models.published import published_config
 from mpp.models.single_file import SingleFile, stored
 from mpp.models.text_encoders import load_quantised
@@ -198,7 +198,7 @@ class Family(Architecture):
         """The transformer without weights, on the meta device, in the precisions that they are loaded in."""
         with init_empty_weights():
             transformer = self.transformer_class.from_config(self.transformer_config(published=published))
-        return cast(transformer, DTYPES[self.dtype])
+        return in_precision(transformer, DTYPES[self.dtype])
 
     def _file(self) -> Path | None:
         path = Path(self.pretrained).expanduser()

@@ -132,10 +132,10 @@ def fill(
         _cast(block, f"{name}.", dtype, _exact(transformer))
         if ready is not None:
             ready(name, block)
-    return cast(transformer, dtype).eval()
+    return in_precision(transformer, dtype).eval()
 
 
-def cast(transformer: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+def in_precision(transformer: ModelMixin, dtype: torch.dtype) -> ModelMixin:
     """Its weights in `dtype`, but for those that diffusers keeps in float32; perhaps on the meta device."""
     _cast(transformer, "", dtype, _exact(transformer))
     return transformer

@@ -7,7 +7,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from mpp.batching.batch import Batch
 from mpp.core.flow import Noisy
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter, inject
-from mpp.memory.activations import Host
+from mpp.memory.activations import Activations, Host
 from mpp.memory.bases import quantise
 from mpp.memory.counting import Meter, bytes_of, weightless, without_numbers
 from mpp.memory.settings import Memory
@@ -112,6 +112,12 @@ class Costing:
         self.few = {} if whole or not self._is_uniform(full) else {
             name: len(blocks) for name, blocks in self.lists.items() if len(blocks) > _FEW + 1
         }  # fmt: skip
+
+    def with_activations(self, activations: Activations) -> "Costing":
+        """The same run with other activations."""
+        other = copy.copy(self)
+        other.run = replace(self.run, memory=replace(self.run.memory, activations=activations))
+        return other
 
     def count(self, shape: Sequence[int], batch: int = 1, conditioning: Conditioning | None = None) -> Costs:
         """Costs of steps of one shape.

@@ -1,0 +1,212 @@
+"""What fits: a run's costs beside those of other bases and activations, and the cards that they need."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mpp.cache.coverage import bucket_of
+from mpp.cache.format import Cache
+from mpp.core.loss import MaskedPriorLoss
+from mpp.memory.activations import ACTIVATIONS
+from mpp.memory.bases import QUANTISED
+from mpp.memory.settings import Memory
+from mpp.models.conditioning import Conditioning
+from mpp.models.contract import Architecture
+from mpp.training.costs import Costing, Costs, Run
+
+CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB
+ASIDE = 1.0  # GiB of a card that CUDA, its libraries and torch's own pieces take, by experience
+_GIB = 2**30
+_PRIOR = MaskedPriorLoss(prior_weight=1.0, prior_threshold=0.1)  # where a loss has none: what one would cost
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A shape of samples.
+
+    Attributes:
+        shape: Of their latents, with the frames that the model is given: (channels, frames, height, width).
+        name: Width, height and frames in pixels.
+        conditioning: One sample's record; None: that of the longest text.
+    """
+
+    shape: tuple[int, ...]
+    name: str
+    conditioning: Conditioning | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run, and what it takes."""
+
+    memory: Memory
+    costs: Costs
+
+    @property
+    def name(self) -> str:
+        """As one types it."""
+        return f"memory.base={self.memory.base} memory.activations={self.memory.activations}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For which samples is counted, and what is known of the machine.
+
+    Args:
+        cache_dir: A cache, whose largest samples count; None: `size` and `frames` say it.
+        size: Width and height in pixels, such as 832x480.
+        frames: Frames of a clip; 1 is an image.
+        batch_size: Samples of a batch.
+        precision: As `trainer.precision`.
+        accumulate: Batches whose gradients are added up, as `trainer.accumulate_grad_batches`.
+        tflops: TFLOP/s that the GPU does at best, for the least time that a step takes; None: it is not said.
+        bandwidth: GB/s that its memory reads at best, likewise.
+        table: Count all bases and activations, not only those that are set.
+
+    Raises:
+        ValueError: Neither a cache nor a size, or a setting is out of its range.
+    """
+
+    cache_dir: str | None = None
+    size: str | None = None
+    frames: int = 1
+    batch_size: int = 1
+    precision: str = "bf16-mixed"
+    accumulate: int = 1
+    tflops: float | None = None
+    bandwidth: float | None = None
+    table: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        if (self.cache_dir is None) == (self.size is None):
+            raise ValueError(
+                "what is to be counted? set data.cache_dir=CACHE, or size=832x480 (and frames=81) where there is none"
+                + (", not both" if self.size else "")
+            )
+        if self.size is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
+            raise ValueError(f"size must be width and height in pixels, such as 832x480, got {self.size!r}")
+        for name in ("frames", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("tflops", "bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {value}")
+
+    def bucket(self, architecture: Architecture) -> Bucket:
+        """The largest samples.
+
+        Raises:
+            ValueError: No finished cache, an empty one, one of another model, or a size that the model does not take.
+        """
+        if self.cache_dir is not None:
+            cache = Cache(self.cache_dir)
+            made = cache.identity()
+            if made.family != architecture.family:
+                raise ValueError(f"data.cache_dir={self.cache_dir} was made for {made.family}; choose its model")
+            entries = cache.entries()
+            if not len(entries):
+                raise ValueError(f"the cache {cache.folder} holds no samples; run `python -m mpp.prepare` again")
+            entry = max(entries, key=lambda entry: math.prod(entry.shape))
+            record = cache.conditioning(entry, architecture.conditioning)
+            return Bucket(entry.shape, bucket_of(entry.shape, architecture.latents), record)
+        width, height = map(int, str(self.size).split("x"))
+        step = architecture.latents.pixel_step
+        if width % step or height % step:
+            near = "x".join(str(max(step, round(side / step) * step)) for side in (width, height))
+            raise ValueError(f"size={self.size}: this model takes multiples of {step} pixels, such as {near}")
+        frames = max(self.frames, architecture.latents.temporal_stride * (architecture.least_frames - 1) + 1)
+        shape = architecture.latents.shape(frames, height, width)
+        return Bucket(shape, bucket_of(shape, architecture.latents))
+
+    def seconds(self, costs: Costs, memory: Memory, *, prior: bool) -> float | None:
+        """The least time of an optimizer step: what its FLOPs, or reading the weights in each pass, take at best."""
+        passes = 2 + memory.recomputes + prior
+        flops = costs.plain + (costs.prior if prior else 0)
+        least = [flops / self.tflops / 1e12] if self.tflops else []
+        least += [passes * costs.base / self.bandwidth / 1e9] if self.bandwidth else []
+        return max(least) * self.accumulate if least else None
+
+
+def costing(run: Run) -> Costing:
+    """What counts a run; with a prior also where its loss has none."""
+    return Costing(run if run.loss.prior_weight > 0 else replace(run, loss=_PRIOR))
+
+
+def choices(known: Costing, bucket: Bucket, batch: int) -> Iterator[Choice]:
+    """What a run takes with every base and all activations, as one after the other is counted."""
+    counted: dict[tuple[str, str], Costs] = {}
+    for base in ("bf16", *QUANTISED):
+        run = known.run
+        try:
+            run = replace(run, memory=replace(run.memory, base=base))
+        except ValueError:  # its package is not installed
+            continue
+        eight = base == "int8"  # which takes what fp8 takes: a byte a weight, and the same scales
+        each = None if eight else known if base == known.run.memory.base else Costing(run)
+        for activations in ACTIVATIONS:
+            if each is not None:
+                found = each.with_activations(activations).count(bucket.shape, batch, bucket.conditioning)
+                counted[base, activations] = found
+            costs = counted["fp8" if eight else base, activations]
+            yield Choice(replace(run.memory, activations=activations), costs)
+
+
+def fits(costs: Costs, card: float) -> bool:
+    """Whether it fits a card of so many GiB, with what others take of it."""
+    return costs.peak / _GIB + ASIDE <= card
+
+
+def next_cheaper(now: Choice, others: Sequence[Choice]) -> Choice | None:
+    """The choice that takes less with the least change: of the same base where there is one."""
+    less = [choice for choice in others if choice.costs.peak < now.costs.peak]
+    same = [choice for choice in less if choice.memory.base == now.memory.base]
+    return max(same or less, key=lambda choice: choice.costs.peak, default=None)
+
+
+def parts(costs: Costs) -> list[tuple[str, int, str]]:
+    """What a run's peak is made of, in bytes: name, size, remark."""
+    work = costs.step - costs.saved
+    return [
+        ("base", costs.base, "frozen weights"),
+        ("adapter", costs.adapter, "float32"),
+        ("optimizer", costs.optimizer, "its state"),
+        ("saved activations", costs.saved, "of the forward pass, for the backward pass"),
+        ("work of blocks", work, f"at the peak; gradients among it, {gib(costs.gradients)} when all are there"),
+        ("peak", costs.peak, ""),
+        ("teacher's pass", costs.teacher, "before the student's, in the same memory"),
+        ("sampling", costs.teacher, "a pass of this size likewise, and the VAE, which is not counted"),
+    ]
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them here."""
+    return f"{size / _GIB:.2f} GiB" if size < _GIB / 10 else f"{size / _GIB:.1f} GiB"
+
+
+def lines_of(choice: Choice, plan: Plan) -> list[str]:
+    """A choice in lines for people."""
+    costs = choice.costs
+    lines = [f"  {name:<18} {gib(size):>10}  {remark}".rstrip() for name, size, remark in parts(costs)]
+    both = costs.plain + costs.prior
+    lines.append(
+        f"  FLOPs of a step: {costs.plain / 1e12:,.3g} T without the teacher, {both / 1e12:,.3g} T with it "
+        f"({both / costs.plain:.3f} times)"
+    )
+    for prior, words in ((False, "without the teacher"), (True, "with it")):
+        least = plan.seconds(costs, choice.memory, prior=prior)
+        if least is not None:
+            lines.append(f"  at least {least:.3g} s/step {words}")
+    return lines
+
+
+def table(found: Sequence[Choice]) -> list[str]:
+    """Choices as lines: what each takes at its peak, and the cards that hold it."""
+    lines = [f"  {'base':<6}{'activations':<12}{'GiB':>8}  fits" + "".join(f"{card:>5}" for card in CARDS)]
+    for choice in found:
+        marks = "".join(f"{'x' if fits(choice.costs, card) else '-':>5}" for card in CARDS)
+        memory = choice.memory
+        lines.append(f"  {memory.base:<6}{memory.activations:<12}{choice.costs.peak / _GIB:>8.1f}      {marks}")
+    return lines
