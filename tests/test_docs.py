@@ -64,6 +64,7 @@ def known_settings():
         "prepare": [["data.image_dir=i", "data.cache_dir=c"]],
         "sample": [["output_dir=o"]],
         "export": [["lora=x", "export.format=peft"]],
+        "plan": [["size=64x64"]],
         "masks": [["tool=feather", "input=a", "output=b"]],
     }
     return {

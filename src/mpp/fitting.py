@@ -31,6 +31,7 @@ from mpp.training.conclusion import ending, outcome
 from mpp.training.ema import AdapterEma
 from mpp.training.endings import Endings
 from mpp.training.flags import check_flags, check_trainer, check_validation
+from mpp.training.forecast import Forecast, out_of_memory
 from mpp.training.history import RunPage
 from mpp.training.module import MaskedPriorModule
 from mpp.training.runs import newest
@@ -154,6 +155,7 @@ def build_trainer(
     except (MisconfigurationException, TypeError, RuntimeError, ImportError) as error:
         raise ValueError(f"Lightning refuses the settings of trainer: {error}") from error
     check_trainer(trainer, cfg.trainer.precision)
+    check_card(trainer, module, data)
     if trainer.num_devices * trainer.num_nodes > 1 and job_number() is not None:
         raise ValueError(
             "--multirun with several processes: each would go through the whole sweep; set trainer.devices=1, or start "
@@ -201,6 +203,8 @@ def fit(
             trainer.validate(module, datamodule=data, verbose=False)  # the last one, which a kill may have left out
     except MisconfigurationException as error:
         raise ValueError(f"Lightning refuses the settings: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(out_of_memory(trainer, module, data, error)) from error
     except RuntimeError as error:
         if trainer.world_size == 1 or not is_lost_process(error):
             raise
@@ -217,6 +221,20 @@ def is_lost_process(error: RuntimeError) -> bool:
     """Whether an error of the backend says that another process is gone."""
     said = str(error).lower()
     return isinstance(error, torch.distributed.DistError) or "gloo" in said or "nccl" in said
+
+
+def check_card(trainer: lightning.Trainer, module: MaskedPriorModule, data: LatentDataModule) -> None:
+    """Count what the run will take of its card, which the banner says.
+
+    Raises:
+        ValueError: Weights, adapter and optimizer alone are larger.
+    """
+    forecast = Forecast.of(trainer, module, data)
+    if forecast is None:
+        return
+    forecast.check()
+    for report in [callback for callback in trainer.callbacks if isinstance(callback, RunReport)]:
+        report.forecast = forecast.say
 
 
 def check_preservation(loss: MaskedPriorLoss, data: LatentDataModule) -> None:

@@ -111,6 +111,7 @@ class MaskedPriorModule(LightningModule):
         self.step: MaskedPriorStep | None = None  # with the transformer
         self.train_metrics, self.val_metrics = LossMetrics(loss), LossMetrics(loss)
         self.samples_seen = 0
+        self.shape: tuple[int, ...] | None = None  # of the latents of the batch at hand
         self._base: str | None = None
         self.pace, self.point = Pace(), Point()
         self._norms: list[Tensor] = []  # of the gradients since the last report
@@ -193,6 +194,7 @@ class MaskedPriorModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, scaled so that accumulated batches and ranks add up to one big batch."""
+        self.shape = tuple(batch.latents.shape)
         output = self.step(batch, Position(self.seed, self.current_epoch))
         over, parts = self.effective_batch(output, batch)
         self.train_metrics.update(output)
@@ -248,6 +250,7 @@ class MaskedPriorModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Target, prior and drift at fixed noise levels."""
         del batch_idx
+        self.shape = tuple(batch.latents.shape)
         for output in self.step.measure(batch, self.seed, self.val_sigmas):
             if batch.counted:
                 self.val_metrics.update(output)

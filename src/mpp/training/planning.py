@@ -186,8 +186,8 @@ def gib(size: float) -> str:
     return f"{size / _GIB:.2f} GiB" if size < _GIB / 10 else f"{size / _GIB:.1f} GiB"
 
 
-def lines_of(choice: Choice, plan: Plan) -> list[str]:
-    """A choice in lines for people."""
+def lines_of(choice: Choice, plan: Plan | None = None) -> list[str]:
+    """A choice in lines for people; with the least time of a step where a plan says what the machine does."""
     costs = choice.costs
     lines = [f"  {name:<18} {gib(size):>10}  {remark}".rstrip() for name, size, remark in parts(costs)]
     both = costs.plain + costs.prior
@@ -196,7 +196,7 @@ def lines_of(choice: Choice, plan: Plan) -> list[str]:
         f"({both / costs.plain:.3f} times)"
     )
     for prior, words in ((False, "without the teacher"), (True, "with it")):
-        least = plan.seconds(costs, choice.memory, prior=prior)
+        least = plan.seconds(costs, choice.memory, prior=prior) if plan else None
         if least is not None:
             lines.append(f"  at least {least:.3g} s/step {words}")
     return lines

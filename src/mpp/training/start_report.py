@@ -34,6 +34,7 @@ class RunReport(Callback):
     def __init__(self, folder: str, pictures: int = 4) -> None:
         self.folder, self.pictures = Path(folder), pictures
         self.findings: Callable[[], str] = str  # how `mpp.report` sees the data, in words
+        self.forecast: Callable[[], None] | None = None  # says what of the card the run will take
         self._said = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,6 +55,8 @@ class RunReport(Callback):
         coverage = measure_coverage(data.cache, data.train_entries, loss, pl_module.architecture.given_frames)
         for line in banner(trainer, pl_module, data, coverage):
             log.info(line)
+        if self.forecast is not None:
+            self.forecast()
         for line in filter(None, (self.findings(), f"output: {self.folder}")):
             log.info(line)
         given = pl_module.architecture.given_frames
