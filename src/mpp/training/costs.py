@@ -204,7 +204,7 @@ def measured(
         batch = _batch(run.architecture, conditioning, shape)
         for parameter in (p for p in transformer.parameters() if p.requires_grad):
             parameter.grad = torch.zeros_like(parameter) if run.accumulates else None
-        passes = passes_of(run.architecture, transformer, Teacher(), run.memory.activations, _Elsewhere(meter))
+        passes = passes_of(run.architecture, transformer, Teacher(), run.memory.activations, Elsewhere(meter))
         before = meter.live
         with _autocast(run.precision):
             output = _Step(run.architecture, run.loss, passes)(batch, Position(0, 0))
@@ -219,16 +219,18 @@ def measured(
     return {**meter.peaks, "saved": saved, **flops}
 
 
-class _Elsewhere(Host):
+class Elsewhere(Host):
     """The CPU's memory beside a GPU, where there is a CPU alone: what waits in it is not on the device."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
 
     def away(self, tensor: Tensor) -> Tensor:
+        """A copy that is not counted."""
         return self.meter.unseen(tensor.detach().clone)
 
     def back(self, copy: Tensor, device: torch.device) -> Tensor:
+        """A copy of it that is."""
         del device
         return copy.clone()
 

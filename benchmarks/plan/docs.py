@@ -1,0 +1,77 @@
+"""The tables of docs/memory.md, counted at the shapes of published models."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mpp.config import build, compose
+from mpp.core.loss import MaskedPriorLoss
+from mpp.files import write_atomically
+from mpp.lora.adapters import Adapter
+from mpp.memory.settings import Memory
+from mpp.training.costs import Costing, Costs, Run
+from mpp.training.planning import CARDS, fits
+
+PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
+SHAPES = (  # model config, its name, width, height, frames
+    ("wan", "WAN 1.3B", 832, 480, 1),
+    ("wan", "WAN 1.3B", 832, 480, 81),
+    ("wan22_5b", "WAN 2.2 5B", 1280, 704, 1),
+    ("wan22_5b", "WAN 2.2 5B", 1280, 704, 121),
+    ("wan_14b", "WAN 14B", 832, 480, 1),
+    ("wan_14b", "WAN 14B", 832, 480, 81),
+    ("wan_14b", "WAN 14B", 1280, 720, 81),
+    ("hunyuan_video", "HunyuanVideo", 960, 544, 1),
+    ("hunyuan_video", "HunyuanVideo", 960, 544, 129),
+    ("hunyuan_video15", "HunyuanVideo 1.5", 848, 480, 121),
+    ("flux2", "FLUX.2 dev", 1024, 1024, 1),
+    ("qwen_image", "Qwen-Image", 1024, 1024, 1),
+    ("z_image", "Z-Image", 1024, 1024, 1),
+)
+WAYS = (("bf16", "checkpoint"), ("fp8", "checkpoint"), ("fp8", "offload"), ("nf4", "checkpoint"), ("nf4", "offload"))
+_GIB = 2**30
+_PRIOR = MaskedPriorLoss(prior_weight=1.0, prior_threshold=0.1)
+
+
+def rows() -> Iterator[str]:
+    """Lines of the table in Markdown."""
+    yield "| model | samples | " + " | ".join(" ".join(way) for way in WAYS) + " | the prior adds |"
+    yield "|---|---|" + "---|" * (len(WAYS) + 1)
+    known: dict[tuple[str, str], Costing] = {}
+    for config, name, width, height, frames in SHAPES:
+        architecture = build(compose("plan", [f"model={config}", "plan.size=64x64"]).model)
+        shape = architecture.latents.shape(frames, height, width)
+        cells = []
+        for base, activations in WAYS:
+            run = Run(architecture, Adapter(), Memory(base=base), _PRIOR, torch.optim.AdamW)
+            costing = known.setdefault((config, base), known.get((config, base)) or Costing(run))
+            found = costing.with_activations(activations).count(shape)
+            cells.append(_cell(found))
+            if (base, activations) == WAYS[0]:
+                costing.run = replace(costing.run, loss=MaskedPriorLoss())
+                plain = costing.count(shape)
+                costing.run = replace(costing.run, loss=_PRIOR)
+                prior = f"{(found.peak - plain.peak) / _GIB:.2f} GiB, {(found.plain + found.prior) / found.plain:.2f} x"
+        clip = f"{width}x{height}" + (f", {frames} frames" if frames > 1 else "")
+        yield f"| {name} | {clip} | " + " | ".join(cells) + f" | {prior} |"
+        print(cells, flush=True)
+
+
+def _cell(costs: Costs) -> str:
+    card = next((card for card in CARDS if fits(costs, card)), None)
+    return f"{costs.peak / _GIB:.1f}: " + ("none" if card is None else f"{card} GB")
+
+
+def write_docs() -> None:
+    """Put the table between its marks."""
+    table = "\n".join(rows())
+    text = re.sub(
+        r"(<!-- counted: .*?-->\n).*?(<!-- end of what was counted -->)",
+        lambda at: f"{at[1]}\n{table}\n\n{at[2]}",
+        PAGE.read_text("utf-8"),
+        flags=re.DOTALL,
+    )
+    write_atomically(PAGE, lambda temporary: temporary.write_text(text, "utf-8"))
