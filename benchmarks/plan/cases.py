@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from mpp.batching.batch import Batch
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter, inject
 from mpp.lora.stack import load_base
 from mpp.memory.counting import Meter, bytes_of
 from mpp.memory.settings import Memory
-from mpp.models.experts import parts_of
+from mpp.models.conditioning import Conditioning
+from mpp.models.contract import Architecture, draw_sigma
+from mpp.models.experts import expert_numbers, parts_of
 from mpp.training.costs import Costing, Costs, Elsewhere, Run
 from mpp.training.step import MaskedPriorStep, Position, passes_of
 from mpp.training.teacher import Teacher
@@ -122,14 +125,20 @@ def _frozen(part: torch.nn.Module) -> list[torch.Tensor]:
     return [*frozen, *part.buffers(), *(tensor for state in states for tensor in (state.absmax, state.code))]
 
 
-def _batch(arch: Any, conditioning: Any, shape: tuple[int, ...], count: int) -> Any:  # noqa: ANN401
-    from mpp.batching.batch import Batch  # noqa: PLC0415
-
+def _batch(arch: Architecture, conditioning: Conditioning, shape: tuple[int, ...], count: int) -> Batch:
     channels, frames, *sides = shape
     mask = torch.ones(count, 1, frames - arch.given_frames, *sides)
     mask[..., : sides[-1] // 2] = 0
     latents = torch.randn(count, channels, frames - arch.given_frames, *sides)
-    return Batch(tuple(f"s{n}" for n in range(count)), latents, mask, conditioning)
+    return Batch(_keys(arch, tuple(latents.shape[1:]), count), latents, mask, conditioning)
+
+
+def _keys(arch: Architecture, shape: tuple[int, ...], count: int) -> tuple[str, ...]:
+    """Names of samples whose sigmas one expert serves, as the loader batches them."""
+    names = [f"s{n}" for n in range(20 * count)]
+    numbers = expert_numbers(draw_sigma(arch, names, shape, *Position(0, 0)), arch.boundaries).tolist()
+    chosen = [name for name, number in zip(names, numbers, strict=True) if number == len(arch.boundaries)]
+    return tuple(chosen[:count])
 
 
 def _named(costs: Costs) -> dict[str, int]:
