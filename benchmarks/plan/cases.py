@@ -17,7 +17,8 @@ from mpp.memory.settings import Memory
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Architecture, draw_sigma
 from mpp.models.experts import expert_numbers, parts_of
-from mpp.training.costs import Costing, Costs, Elsewhere, Run
+from mpp.training.costs import Costing, Costs
+from mpp.training.measuring import Elsewhere, Run
 from mpp.training.step import MaskedPriorStep, Position, passes_of
 from mpp.training.teacher import Teacher
 from tests.families import variants

@@ -12,7 +12,8 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.files import write_atomically
 from mpp.lora.adapters import Adapter
 from mpp.memory.settings import Memory
-from mpp.training.costs import Costing, Costs, Run
+from mpp.training.costs import Costing, Costs
+from mpp.training.measuring import Run
 from mpp.training.planning import CARDS, fits
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"

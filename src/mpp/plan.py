@@ -18,7 +18,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
         ValueError: Bad settings, a cache that cannot be read, or a model whose shape is not known.
     """
     check_config(cfg)
-    from mpp.training.costs import Run
+    from mpp.training.measuring import Run
     from mpp.training.planning import Choice, choices, costing, lines_of, table
 
     plan, architecture = build(cfg.plan), build(cfg.model)

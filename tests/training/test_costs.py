@@ -14,10 +14,11 @@ from mpp.lora.adapters import Adapter
 from mpp.memory.counting import Meter, bytes_of
 from mpp.memory.settings import Memory
 from mpp.models.published import PUBLISHED
-from mpp.training.costs import Costing, Run
+from mpp.training.costs import Costing
+from mpp.training.measuring import Run
 from mpp.training.step import Position
 from tests import flops
-from tests.families import base, parameters, variants
+from tests.families import base, variants, wan_first
 from tests.helpers import batch, config, loss_of, module
 
 PRIOR = MaskedPriorLoss(1.0, 0.1, normalization="per_sample")
@@ -92,7 +93,7 @@ LONGER = {
 }
 
 
-@pytest.mark.parametrize("variant", parameters(of=lambda variant: variant.name in LONGER))
+@pytest.mark.parametrize("variant", wan_first(of=lambda variant: variant.name in LONGER))
 @pytest.mark.parametrize("activations", ["keep", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_few_blocks_tell_of_many_exactly(variant, activations, built, tmp_path):
     folder = longer(built(variant), tmp_path / "long", **LONGER[variant.name])

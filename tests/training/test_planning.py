@@ -11,7 +11,8 @@ from mpp.config import build, compose
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter
 from mpp.memory.settings import Memory
-from mpp.training.costs import Costs, Run
+from mpp.training.costs import Costs
+from mpp.training.measuring import Run
 from mpp.training.planning import CARDS, Bucket, Choice, Plan, choices, costing, fits, next_cheaper, parts, table
 from tests.helpers import config, unchecked_error
 

@@ -5,56 +5,24 @@ Where a transformer repeats blocks, few of them run: all that is counted grows b
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
-from mpp.batching.batch import Batch
-from mpp.core.flow import Noisy
-from mpp.core.loss import MaskedPriorLoss
-from mpp.lora.adapters import Adapter, inject
-from mpp.memory.activations import Activations, Host
+from mpp.lora.adapters import inject
+from mpp.memory.activations import Activations
 from mpp.memory.bases import quantise
 from mpp.memory.counting import Meter, bytes_of, weightless, without_numbers
-from mpp.memory.settings import Memory
-from mpp.models.contract import Architecture, Conditioning
+from mpp.models.contract import Conditioning
 from mpp.models.experts import Experts, parts_of
+from mpp.training.measuring import Run, block_lists, measured
 from mpp.training.rates import optimizer_of
-from mpp.training.step import MaskedPriorStep, Position, passes_of
-from mpp.training.teacher import Teacher
 
 _FEW = 3  # blocks of a list: the first, the last, and one that is neither
-_PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of autocast; all others have none
-
-
-@dataclass(frozen=True)
-class Run:
-    """What decides on the costs of a run's steps, besides their shape.
-
-    Attributes:
-        architecture: The DiT family.
-        adapter: What is trained.
-        memory: How it fits.
-        loss: Masked prior loss; the teacher runs where it has a prior.
-        optimizer: Called with the trainable parameters.
-        precision: As the Trainer's.
-        accumulates: Gradients of several batches are added up, so that they are there all the time.
-    """
-
-    architecture: Architecture
-    adapter: Adapter
-    memory: Memory
-    loss: MaskedPriorLoss
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    precision: str = "bf16-mixed"
-    accumulates: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +74,7 @@ class Costing:
         self.run = run
         self.skeleton = run.architecture.skeleton(published=True).requires_grad_(False)
         self.config = next(part.config for _, part in parts_of(self.skeleton))
-        self.lists = _lists(run.architecture, self.skeleton)
+        self.lists = block_lists(run.architecture, self.skeleton)
         full = self._adapted(copy.deepcopy(self.skeleton))
         self.static = self._resting(full)
         self.few = {} if whole or not self._is_uniform(full) else {
@@ -170,7 +138,7 @@ class Costing:
         """Whether all blocks of each list have the same weights and adapters."""
         return all(
             len({tuple((n, p.shape, p.dtype) for n, p in block.named_parameters()) for block in blocks}) == 1
-            for blocks in _lists(self.run.architecture, transformer).values()
+            for blocks in block_lists(self.run.architecture, transformer).values()
         )
 
     # ---------------------------------------------------------------- a step without numbers
@@ -180,121 +148,6 @@ class Costing:
         samples = self.run.architecture.collate([record] * batch)
         with without_numbers():
             return measured(self.run, weightless(transformer), Meter(), samples, shape)
-
-
-def measured(
-    run: Run, transformer: nn.Module, meter: Meter, conditioning: Conditioning, shape: Sequence[int]
-) -> dict[Any, int]:
-    """Bytes besides the weights, and FLOPs, of one step.
-
-    Args:
-        run: What decides.
-        transformer: With its adapter.
-        meter: What counts.
-        conditioning: Batched.
-        shape: Of a sample's latents, with the frames that the model is given.
-
-    Returns:
-        By (pass, list of blocks, which of them) the most bytes that were there, and by name what the forward pass left
-        and the FLOPs of `teacher` and `student`.
-    """
-    handles = list(_watched(run.architecture, transformer, meter))
-    meter.known([*transformer.parameters(), *transformer.buffers(), *conditioning.tensors().values()])
-    with meter:
-        batch = _batch(run.architecture, conditioning, shape)
-        for parameter in (p for p in transformer.parameters() if p.requires_grad):
-            parameter.grad = torch.zeros_like(parameter) if run.accumulates else None
-        passes = passes_of(run.architecture, transformer, Teacher(), run.memory.activations, Elsewhere(meter))
-        before = meter.live
-        with _autocast(run.precision):
-            output = _Step(run.architecture, run.loss, passes)(batch, Position(0, 0))
-            total = run.loss.terms(output.sums).total
-        saved = meter.live - before
-        total.backward()
-    for handle in handles:
-        handle.remove()
-    flops = Counter({"teacher": 0, "student": 0})
-    for (name, *_), number in meter.flops.items():
-        flops["teacher" if name == "teacher" else "student"] += number
-    return {**meter.peaks, "saved": saved, **flops}
-
-
-class Elsewhere(Host):
-    """The CPU's memory beside a GPU, where there is a CPU alone: what waits in it is not on the device."""
-
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
-
-    def away(self, tensor: Tensor) -> Tensor:
-        """A copy that is not counted."""
-        return self.meter.unseen(tensor.detach().clone)
-
-    def back(self, copy: Tensor, device: torch.device) -> Tensor:
-        """A copy of it that is."""
-        del device
-        return copy.clone()
-
-
-class _Step(MaskedPriorStep):
-    """A step on noise that nobody draws, at a sigma of the last expert's."""
-
-    def corrupt(self, batch: Batch, position: Position, sigma: float | None = None) -> Noisy:
-        del position, sigma
-        with _disable_current_modes():
-            levels = torch.ones(len(batch))
-        return Noisy(torch.zeros_like(batch.latents), levels, torch.zeros_like(batch.latents))
-
-
-def _batch(architecture: Architecture, conditioning: Conditioning, shape: Sequence[int]) -> Batch:
-    count = len(next(iter(conditioning.tensors().values())))
-    channels, frames, *sides = shape
-    frames -= architecture.given_frames
-    with _disable_current_modes():
-        mask = torch.ones(count, 1, frames, *sides)
-        mask[..., : sides[-1] // 2] = 0
-    latents = torch.zeros(count, channels, frames, *sides)
-    return Batch(tuple(map(str, range(count))), latents, mask, conditioning)
-
-
-def _autocast(precision: str) -> AbstractContextManager[object]:
-    dtype = _PRECISIONS.get(precision)
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
-
-
-def _watched(architecture: Architecture, transformer: nn.Module, meter: Meter) -> Iterator[RemovableHandle]:
-    """Tell the meter which block runs, from the start and from the end of its list."""
-
-    def entered(name: str, where: tuple[int, ...]) -> Callable[..., None]:
-        def enter(*_: object) -> None:
-            backward = torch._C._current_graph_task_id() != -1  # noqa: SLF001
-            kind = "backward" if backward else "student" if torch.is_grad_enabled() else "teacher"
-            meter.part(*((kind, name, at) for at in where))
-
-        return enter
-
-    def left(name: str, where: tuple[int, ...]) -> Callable[..., None]:
-        def leave(_: nn.Module, __: object, output: Any) -> None:  # noqa: ANN401
-            if torch._C._current_graph_task_id() == -1:  # noqa: SLF001
-                for made in [made for made in tree_leaves(output) if isinstance(made, Tensor) and made.requires_grad]:
-                    made.register_hook(lambda _: meter.part(*(("backward", name, at) for at in where)))
-
-        return leave
-
-    for _, part in parts_of(transformer):
-        yield part.register_forward_pre_hook(entered("", (0,)))
-    for name, blocks in _lists(architecture, transformer).items():
-        for number, block in enumerate(blocks):
-            ends = tuple(at for at in (number, number - len(blocks)) if -3 < at < 2)
-            yield block.register_forward_pre_hook(entered(name, ends or ("",)))
-            yield block.register_forward_hook(left(name, ends or ("",)))
-
-
-def _lists(architecture: Architecture, transformer: nn.Module) -> dict[str, list[nn.Module]]:
-    """The transformer's blocks by the name of the list that they lie in."""
-    found: dict[str, list[nn.Module]] = {}
-    for name, block in architecture.blocks(transformer):
-        found.setdefault(name.rpartition(".")[0], []).append(block)
-    return found
 
 
 def _shortened(skeleton: nn.Module, few: Mapping[str, int]) -> nn.Module:

@@ -11,7 +11,8 @@ from lightning import Trainer
 from mpp.batching.datamodule import LatentDataModule
 from mpp.cache.coverage import bucket_of
 from mpp.cache.index import Entry
-from mpp.training.costs import Costs, Run
+from mpp.training.costs import Costs
+from mpp.training.measuring import Run
 from mpp.training.module import MaskedPriorModule
 from mpp.training.planning import ASIDE, Bucket, Choice, choices, costing, gib, lines_of, next_cheaper, table
 

@@ -13,7 +13,8 @@ from mpp.memory.bases import QUANTISED
 from mpp.memory.settings import Memory
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Architecture
-from mpp.training.costs import Costing, Costs, Run
+from mpp.training.costs import Costing, Costs
+from mpp.training.measuring import Run
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB
 ASIDE = 1.0  # GiB of a card that CUDA, its libraries and torch's own pieces take, by experience
