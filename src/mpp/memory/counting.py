@@ -48,11 +48,21 @@ _NEW = {
     aten.zeros.default: torch.zeros,
     aten.ones.default: torch.ones,
 }
+_LARGE = 2**22  # elements that are not computed any more
 _SMALL = 2**16  # elements; what is so small has numbers in the forward pass, as models ask some of it what to do
 
 
 def _is_small(shape: Sequence[int]) -> bool:
     return math.prod(shape) <= _SMALL and torch._C._current_graph_task_id() == -1  # noqa: SLF001
+
+
+def _is_large(function: Any, args: Any, given: Sequence[Tensor]) -> bool:  # noqa: ANN401
+    """Whether an operation on what has numbers makes more of them than anybody asks for, such as masks of all pairs."""
+    if function is aten.repeat.default:
+        return math.prod(args[1]) * given[0].numel() > _LARGE
+    if torch.Tag.pointwise in function.tags:
+        return math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in given))) > _LARGE
+    return False
 
 
 def _positions(index: Tensor | None) -> Tensor | None:
@@ -95,7 +105,11 @@ class Meter(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if function is aten.index.Tensor:
             args = args[0], [_positions(index) for index in args[1]]
-        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
+        if (
+            given
+            and not any(isinstance(tensor, FakeTensor) for tensor in given)
+            and not _is_large(function, args, given)
+        ):
             with _disable_current_modes():
                 made = function(*args, **kwargs)
         elif function in _NEW and _is_small(args[-1]):
