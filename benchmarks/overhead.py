@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from mpp.batching.batch import Batch
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter, adapters_off
+from mpp.memory.settings import Memory
 from mpp.models.families.wan import Wan, WanConditioning
 from mpp.models.tiny import TRANSFORMER
 from mpp.training.module import MaskedPriorModule
@@ -183,7 +184,7 @@ def module_of(folder: Path, *, checkpointing: bool) -> MaskedPriorModule:
         loss=MaskedPriorLoss(1.0, 0.1),
         teacher=Teacher(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
-        gradient_checkpointing=checkpointing,
+        memory=Memory(activations="checkpoint" if checkpointing else "keep"),
     )
 
 

@@ -30,6 +30,7 @@ from benchmarks.counting import flops, saved_bytes
 from benchmarks.overhead import ROUNDS, measure
 from mpp.batching.batch import Batch
 from mpp.core.loss import MaskedPriorLoss
+from mpp.memory.settings import Memory
 from mpp.models.contract import Architecture
 from mpp.training.module import MaskedPriorModule
 from mpp.training.step import Position
@@ -86,7 +87,8 @@ def counts(variant: Variant, folder: Path, *, checkpointing: bool) -> Counts:
     """Count a variant whose tiny pipeline lies in a folder."""
     arch = architecture(variant, folder)
     data = batch(arch, variant, arch.load_encoders("cpu"), TEXTS)
-    plain, prior = (helpers.module(arch, loss, gradient_checkpointing=checkpointing) for loss in (PLAIN, PRIOR))
+    memory = Memory(activations="checkpoint" if checkpointing else "keep")
+    plain, prior = (helpers.module(arch, loss, memory=memory) for loss in (PLAIN, PRIOR))
     for module in (plain, prior):
         module.transformer.train()
     return Counts(

@@ -88,7 +88,11 @@ def run(rows: Sequence[Row], out: Path, seconds: float, *, tiny: bool) -> list[d
         for row in rows:
             why = obstacle(row, end - time.monotonic(), cuda=cuda, tiny=tiny)
             result = {"status": why} if why else measure(row, out, row.seconds, tiny=tiny)
-            about = {name: value for name, value in asdict(row).items() if name in ("kind", "size", "shape", "base")}
+            about = {
+                name: value
+                for name, value in asdict(row).items()
+                if name in ("kind", "size", "shape", "base", "activations")
+            }
             result = {"row": row.name, **about, "tiny": tiny, **result}
             if row.kind == "environment":
                 cuda = bool(result.get("cuda"))

@@ -58,9 +58,10 @@ class Case:
         """The model's family."""
         return RandomWan(size=self.size, device=self.device, text_length=self.size.text_tokens)
 
-    def trainee(self, **settings: bool) -> Trainee:
-        """What trains it."""
-        return Trainee.of(model.module(self.architecture(), Memory(base=self.row.base), **settings))
+    def trainee(self, *, activations: str | None = None, compiled: bool = False) -> Trainee:
+        """What trains it; with the row's activations unless told otherwise."""
+        memory = Memory(base=self.row.base, activations=activations or self.row.activations)
+        return Trainee.of(model.module(self.architecture(), memory, compiled=compiled))
 
     def batch(self, **settings: int) -> Batch:
         """A batch for it."""
@@ -103,8 +104,8 @@ def correct(case: Case) -> Found:
     """Whether the teacher is the base model bit for bit, so the student at the start, and the prior's cost its pass."""
     data, found = case.batch(samples=2, with_prior=2), {}
     base = case.architecture().load_transformer()
-    for name, checkpointing in (("stored", False), ("checkpointed", True)):
-        trainee = case.trainee(checkpointing=checkpointing)
+    for name in ("keep", "checkpoint", "offload"):
+        trainee = case.trainee(activations=name)
         found |= {f"{key}_{name}": value for key, value in _agreement(trainee, base, data)}
     found["good"] = all(value for name, value in found.items() if isinstance(value, bool))
     return found

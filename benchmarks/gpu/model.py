@@ -112,9 +112,7 @@ def batch(size: Size, shape: tuple[int, int, int], device: str, *, samples: int 
     return Batch(keys, latents, mask, WanConditioning(text), host_mask=mask).to(device)
 
 
-def module(
-    architecture: RandomWan, memory: Memory, *, checkpointing: bool = True, compiled: bool = False
-) -> MaskedPriorModule:
+def module(architecture: RandomWan, memory: Memory, *, compiled: bool = False) -> MaskedPriorModule:
     """What a run trains, with its transformer."""
     built = MaskedPriorModule(
         architecture=architecture,
@@ -122,7 +120,6 @@ def module(
         loss=PRIOR,
         teacher=Teacher(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
-        gradient_checkpointing=checkpointing,
         compile_blocks=compiled,
         memory=memory,
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 Line = Mapping[str, Any]
 
-_ASIDE = ("row", "kind", "status", "seconds", "good", "reason", "size", "shape", "base", "tiny")
+_ASIDE = ("row", "kind", "status", "seconds", "good", "reason", "size", "shape", "base", "activations", "tiny")
 _COLUMNS = {  # of the page, by kind: heading and field
     "time": {
         "plain, s": "plain_s",
@@ -20,6 +20,7 @@ _COLUMNS = {  # of the page, by kind: heading and field
     },
     "memory": {
         "base": "base",
+        "activations": "activations",
         "resident, GiB": "resident_gib",
         "peak plain, GiB": "plain_peak_gib",
         "peak prior, GiB": "prior_peak_gib",

@@ -17,6 +17,7 @@ class Row:
         size: Of the model, a key of `model.SIZES`.
         shape: Of the latents, a key of `model.SHAPES`.
         base: What the frozen weights are held in.
+        activations: As `memory.activations`.
         rounds: Of what is timed by turns.
         cuda: Whether it means nothing without a GPU, at whatever size.
     """
@@ -27,6 +28,7 @@ class Row:
     size: str = "1.3b"
     shape: str = "image"
     base: str = "bf16"
+    activations: str = "checkpoint"
     rounds: int = 9
     cuda: bool = False
 
@@ -47,6 +49,7 @@ ROWS = (
     *_memory("1.3b", "480p81", 120),
     *_memory("14b", "image", 120),
     *_memory("14b", "480p81", 240),
+    Row("memory_14b_480p81_fp8_offload", "memory", 240, "14b", "480p81", "fp8", "offload", cuda=True),
     Row("compile_1.3b_image", "compile", 300, cuda=True),
     *_memory("1.3b", "720p81", 150, ("bf16",)),
     *_memory("14b", "720p81", 400, ("fp8",)),

@@ -71,7 +71,6 @@ ROOTS = {  # whose settings are those of a root key
     "optimizer": ("plan", "train"),
     "gradient_checkpointing": ("plan", "train"),
     "sampling": tuple(_PROMPTS),
-    "memory": ("plan", "train", "sample"),
     "plan": ("plan",),
     "device": ("prepare", "sample"),
     "prepare": ("prepare",),
@@ -98,7 +97,8 @@ SHARED_ROOTS = {  # keys that are something else in each command: the names belo
     },
     "memory": {
         "prepare": _names("text_encoder vae"),
-        "train": _names("base vae"),
+        "train": _names("activations base vae"),
+        "plan": _names("activations base vae"),
         "sample": _names("base text_encoder vae"),
     },
     "export": {

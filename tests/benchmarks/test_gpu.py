@@ -114,7 +114,10 @@ def test_a_teacher_with_its_adapter_on_is_wrong(monkeypatch):
     found = child.answer("correct", tiny=True)
     assert found["status"] == "wrong"
     wrong = {name for name, value in found.items() if value is False}
-    assert wrong == {"good", *(f"{n}_{k}" for n in ("teacher_is_base", "adds_up") for k in ("stored", "checkpointed"))}
+    assert wrong == {
+        "good",
+        *(f"{n}_{k}" for n in ("teacher_is_base", "adds_up") for k in ("keep", "checkpoint", "offload")),
+    }
 
 
 def test_a_layer_that_hands_on_no_gradient_is_wrong(monkeypatch):
@@ -186,9 +189,17 @@ def measured():
     }  # fmt: skip
     return [
         where,
-        {"row": "memory_a", "kind": "memory", "status": "ok", "base": "fp8", "plain_s": 1.25, "resident_gib": 7.123456},
+        {
+            "row": "memory_a",
+            "kind": "memory",
+            "status": "ok",
+            "base": "fp8",
+            "activations": "checkpoint",
+            "plain_s": 1.25,
+            "resident_gib": 7.123456,
+        },
         {"row": "memory_b", "kind": "memory", "status": "does not fit", "base": "bf16", "peak_gib": 23.0},
-        {"row": "correct", "kind": "correct", "status": "wrong", "adds_up_stored": False, "good": False},
+        {"row": "correct", "kind": "correct", "status": "wrong", "adds_up_keep": False, "good": False},
     ]
 
 
@@ -196,7 +207,7 @@ def test_the_page_says_where_it_was_measured_and_what_was_not():
     page = report.page(measured())
     for part in ("a card with 24 GiB, driver 1.2, torch 2.13", "on today at commit abc", "`python -m benchmarks.gpu`"):
         assert part in page
-    assert "| memory_a | fp8 | 7.123 |" in page
+    assert "| memory_a | fp8 | checkpoint | 7.123 |" in page
     assert "memory_b: does not fit" in page
     assert "| correct (WRONG) | no |" in page
 

@@ -19,7 +19,7 @@ import mpp.sample
 from mpp.cache.format import Cache, made_from
 from mpp.cache.provenance import LatentsProvenance, PromptProvenance
 from mpp.memory.bases import dequantise, is_quantised
-from mpp.memory.live import LiveBytes
+from mpp.memory.counting import Meter
 from mpp.memory.settings import EncoderMemory
 from mpp.models.text_encoders import load_quantised
 from tests import helpers
@@ -354,10 +354,10 @@ def test_decoding_is_counted_as_it_is_done(arch, variant):
     shape = arch.latents.shape(frames, 4 * arch.latents.pixel_step, 6 * arch.latents.pixel_step)
     encoders = arch.load_encoders("cpu")
     vae, sizes = encoders.vae(), encoders.vae_shape(shape)
-    with torch.no_grad(), LiveBytes() as live:
+    with torch.no_grad(), Meter() as meter:
         vae.decode(torch.zeros(sizes, dtype=vae.dtype))
     weights = sum(len(tensor.reshape(-1).view(torch.uint8)) for tensor in [*vae.parameters(), *vae.buffers()])
-    assert arch.load_encoders("meta").decode_bytes(shape) == live.peak + weights
+    assert arch.load_encoders("meta").decode_bytes(shape) == meter.peaks[""] + weights
 
 
 def test_fewer_bytes_are_counted_for_tiles_and_more_for_more(architecture):
@@ -371,7 +371,7 @@ def test_fewer_bytes_are_counted_for_tiles_and_more_for_more(architecture):
 def test_bytes_that_live_at_once_are_those_of_a_tally():
     draw = random.Random(0)
     kept, sizes, most = {}, {}, 0
-    with LiveBytes() as live:
+    with Meter() as meter:
         for number in range(300):
             if kept and draw.random() < 0.45:
                 gone = draw.choice(list(kept))
@@ -381,5 +381,5 @@ def test_bytes_that_live_at_once_are_those_of_a_tally():
                 kept[number], sizes[number] = torch.empty(count, device=draw.choice(["meta", "cpu"])), 4 * count
                 kept[number].view(-1)[:1].add_(1)  # views are no bytes of their own
             most = max(most, sum(sizes.values()))
-            assert live.now == sum(sizes.values())
-    assert live.peak == most
+            assert meter.live == sum(sizes.values())
+    assert meter.peaks[""] == most

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.counting import flops
 from mpp.config import build
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter
@@ -17,7 +18,6 @@ from mpp.models.published import PUBLISHED
 from mpp.training.costs import Costing
 from mpp.training.measuring import Run
 from mpp.training.step import Position
-from tests import flops
 from tests.families import base, variants, wan_first
 from tests.helpers import batch, config, loss_of, module
 
@@ -59,8 +59,8 @@ def test_bytes_and_flops_are_those_of_a_real_step(architecture, activations):
     optimizer = torch.optim.AdamW(trained)
     optimizer.step()
     assert counted.optimizer == bytes_of(value for state in optimizer.state.values() for value in state.values())
-    plain = flops.count(lambda: loss_of(module(architecture, MaskedPriorLoss(), memory=run.memory), data).backward())
-    whole = flops.count(lambda: loss_of(module(architecture, PRIOR, memory=run.memory), data).backward())
+    plain = flops(lambda: loss_of(module(architecture, MaskedPriorLoss(), memory=run.memory), data).backward())
+    whole = flops(lambda: loss_of(module(architecture, PRIOR, memory=run.memory), data).backward())
     assert (counted.plain, counted.plain + counted.prior) == (plain, whole)
 
 

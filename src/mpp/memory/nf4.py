@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mpp.memory.linear import QuantisedLinear, Unpack
 
@@ -32,6 +33,8 @@ class Nf4Linear(QuantisedLinear):
 
 
 def _dequantise(features: tuple[int, int], weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if weight.is_meta or isinstance(weight, FakeTensor):  # whose bytes are counted, perhaps without the package
+        return torch.empty(features, dtype=dtype, device=weight.device)
     operation = torch.ops.bitsandbytes.dequantize_4bit.default
     return operation(weight.view(torch.uint8), scale, BLOCK, "nf4", features, dtype)
 
@@ -42,10 +45,18 @@ def quantised(linear: nn.Linear) -> Nf4Linear:
     Args:
         linear: In float32, bfloat16 or float16; may lie on the meta device.
     """
+    weight, features = linear.weight.detach().contiguous(), (linear.out_features, linear.in_features)
+    packed, scale = _quantise(weight)
+    bias = None if linear.bias is None else linear.bias.detach()
+    return Nf4Linear(packed.view(torch.int8), scale, bias, features=features, dtype=weight.dtype)
+
+
+def _quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    if weight.is_meta:
+        packed = weight.new_empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)
+        return packed, weight.new_empty(-(-weight.numel() // BLOCK), dtype=torch.float32)
     import bitsandbytes  # noqa: F401, PLC0415 (an extra; it registers the operations)
 
-    weight, operation = linear.weight.detach().contiguous(), torch.ops.bitsandbytes.quantize_4bit.default
+    operation = torch.ops.bitsandbytes.quantize_4bit.default
     parts = [operation(rows, BLOCK, "nf4", torch.uint8) for rows in weight.split(_ROWS)]
-    packed, scale = torch.cat([part for part, _ in parts]), torch.cat([scale for _, scale in parts])
-    bias, features = None if linear.bias is None else linear.bias.detach(), (linear.out_features, linear.in_features)
-    return Nf4Linear(packed.view(torch.int8), scale, bias, features=features, dtype=weight.dtype)
+    return torch.cat([part for part, _ in parts]), torch.cat([scale for _, scale in parts])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from mpp.files import weights_fingerprint
-from mpp.memory.live import LiveBytes, bytes_of
+from mpp.memory.counting import Meter, bytes_of
 from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, Prompt, Ready
@@ -310,9 +310,9 @@ class FamilyEncoders:
         with torch.device("meta"):
             vae = self.vae_class.from_config(json.loads((folder / "config.json").read_bytes()))
             vae = self._fitted(nn.Module.to(vae, DTYPES[self.model.vae_dtype]))
-        with torch.no_grad(), LiveBytes() as live:
+        with torch.no_grad(), Meter() as meter:
             vae.decode(torch.empty(self.vae_shape(shape), device="meta", dtype=vae.dtype))
-        return live.peak + bytes_of([*vae.parameters(), *vae.buffers()])
+        return meter.peaks[""] + bytes_of([*vae.parameters(), *vae.buffers()])
 
     def vae_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of what the VAE is given of one sample's latents `(c, f, h, w)`."""
