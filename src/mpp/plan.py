@@ -19,7 +19,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """
     check_config(cfg)
     from mpp.training.measuring import Run
-    from mpp.training.planning import Choice, choices, costing, lines_of, table
+    from mpp.training.planning import Choice, choices, costing, decoding, lines_of, table
 
     plan, architecture = build(cfg.plan), build(cfg.model)
     settings = Run(
@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     now = Choice(settings.memory, counting.count(bucket.shape, plan.batch_size, bucket.conditioning))
     samples = f"{plan.batch_size} sample{'s' * (plan.batch_size > 1)} of {bucket.name}"
     print(f"{architecture.pretrained}, {samples}, {now.name}")
-    print("\n".join(lines_of(now, plan)))
+    print("\n".join(lines_of(now, plan, decoding(architecture, settings.memory, bucket.shape))))
     found = [now]
     if plan.table:
         print("peaks, and which cards (GiB) they fit:")

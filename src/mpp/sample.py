@@ -21,6 +21,7 @@ def run(cfg: DictConfig) -> list[Path]:
 
     from mpp.cache.format import Cache
     from mpp.lora.stack import Stack, check_weights, load_base
+    from mpp.memory.bases import check_device
     from mpp.models.experts import parts_of
     from mpp.sampling.generation import generate, generation_name, save
 
@@ -28,6 +29,7 @@ def run(cfg: DictConfig) -> list[Path]:
     check_config(cfg)
     architecture, prompts, device = build(cfg.model), build(cfg.sampling), device_of(cfg.device)
     memory = build(cfg.memory)
+    check_device(memory.base, device)
     if not prompts.lines:
         raise ValueError("sampling.prompts is empty; give one, e.g. sampling.prompts='a photo of ohwx'")
     architecture.check()

@@ -29,7 +29,7 @@ def gradients(arch, transformer, noisy, data, low=False):
     return {"prediction": prediction.detach(), "latents": latents.grad, **named}
 
 
-def check(arch, transformer, plain, noisy, data, *, kind="lora", low=False):
+def check(arch, transformer, plain, noisy, data, *, kind="lora", low=False, exact=True):
     """The gate, for a transformer without adapter and the unquantised one.
 
     Args:
@@ -39,6 +39,7 @@ def check(arch, transformer, plain, noisy, data, *, kind="lora", low=False):
         noisy: Noisy latents and sigmas of a batch.
         data: The batch.
         kind: Of the adapter.
+        exact: The prediction is bitwise that of the dequantised weights; else as near as gradients.
         low: Under autocast to bfloat16, whose cache of casts sums gradients in another order.
     """
     reference = dequantised(arch, transformer, plain)
@@ -54,7 +55,7 @@ def check(arch, transformer, plain, noisy, data, *, kind="lora", low=False):
         randomise_adapter(model)
     ours, theirs = (gradients(arch, model, noisy, data, low) for model in (transformer, reference))
     assert ours.keys() == theirs.keys()
-    assert torch.equal(ours["prediction"], theirs["prediction"])
+    assert not exact or torch.equal(ours["prediction"], theirs["prediction"]), "the prediction is another"
     for name, gradient in theirs.items():
         assert (ours[name] is None) == (gradient is None), f"{name} has a gradient on one base alone"
         if gradient is not None:

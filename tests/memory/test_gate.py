@@ -1,10 +1,15 @@
 """Every family trains on every base as on its dequantised weights, and the check of that catches a cut gradient."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import mpp
 from mpp.core.flow import Noisy, interpolate
 from mpp.lora.stack import load_base
 from mpp.memory.bases import QUANTISED
@@ -86,3 +91,74 @@ def test_every_kind_of_adapter_learns_on_every_base_that_takes_it(kind, base, bu
     arch = architecture(WAN, built(WAN))
     noisy, data = drawn(arch, WAN, len(kind + base))
     gate.check(arch, load_base(arch, base), load_base(arch), noisy, data, kind=kind)
+
+
+# torchao lies aside (`make setup`): where it is installed, transformers and diffusers import it, and complain
+TORCHAO = Path(sys.prefix) / "torchao"
+OF_TORCHAO = """
+import sys
+from pathlib import Path
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from mpp.lora.stack import load_base
+from tests.families.base import architecture
+from tests.memory import gate
+from tests.memory.test_gate import WAN, drawn
+
+WAN.build(Path(sys.argv[1]) / "pipeline")
+arch = architecture(WAN, Path(sys.argv[1]) / "pipeline")
+noisy, data = drawn(arch, WAN, 5)
+gate.dequantise = lambda linear: linear.weight.dequantize()
+for config in (Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()):
+    quantised = load_base(arch)
+    names = {name for name, _ in arch.quantisable(quantised)}
+    quantize_(quantised, config, lambda module, name: name in names)
+    reference = gate.dequantised(arch, quantised, load_base(arch))
+    found, wanted = (gate.gradients(arch, model, noisy, data) for model in (quantised, reference))
+    print("errors", *(float((found[n] - wanted[n]).norm() / wanted[n].norm()) for n in ("prediction", "latents")))
+    try:
+        gate.check(arch, quantised, load_base(arch), noisy, data, exact=False)
+        print("passes")
+    except AssertionError:
+        print("caught")
+"""
+
+
+@pytest.mark.slow
+def test_the_check_catches_torchaos_dynamic_activations_and_passes_its_weights_alone(tmp_path):
+    assert TORCHAO.is_dir(), "this test needs torchao beside the environment; run make setup"
+    run = [sys.executable, "-c", OF_TORCHAO, str(tmp_path)]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(mpp.__file__).parents[1]), str(TORCHAO)])
+    ended = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=True)
+    lines = [line.split() for line in ended.stdout.splitlines() if line.startswith(("passes", "caught", "errors"))]
+    assert [line[0] for line in lines] == ["errors", "passes", "errors", "caught"]
+    prediction, gradient = map(float, lines[2][1:])
+    assert prediction < 0.01  # nobody would see it by what the model says
+    assert gradient > 0.05  # what goes round the layers is all there is
+
+
+@pytest.mark.slow
+def test_int8_is_as_near_as_torchaos():
+    code = """
+import torch
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from mpp.memory.bases import dequantise, quantise
+for seed in range(5):
+    torch.manual_seed(seed)
+    weight = torch.randn(64, 128) * torch.rand(64, 1)
+    errors = []
+    for made in (lambda m: quantise(m, ["0"], "int8"), lambda m: quantize_(m, Int8WeightOnlyConfig())):
+        model = nn.Sequential(nn.Linear(128, 64)).requires_grad_(False)
+        model[0].weight.copy_(weight)
+        made(model)
+        found = dequantise(model[0]) if hasattr(model[0], "scale") else model[0].weight.dequantize()
+        errors.append(float((found - weight).norm() / weight.norm()))
+    print("errors", *errors)
+"""
+    path = os.pathsep.join([str(Path(mpp.__file__).parents[1]), str(TORCHAO)])
+    environment = {**os.environ, "PYTHONPATH": path}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    rows = [line.split()[1:] for line in ended.stdout.splitlines() if line.startswith("errors")]
+    assert len(rows) == 5
+    for ours, theirs in rows:
+        assert float(ours) <= 1.02 * float(theirs)

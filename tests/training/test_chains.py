@@ -104,6 +104,7 @@ def drawn(seed):
         f"data.unmasked_probability={random_.choice([0, 0.5])}",
         f"loss={random_.choice(['threshold', 'continuous'])}",
     ]
+    settings += [f"memory.base={random.Random(seed).choice(['bf16', 'fp8', 'int8', 'nf4'])}"]
     return settings, sorted(random_.sample(range(1, steps), random_.randint(1, 4)))
 
 

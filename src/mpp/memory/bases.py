@@ -34,6 +34,21 @@ def check_base(base: str, setting: str, known: Sequence[str] = get_args(Base)) -
         raise ValueError(f"{setting}={base} needs the package {package}; pip install 'mpp[{base}]', {otherwise}")
 
 
+def check_device(base: str, device: torch.device | str) -> None:
+    """Refuse a base whose numbers a device cannot unpack.
+
+    Args:
+        base: As `check_base` takes it.
+        device: That it is to lie on.
+
+    Raises:
+        ValueError: As above, with what works there.
+    """
+    if torch.device(device).type == "mps" and base in ("fp8", "nf4"):
+        why = "has no 8-bit floats" if base == "fp8" else "is none that bitsandbytes is tested on"
+        raise ValueError(f"memory.base={base} does not work on this device (mps), which {why}; take memory.base=int8")
+
+
 def quantise(module: nn.Module, names: Iterable[str], base: str) -> None:
     """Replace linear layers by quantised ones, one after the other, so that no more than one is there twice.
 

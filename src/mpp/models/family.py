@@ -306,7 +306,7 @@ class FamilyEncoders:
 
     def decode_bytes(self, shape: Sequence[int]) -> int:
         """Weights, latents, and all that the VAE makes of them, at the peak."""
-        folder = resolve_folder(self.model.vae, "vae", "model.vae", files="*.json")
+        folder = resolve_folder(self.model.vae, "vae", "model.vae", files="*.json", fetch=False)
         with torch.device("meta"):
             vae = self.vae_class.from_config(json.loads((folder / "config.json").read_bytes()))
             vae = self._fitted(nn.Module.to(vae, DTYPES[self.model.vae_dtype]))

@@ -167,9 +167,23 @@ def next_cheaper(now: Choice, others: Sequence[Choice]) -> Choice | None:
     return max(same or less, key=lambda choice: choice.costs.peak, default=None)
 
 
-def parts(costs: Costs) -> list[tuple[str, int, str]]:
-    """What a run's peak is made of, in bytes: name, size, remark."""
+def decoding(architecture: Architecture, memory: Memory, shape: Sequence[int]) -> int | None:
+    """Bytes that the VAE takes for a sample of latents of some shape; None where its configuration is not here."""
+    try:
+        return architecture.load_encoders("meta", memory.encoders).decode_bytes(shape)
+    except ValueError:
+        return None
+
+
+def parts(costs: Costs, decode: int | None = None) -> list[tuple[str, int, str]]:
+    """What a run's peak is made of, in bytes: name, size, remark.
+
+    Args:
+        costs: As counted.
+        decode: As `decoding` gives it.
+    """
     work = costs.step - costs.saved
+    vae = "the VAE, which is not counted" if decode is None else f"the VAE's decoding of it, {gib(decode)}"
     return [
         ("base", costs.base, "frozen weights"),
         ("adapter", costs.adapter, "float32"),
@@ -178,7 +192,7 @@ def parts(costs: Costs) -> list[tuple[str, int, str]]:
         ("work of blocks", work, f"at the peak; gradients among it, {gib(costs.gradients)} when all are there"),
         ("peak", costs.peak, ""),
         ("teacher's pass", costs.teacher, "before the student's, in the same memory"),
-        ("sampling", costs.teacher, "a pass of this size likewise, and the VAE, which is not counted"),
+        ("sampling", max(costs.teacher, decode or 0), f"a pass of this size likewise, then {vae}"),
     ]
 
 
@@ -187,10 +201,16 @@ def gib(size: float) -> str:
     return f"{size / _GIB:.2f} GiB" if size < _GIB / 10 else f"{size / _GIB:.1f} GiB"
 
 
-def lines_of(choice: Choice, plan: Plan | None = None) -> list[str]:
-    """A choice in lines for people; with the least time of a step where a plan says what the machine does."""
+def lines_of(choice: Choice, plan: Plan | None = None, decode: int | None = None) -> list[str]:
+    """A choice in lines for people; with the least time of a step where a plan says what the machine does.
+
+    Args:
+        choice: What was counted.
+        plan: What is known of the machine.
+        decode: As `decoding` gives it.
+    """
     costs = choice.costs
-    lines = [f"  {name:<18} {gib(size):>10}  {remark}".rstrip() for name, size, remark in parts(costs)]
+    lines = [f"  {name:<18} {gib(size):>10}  {remark}".rstrip() for name, size, remark in parts(costs, decode)]
     both = costs.plain + costs.prior
     lines.append(
         f"  FLOPs of a step: {costs.plain / 1e12:,.3g} T without the teacher, {both / 1e12:,.3g} T with it "
