@@ -10,7 +10,7 @@ from benchmarks.plan.cases import CASES, compared, drawn, measured, predicted
 
 PREDICTED = json.loads((FOLDER / "predicted.json").read_bytes())
 MEASURED = json.loads((FOLDER / "measured.json").read_bytes())
-FAST = 2  # of them are measured again by `make test`
+FAST = 1  # of them is measured again by `make test`
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,10 @@ def test_what_rests_was_exact_and_the_peak_within_a_tenth(number):
     assert 0.9 < ratio < 1.1
 
 
-@pytest.mark.parametrize("number", [n if n < FAST else pytest.param(n, marks=pytest.mark.slow) for n in range(CASES)])
+_MORE = [pytest.mark.slow, pytest.mark.draws]
+
+
+@pytest.mark.parametrize("number", [n if n < FAST else pytest.param(n, marks=_MORE) for n in range(CASES)])
 def test_measured_again_it_is_the_same(number, root):
     case = case_of(PREDICTED[number])
     assert predicted(case, root) == PREDICTED[number]

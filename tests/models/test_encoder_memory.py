@@ -23,14 +23,14 @@ from mpp.memory.counting import Meter
 from mpp.memory.settings import EncoderMemory
 from mpp.models.text_encoders import load_quantised
 from tests import helpers
-from tests.families import parameters, wan_first
+from tests.families import wan_first
 from tests.families.base import architecture, conditioning, pixels
 
 TEXT = "a red box by the sea"
 TILE, STRIDE = 8, 6  # latent cells of a tile, and from one to the next
 
 
-@pytest.fixture(scope="module", params=parameters())
+@pytest.fixture(scope="module", params=wan_first())
 def variant(request):
     return request.param
 
@@ -79,7 +79,6 @@ def test_a_quantised_text_encoder_is_one_with_the_dequantised_weights(arch, vari
     assert any(not torch.equal(found[key], before[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("variant", wan_first(), indirect=True)
 def test_a_text_encoder_on_the_cpu_gives_the_same_whatever_the_device(arch, variant):
     _, wanted = encode(arch, variant)
     encoders = arch.load_encoders("meta", EncoderMemory("cpu"))  # a tensor that went there would be lost
@@ -295,7 +294,6 @@ def vaes(arch):
     return (*encoders, stride)
 
 
-@pytest.mark.parametrize("variant", wan_first(), indirect=True)
 def test_each_tile_is_decoded_as_by_itself_and_blended_at_its_borders(arch, variant, vaes):
     whole, tiled, stride = vaes
     draw, frames = random.Random(variant.name), 2 if arch.fps else 1
@@ -327,7 +325,6 @@ def test_each_tile_is_decoded_as_by_itself_and_blended_at_its_borders(arch, vari
         assert (there <= ends.amax(0) + 1e-5).all()
 
 
-@pytest.mark.parametrize("variant", wan_first(), indirect=True)
 def test_what_is_no_larger_than_a_tile_is_the_same_in_tiles_one_at_a_time(arch, variant, vaes):
     whole, tiled, _ = vaes
     cells = TILE // 2 // max(arch.latents.patch[1:]), TILE // 4
@@ -336,7 +333,6 @@ def test_what_is_no_larger_than_a_tile_is_the_same_in_tiles_one_at_a_time(arch, 
     assert torch.equal(tiled.encode_pixels(torch.cat(clips)), apart)
 
 
-@pytest.mark.parametrize("variant", wan_first(), indirect=True)
 def test_sizes_that_are_no_multiples_of_tiles_are_kept(arch, variant, vaes):
     whole, tiled, stride = vaes
     draw, step = random.Random(variant.name), arch.latents.pixel_step
@@ -348,7 +344,6 @@ def test_sizes_that_are_no_multiples_of_tiles_are_kept(arch, variant, vaes):
 # ---------------------------------------------------------------- what decoding takes
 
 
-@pytest.mark.parametrize("variant", wan_first(), indirect=True)
 def test_decoding_is_counted_as_it_is_done(arch, variant):
     frames = variant.frames - 1 if arch.latents.layered else variant.frames
     shape = arch.latents.shape(frames, 4 * arch.latents.pixel_step, 6 * arch.latents.pixel_step)

@@ -93,8 +93,11 @@ LONGER = {
 }
 
 
+_MORE = [pytest.mark.slow, pytest.mark.draws]
+
+
 @pytest.mark.parametrize("variant", wan_first(of=lambda variant: variant.name in LONGER))
-@pytest.mark.parametrize("activations", ["keep", pytest.param("checkpoint", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("activations", ["checkpoint", pytest.param("keep", marks=_MORE)])
 def test_few_blocks_tell_of_many_exactly(variant, activations, built, tmp_path):
     folder = longer(built(variant), tmp_path / "long", **LONGER[variant.name])
     arch = base.architecture(variant, folder, "model.dtype=bfloat16")

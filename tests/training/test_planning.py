@@ -77,6 +77,7 @@ def test_the_least_time_is_that_of_the_slower_of_computing_and_reading():
     assert Plan(size="8x8").seconds(costs, kept, prior=False) is None
 
 
+@pytest.mark.slow
 def test_all_ways_to_run_are_in_the_table_and_those_of_fewer_bits_take_less(architecture):
     run = Run(architecture, Adapter(rank=4), Memory(), MaskedPriorLoss(), torch.optim.AdamW)
     found = list(choices(costing(run), Bucket((16, 1, 8, 8), "64x64"), 1))
