@@ -174,6 +174,8 @@ def tiny(command, small, root):
         more[0] = "trainer.max_steps=3"
     elif command.name in ("prepare", "train", "sample", "export", "run"):
         more += small([model_of(words, root)])
+    if command.name == "plan" and any(word.startswith("data.cache_dir=") or word.endswith(".yaml") for word in words):
+        more += [*small(["model=wan"]), "table=false"]  # of the cache's own size, whatever WAN it is
     keys = {word.partition("=")[0] for word in more}
     kept = [word for word in words if word.partition("=")[0] not in keys]
     return [*kept, *more, *(["--multirun"] if "--multirun" in command.typed else [])]

@@ -35,7 +35,16 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
         raise ValueError("lora=none: there is nothing to train; choose lora=lora")
     bucket = plan.bucket(architecture)
     counting = costing(settings)
-    now = Choice(settings.memory, counting.count(bucket.shape, plan.batch_size, bucket.conditioning))
+    try:
+        costs = counting.count(bucket.shape, plan.batch_size, bucket.conditioning)
+    except RuntimeError as error:
+        if bucket.conditioning is None:
+            raise
+        raise ValueError(
+            f"data.cache_dir={plan.cache_dir} holds samples that {architecture.pretrained} cannot take "
+            f"({str(error).splitlines()[0]}); choose the model that it was prepared for"
+        ) from error
+    now = Choice(settings.memory, costs)
     samples = f"{plan.batch_size} sample{'s' * (plan.batch_size > 1)} of {bucket.name}"
     print(f"{architecture.pretrained}, {samples}, {now.name}")
     print("\n".join(lines_of(now, plan, decoding(architecture, settings.memory, bucket.shape))))

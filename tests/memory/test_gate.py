@@ -18,6 +18,7 @@ from tests.families import variants, wan_first
 from tests.families.base import architecture, batch
 from tests.memory import gate
 
+_MORE = [pytest.mark.draws]  # what is slow already is for `make draws` and `make test-all`
 WAN = next(variant for variant in variants() if variant.name == "WAN 2.1 T2V")
 
 
@@ -39,7 +40,9 @@ def test_an_adapter_learns_on_a_quantised_base_what_it_learns_on_the_dequantised
         gate.check(arch, load_base(arch, base), plain, noisy, data)
 
 
-@pytest.mark.parametrize("variant", wan_first())
+@pytest.mark.parametrize(
+    "variant", [pytest.param(*p.values, id=p.id, marks=[*p.marks, *_MORE[: len(p.marks)]]) for p in wan_first()]
+)
 def test_it_does_in_bfloat16_under_autocast_too(variant, built):
     arch = architecture(variant, built(variant), "model.dtype=bfloat16")
     plain, (noisy, data) = load_base(arch), drawn(arch, variant, 100 + len(variant.name))

@@ -85,7 +85,6 @@ def longer(folder, target, **numbers):
 LONGER = {
     "WAN 2.1 T2V": {"num_layers": 7},
     "FLUX.1 dev": {"num_layers": 5, "num_single_layers": 6},
-    "HunyuanVideo 1.5 T2V": {"num_layers": 6},
     "HunyuanVideo T2V": {"num_layers": 5, "num_single_layers": 6},
     "Z-Image": {"n_layers": 6},
     "Qwen-Image": {"num_layers": 5},
@@ -121,7 +120,10 @@ def test_adapters_on_some_blocks_alone_are_counted_whole(built, tmp_path):
 def test_published_shapes_have_the_parameters_that_the_guide_has(name):
     arch = build(config("train", [f"model={name}", "data.cache_dir=x"]).model)
     if arch.pretrained not in PUBLISHED:
-        pytest.skip("needs its files")
+        if name not in ("tiny_wan", "toy"):  # which make their own
+            with pytest.raises(ValueError, match="model.pretrained"):
+                arch.skeleton(published=True)
+        return
     said = re.search(rf"^\| `{name}` \| `.*?` \| (two of )?([\d.]+) B", Path("docs/quickstarts.md").read_text(), re.M)
     parameters = sum(p.numel() for p in arch.skeleton(published=True).parameters())
     assert said is None or round(parameters / (2 if said[1] else 1) / 1e9, 2) == float(said[2])

@@ -1,5 +1,6 @@
 """Counting bytes and FLOPs of code that runs, with numbers or with shapes alone."""
 
+import logging
 import math
 import weakref
 from collections import Counter
@@ -158,8 +159,13 @@ class Meter(TorchDispatchMode):
 @contextmanager
 def without_numbers() -> Iterator[None]:
     """Inside, tensors have shapes and no memory; those made before keep their numbers, and may be mixed in."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # which tells a mistake's whole way to the console
+    before, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        log.disabled = before
 
 
 def weightless(module: nn.Module) -> nn.Module:
