@@ -107,3 +107,16 @@ def test_a_run_out_of_memory_says_what_takes_less_and_goes_on_as_if_nothing_had_
     )
     ends = [load_file(tmp_path / name / "lora.safetensors") for name in ("whole", "broken")]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+@pytest.mark.parametrize("error", [AssertionError(), KeyError("x"), ValueError("not\ncounted")])
+def test_a_run_that_cannot_be_counted_is_trained(error, monkeypatch, caplog):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(forecast, "costing", fail)
+    monkeypatch.setattr(forecast, "largest", lambda _: None)
+    monkeypatch.setattr(forecast, "run_of", lambda *_: None)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    assert Forecast.of(trainer, None, None) is None
+    assert "what the run takes of the card could not be counted" in caplog.text

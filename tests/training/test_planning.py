@@ -105,6 +105,12 @@ def test_published_models_need_no_files(monkeypatch):
     assert 40 < sum(found[0][name] for name in ("base", "adapter", "optimizer", "step")) / GIB < 70
 
 
+def test_what_a_gguf_file_takes_is_not_made_up(architecture):
+    run = Run(architecture, Adapter(), Memory("gguf"), MaskedPriorLoss(), torch.optim.AdamW)
+    with pytest.raises(ValueError, match=r"what a GGUF file takes is not counted.*memory\.base=nf4 and int8"):
+        costing(run)
+
+
 def test_a_model_whose_shape_is_not_known_needs_its_configuration():
     arch = build(compose("plan", ["model=kandinsky5", "size=768x512"]).model)
     with pytest.raises(ValueError, match=r"shape of model.pretrained=kandinskylab/.* is not known here; give"):

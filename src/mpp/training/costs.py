@@ -68,9 +68,17 @@ class Costing:
     Args:
         run: What decides.
         whole: Run every block, instead of few.
+
+    Raises:
+        ValueError: A base whose bytes no shape tells.
     """
 
     def __init__(self, run: Run, *, whole: bool = False) -> None:
+        if run.memory.base == "gguf":
+            raise ValueError(
+                "what a GGUF file takes is not counted, as its types differ from layer to layer; memory.base=nf4 and "
+                "int8 say what files of 4 and of 8 bits take"
+            )
         self.run = run
         self.skeleton = run.architecture.skeleton(published=True).requires_grad_(False)
         self.config = next(part.config for _, part in parts_of(self.skeleton))

@@ -19,6 +19,11 @@ from mpp.training.planning import ASIDE, Bucket, Choice, choices, costing, gib, 
 log = logging.getLogger("mpp")
 
 
+def _first(error: Exception) -> str:
+    """What an error says in its first line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
 def run_of(trainer: Trainer, module: MaskedPriorModule) -> Run:
     """What decides on the costs of a run's steps."""
     return Run(
@@ -76,8 +81,8 @@ class Forecast:
         bucket = largest(data)
         try:
             costs = costing(run_of(trainer, module)).count(bucket.shape, data.batch_size, bucket.conditioning)
-        except RuntimeError as error:
-            log.warning("what the run takes of the card could not be counted (%s)", str(error).splitlines()[0][:200])
+        except Exception as error:  # noqa: BLE001 (whatever the counting of a new model raises)
+            log.warning("what the run takes of the card could not be counted (%s)", _first(error))
             return None
         return cls(costs, bucket.name, torch.cuda.get_device_properties(device).total_memory)
 
@@ -120,16 +125,13 @@ class Forecast:
 def out_of_memory(trainer: Trainer, module: MaskedPriorModule, data: LatentDataModule, error: Exception) -> str:
     """What is said of a run that ran out of memory: where, its plan, and what takes less."""
     run, bucket = run_of(trainer, module), largest(data, module.shape)
-    where = (
-        f"out of memory in step {trainer.global_step + 1}, on {data.batch_size} x {bucket.name} "
-        f"({str(error).splitlines()[0][:200]})"
-    )
+    where = f"out of memory in step {trainer.global_step + 1}, on {data.batch_size} x {bucket.name} ({_first(error)})"
     try:
         counting = costing(run)
         now = Choice(run.memory, counting.count(bucket.shape, data.batch_size, bucket.conditioning))
         found = list(choices(counting, bucket, data.batch_size))
-    except RuntimeError as failed:
-        return f"{where}; what takes less could not be counted ({str(failed).splitlines()[0][:200]})"
+    except Exception as failed:  # noqa: BLE001 (as above)
+        return f"{where}; what takes less could not be counted ({_first(failed)})"
     lines = [
         where,
         f"what {now.name} takes for it, as counted:",
