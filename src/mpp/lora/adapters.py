@@ -21,7 +21,7 @@ from mpp.models.experts import parts_of
 
 SCALED = ("lora_B.weight", "lokr_w1", "lokr_w1_a", "hada_w1_a")  # the factor of each kind that may take its scale
 ADAPTER = "default"  # PEFT's and diffusers' name for a model's only adapter
-LYCORIS = {"lokr": LoKrConfig, "loha": LoHaConfig}  # kinds that PEFT has from LyCORIS, whose settings are called alike
+_LYCORIS = {"lokr": LoKrConfig, "loha": LoHaConfig}  # kinds that PEFT has from LyCORIS, whose settings are called alike
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        if self.kind not in ("lora", "rslora", "dora", *LYCORIS):
+        if self.kind not in ("lora", "rslora", "dora", *_LYCORIS):
             raise ValueError(f"lora.kind must be lora, rslora, dora, lokr or loha, got {self.kind!r}")
         if self.rank < 1 or not self.alpha > 0:
             raise ValueError(f"lora.rank must be at least 1 and lora.alpha above 0, got {self.rank} and {self.alpha}")
@@ -75,13 +75,13 @@ class Adapter:
                 raise ValueError(f"lora.{name}: {pattern} is no regex ({error})") from error
         if not 0 < self.b_lr_ratio < math.inf:
             raise ValueError(f"lora.b_lr_ratio must be above 0 and finite, got {self.b_lr_ratio}")
-        if self.b_lr_ratio != 1 and self.kind in LYCORIS:
+        if self.b_lr_ratio != 1 and self.kind in _LYCORIS:
             raise ValueError(f"lora.b_lr_ratio={self.b_lr_ratio} is for the matrix B, and lora={self.kind} has none")
 
     @property
     def draws_layers(self) -> bool:
         """Whether each layer draws in each pass if it adds its update at all, which no compiler can follow."""
-        return self.kind in LYCORIS and self.dropout > 0
+        return self.kind in _LYCORIS and self.dropout > 0
 
     def _patterns(self) -> Iterator[tuple[str, str, float]]:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -112,8 +112,8 @@ class Adapter:
         """The PEFT configuration."""
         targets = self.targets or default_targets
         modules = targets if isinstance(targets, str) else list(targets)
-        if self.kind in LYCORIS:
-            made = partial(LYCORIS[self.kind], alpha=self.alpha, module_dropout=self.dropout)
+        if self.kind in _LYCORIS:
+            made = partial(_LYCORIS[self.kind], alpha=self.alpha, module_dropout=self.dropout)
         else:
             made = partial(
                 LoraConfig,
@@ -141,8 +141,7 @@ def check_kind(kind: str, base: str, what: str) -> None:
     Raises:
         ValueError: As above.
     """
-    unfit = {"nf4": tuple(LYCORIS), "gguf": tuple(LYCORIS)}.get(base, ())
-    if kind in unfit:
+    if base in ("nf4", "gguf") and kind in _LYCORIS:
         raise ValueError(
             f"memory.base={base} does not go with {what}, which PEFT shapes after a packed weight; take "
             "memory.base=fp8 or int8, or a plain LoRA"
@@ -173,7 +172,7 @@ def inject(transformer: nn.Module, adapter: Adapter, default_targets: str | Sequ
             for name, layer in part.named_modules(prefix=expert):
                 if isinstance(layer, BaseTunerLayer):
                     _draw(layer, adapter.kind, draws.generator(seed, "adapter", name).initial_seed())
-                    if adapter.kind in LYCORIS and not adapter.draws_layers:
+                    if adapter.kind in _LYCORIS and not adapter.draws_layers:
                         _never_draw(layer)
 
 
@@ -216,7 +215,7 @@ def _draw(layer: BaseTunerLayer, kind: str, seed: int) -> None:
     for parameter, device in trainable.items():
         parameter.data = parameter.data.to(device if device.type == "meta" else "cpu", torch.float32)
     torch.default_generator.manual_seed(seed)  # of the CPU alone
-    if kind in LYCORIS:
+    if kind in _LYCORIS:
         layer.reset_adapter_parameters(ADAPTER)
     else:
         layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
