@@ -34,7 +34,8 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.files import weights_fingerprint, write_json
 from mpp.training.metrics import LossMetrics
 from mpp.training.module import MaskedPriorModule
-from mpp.training.step import MaskedPriorStep, WholePasses
+from mpp.training.passes import WholePasses
+from mpp.training.step import MaskedPriorStep
 
 HERE = Path(__file__).parent
 BASE = HERE / "base"

@@ -19,7 +19,8 @@ from mpp.models.contract import Architecture, draw_sigma
 from mpp.models.experts import expert_numbers, parts_of
 from mpp.training.costs import Costing, Costs
 from mpp.training.measuring import Elsewhere, Run
-from mpp.training.step import MaskedPriorStep, Position, passes_of
+from mpp.training.passes import passes_of
+from mpp.training.step import MaskedPriorStep, Position
 from mpp.training.teacher import Teacher
 from tests.families import variants
 from tests.families.base import architecture, built
@@ -67,7 +68,7 @@ def run_of(case: Case, root: Path) -> tuple[Run, tuple[int, ...]]:
     dtype = "bfloat16" if case.precision == "bf16-mixed" else "float32"
     arch = architecture(variant, built(variant, root), f"model.dtype={dtype}")
     loss = MaskedPriorLoss(1.0, 0.1, normalization="per_sample") if case.prior else MaskedPriorLoss()
-    memory = Memory(base=case.base, activations=case.activations)
+    memory = Memory(base=case.base, activations=case.activations).settled
     run = Run(arch, Adapter(rank=case.rank), memory, loss, torch.optim.AdamW, case.precision)
     step = arch.latents.pixel_step
     return run, arch.latents.shape(variant.frames, case.height * step, case.width * step)
@@ -95,7 +96,7 @@ def measured(case: Case, root: Path) -> dict[str, Any]:
     frozen = [_frozen(part) for _, part in parts_of(transformer)]
     meter.known([tensor for tensors in (*frozen, trained) for tensor in tensors])
     meter.known(conditioning.tensors().values())
-    passes = passes_of(arch, transformer, Teacher(), case.activations, Elsewhere(meter))
+    passes = passes_of(arch, transformer, Teacher(), run.memory, Elsewhere(meter))
     step = MaskedPriorStep(arch, run.loss, passes)
     optimizer = torch.optim.AdamW(trained)
     with meter:
@@ -107,7 +108,7 @@ def measured(case: Case, root: Path) -> dict[str, Any]:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     optimizer.step()
     state = [value for values in optimizer.state.values() for value in values.values()]
-    away = getattr(transformer, "offload", False)
+    away = run.architecture.offload and bool(run.architecture.boundaries)
     sizes = [bytes_of(tensors) for tensors in frozen]
     found = {
         "base": max(sizes) if away else sum(sizes),

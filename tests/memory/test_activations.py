@@ -22,7 +22,7 @@ def numbers(arch, data, loss, activations, **settings):
     randomise_adapter(built.transformer)
     total = loss_of(built, data)
     total.backward()
-    found = {n.replace("_orig_mod.", ""): p.grad for n, p in built.named_parameters() if p.requires_grad}
+    found = {n: p.grad for n, p in built.named_parameters() if p.requires_grad}
     return {"loss": total.detach(), **found}
 
 

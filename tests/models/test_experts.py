@@ -8,8 +8,8 @@ from torch import nn
 
 from mpp.lora.adapters import Adapter, adapter_state, adapters_off, has_adapter, inject, load_adapter_state
 from mpp.lora.writing import save_lora
-from mpp.models import experts as module
 from mpp.models.experts import Experts, parts_of
+from mpp.models.streamed import compile_blocks
 from mpp.models.tiny import TRANSFORMER
 from tests.helpers import randomise_adapter
 
@@ -29,8 +29,8 @@ class Expert(nn.Module):
         return x * self.frozen + self.adapter
 
 
-def three(**settings):
-    return Experts({"low": Expert(1.0), "middle": Expert(2.0), "high": Expert(3.0)}, **settings)
+def three():
+    return Experts({"low": Expert(1.0), "middle": Expert(2.0), "high": Expert(3.0)})
 
 
 def real(seed=0):
@@ -79,133 +79,6 @@ def test_predictions_come_back_in_the_order_of_the_batch_with_their_gradients():
     rows = {"high": [0, 3], "low": [1, 4], "middle": [2]}
     for name, expert in parts.items():
         assert torch.equal(expert.adapter.grad, x[rows[name]].sum(0))
-
-
-# ---------------------------------------------------------------- where the weights are
-
-
-@pytest.fixture
-def accelerator(monkeypatch):
-    """An Experts whose run is on a device that does not exist; moves are recorded instead of made."""
-    moves = []
-    monkeypatch.setattr(module, "_move", lambda expert, device: moves.append((expert, device.type)))
-    parts = three()
-    parts._device = torch.device("cuda", 0)
-
-    def taken():
-        names = {id(expert): name for name, expert in parts.items()}
-        found = [(names[id(expert)], device) for expert, device in moves]
-        moves.clear()
-        return found
-
-    return parts, taken
-
-
-def test_use_sends_the_others_away_before_it_brings_the_named(accelerator):
-    parts, taken = accelerator
-    parts.use("middle")
-    assert taken() == [("low", "cpu"), ("high", "cpu"), ("middle", "cuda")]
-    parts.use("low", "high")
-    assert taken() == [("middle", "cpu"), ("low", "cuda"), ("high", "cuda")]
-
-
-def test_without_offload_or_an_accelerator_nothing_moves(accelerator):
-    parts, taken = accelerator
-    parts.offload = False
-    parts.use("low")
-    parts.offload, parts._device = True, torch.device("cpu")
-    parts.use("low")
-    assert taken() == []
-
-
-def test_a_mixed_batch_keeps_all_its_experts_for_the_backward_pass_and_one_at_a_time_without(accelerator):
-    parts, taken = accelerator
-    sigma, call = torch.tensor([0.95, 0.1]), lambda expert, rows: expert(torch.ones(len(rows), 2))
-    parts.predict(sigma, (0.3, 0.9), call)
-    assert taken() == [("middle", "cpu"), ("low", "cuda"), ("high", "cuda")]
-    with torch.no_grad():
-        parts.predict(sigma, (0.3, 0.9), call)
-    assert [move for move in taken() if move[1] == "cuda"] == [("low", "cuda"), ("high", "cuda")]
-    parts.predict(sigma[:1], (0.3, 0.9), call)
-    assert [move for move in taken() if move[1] == "cuda"] == [("high", "cuda")]
-
-
-def test_on_demand_an_expert_comes_into_use_when_it_is_called_and_only_inside(accelerator):
-    parts, taken = accelerator
-    with pytest.raises(RuntimeError, match="inside"), parts.on_demand():
-        parts["high"](torch.ones(2))
-        assert taken()[-1] == ("high", "cuda")
-        parts["low"](torch.ones(2))
-        assert taken()[-1] == ("low", "cuda")
-        raise RuntimeError("inside")
-    parts["high"](torch.ones(2))
-    assert taken() == []
-
-
-class Weight:
-    """A parameter whose data may lie anywhere."""
-
-    def __init__(self, path, *, requires_grad=False):
-        self.path, self.requires_grad, self.data, self.moves = torch.device(path), requires_grad, self, 0
-
-    @property
-    def device(self):
-        return self.data.path
-
-    def to(self, device):
-        self.moves += 1
-        return Weight(device)
-
-
-def test_moving_an_expert_takes_frozen_weights_and_buffers_and_leaves_adapters(monkeypatch):
-    expert, gpu = Expert(1.0), torch.device("cuda", 0)
-    expert.inner = Expert(2.0)
-    weights = [Weight("cpu"), Weight("cpu", requires_grad=True), Weight("cuda:0")]
-    monkeypatch.setattr(expert, "parameters", lambda: iter(weights))
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: torch.full_like(self, 7.0))
-    module._move(expert, gpu)
-    assert [weight.device for weight in weights] == [gpu, torch.device("cpu"), gpu]
-    assert [weight.moves for weight in weights] == [1, 0, 0]
-    assert {float(table[0]) for _, table in expert.named_buffers()} == {7.0}
-    assert expert.inner._non_persistent_buffers_set == {"table"}
-    assert len(list(expert.named_buffers())) == 2
-
-
-class Elsewhere(torch.Tensor):
-    """A tensor that says it is on an accelerator."""
-
-    @property
-    def device(self):
-        return torch.device("cuda", 0)
-
-
-def test_moving_the_run_to_an_accelerator_takes_adapters_alone_and_remembers_where():
-    parts, seen = three(), []
-    trainable = {n for n, p in parts.named_parameters() if p.requires_grad}
-    storages = {p.data_ptr(): n for n, p in parts.named_parameters()}
-    parts["low"].adapter.grad = torch.ones(2)
-
-    def fn(tensor):
-        seen.append(storages.get(tensor.data_ptr(), "other"))
-        return tensor.as_subclass(Elsewhere) if tensor.numel() == 0 else tensor.clone()
-
-    assert parts._apply(fn) is parts
-    assert {name for name in seen if name != "other"} == trainable
-    assert parts._device == torch.device("cuda", 0)
-    assert torch.equal(parts["low"].adapter.grad, torch.ones(2))
-
-
-def test_other_moves_take_everything():
-    parts = three()
-    parts.double()
-    assert {p.dtype for p in parts.parameters()} == {torch.float64}
-    parts.to_empty(device="meta")
-    assert {p.device.type for p in parts.parameters()} == {"meta"}
-    assert parts._device.type == "meta"
-    parts.use("low")
-    parts.to_empty(device="cpu")
-    assert {p.device.type for p in parts.parameters()} == {"cpu"}
-    assert parts._device.type == "cpu"
 
 
 # ---------------------------------------------------------------- adapters
@@ -278,9 +151,7 @@ def test_checkpointing_and_compiling_reach_every_expert(monkeypatch):
     parts, compiled = real(), []
     parts.enable_gradient_checkpointing()
     assert all(part.gradient_checkpointing for part in parts.values())
-    monkeypatch.setattr(
-        WanTransformer3DModel, "compile_repeated_blocks", lambda self, **settings: compiled.append((self, settings))
-    )
-    parts.compile_repeated_blocks(fullgraph=True)
-    assert [part for part, _ in compiled] == list(parts.values())
+    monkeypatch.setattr(torch, "compile", lambda forward, **settings: compiled.append((forward.__self__, settings)))
+    compile_blocks(parts)
+    assert [block for block, _ in compiled] == [block for part in parts.values() for block in part.blocks]
     assert all(settings == {"fullgraph": True} for _, settings in compiled)

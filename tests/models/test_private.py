@@ -48,6 +48,7 @@ CALLED = [  # class in diffusers or itself, name, parameters that calls rely on
     (DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model", "module, params_and_buffers_to_ignore"),
     (subprocess_script, "_launch_process_observer", "child_processes"),
     (ConfigLoaderImpl, "_apply_overrides_to_config", "overrides, cfg"),
+    (torch.nn.Module, "_apply", "self, fn"),
 ]
 READ = {
     "_actions",  # of argparse's parsers
@@ -58,6 +59,7 @@ READ = {
     "_disable_adapters",
     "_ddp_kwargs",
     "_signal_connector",
+    "_repeated_blocks",
 }
 READ |= {"_batches_that_stepped"}
 READ |= {  # of torch, which tests/training/test_costs.py would tell
@@ -84,6 +86,7 @@ def test_private_attributes_are_there_and_mean_what_they_meant():
     for name, member in (("_keys_to_ignore_on_load_unexpected", "norm_added_q"), ("_keep_in_fp32_modules", "norm1")):
         found = getattr(diffusers.WanTransformer3DModel, name, None)
         assert member in (found or ()), f"WanTransformer3DModel of this version has {name} = {found}"
+    assert "WanTransformerBlock" in diffusers.WanTransformer3DModel._repeated_blocks
     assert "wo" in T5EncoderModel._keep_in_fp32_modules
     assert PreTrainedModel._keep_in_fp32_modules_strict is None
     layer = inject_adapter_in_model(LoraConfig(target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(2, 2)))[0]

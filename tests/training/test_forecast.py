@@ -41,8 +41,8 @@ def test_only_weights_that_are_larger_than_the_card_are_refused():
 
 
 def test_the_way_out_keeps_the_base_where_less_takes_less():
-    now, same = Choice(Memory(), costs(9, 9)), Choice(Memory(activations="offload"), costs(9, 5))
-    other = Choice(Memory(base="fp8"), costs(5, 9))
+    now, same = Choice(Memory().settled, costs(9, 9)), Choice(Memory(activations="offload").settled, costs(9, 5))
+    other = Choice(Memory(base="fp8").settled, costs(5, 9))
     assert way_out(now, same, "outputs/a").startswith("next: go on from the last save with resume=outputs/a memory.act")
     assert "a run of its own with memory.base=fp8 memory.activations=checkpoint" in way_out(now, other, "outputs/a")
     assert way_out(now, None, "a").startswith("nothing here takes less")
@@ -61,7 +61,7 @@ def test_a_run_on_a_card_is_forecast_with_its_largest_samples(pipeline, prepared
         strategy=SimpleNamespace(root_device=torch.device("cuda")), precision="32-true", accumulate_grad_batches=1
     )
     parts = ("architecture", "adapter", "memory", "loss", "make_optimizer")
-    module = SimpleNamespace(**dict.fromkeys(parts))
+    module = SimpleNamespace(**dict.fromkeys(parts) | {"memory": Memory()})
     found = Forecast.of(trainer, module, data)
     assert (found.costs, found.capacity) == (7, 9)
     (shape, batch, record), *_ = seen

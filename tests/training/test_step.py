@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpp.core.flow import Noisy
 from mpp.core.loss import MaskedPriorLoss
-from mpp.training.step import MaskedPriorStep, Position, Predictions
+from mpp.training.passes import Predictions
+from mpp.training.step import MaskedPriorStep, Position
 from mpp.training.teacher import Teacher
 from tests.helpers import batch, four_masks
 

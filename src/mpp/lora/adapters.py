@@ -194,7 +194,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _layers(transformer: nn.Module) -> Iterator[BaseTunerLayer]:
+def adapter_layers(transformer: nn.Module) -> Iterator[BaseTunerLayer]:
     """All adapter layers, found anew: looking into their factors too, as `modules` does, takes seven times as long."""
     left = [transformer]
     while left:
@@ -231,7 +231,7 @@ def _never_draw(layer: BaseTunerLayer) -> None:
 
 def has_adapter(transformer: nn.Module) -> bool:
     """Whether the transformer carries an adapter that can be switched off."""
-    return any(True for _ in _layers(transformer))
+    return any(True for _ in adapter_layers(transformer))
 
 
 @contextmanager
@@ -242,7 +242,14 @@ def adapters_off(transformer: nn.Module) -> Iterator[None]:
     and would make parameters trainable that were frozen on purpose. Train mode is not touched either. A test
     compares this with `disable_adapters`, since the flag is private to PEFT.
     """
-    before = [(layer, layer.disable_adapters) for layer in _layers(transformer)]
+    with layers_off(list(adapter_layers(transformer))):
+        yield
+
+
+@contextmanager
+def layers_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """The same for some layers alone."""
+    before = [(layer, layer.disable_adapters) for layer in layers]
     try:
         for layer, _ in before:
             _switch(layer, off=True)

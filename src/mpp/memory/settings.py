@@ -1,11 +1,14 @@
 """What a user says of memory: each command has the settings that do something there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from mpp.memory.activations import Activations, check_activations
+from mpp.memory.activations import check_activations
 from mpp.memory.bases import Base, check_base
+from mpp.memory.streaming import PASSING
 
+Resident = int | Literal["all", "auto"]
+TeacherPass = Literal["apart", "lockstep", "auto"]
 TextEncoder = Literal["bf16", "fp8", "int8", "nf4", "cpu"]
 Vae = Literal["whole", "tiled"]
 
@@ -21,23 +24,57 @@ class Memory:
             output layers are not quantised. Of a single file in fp8, `fp8` keeps the blocks' layers just as they are.
         activations: What training's backward pass needs of the forward pass: `keep` keeps all of it; `checkpoint`
             keeps the blocks' inputs and computes the rest again, for far less memory at about 1.4 times the time;
-            `offload` does so and keeps the blocks' inputs in the CPU's memory. Loss and gradients are the same.
+            `offload` does so and keeps the blocks' inputs in the CPU's memory. `auto`: on a GPU what fits, else
+            `checkpoint`. Loss and gradients are the same.
+        resident: How many of the transformer's blocks have their weights on the GPU at once, at least 2, or `all`; the
+            others wait in the CPU's memory and come when they run, for which `activations` must not be `keep`. Of
+            several experts it is those of the one in use. `auto`: on a GPU what fits, else `all`.
+        teacher: When the teacher runs: `apart`, before the student; `lockstep`, each block just before the student's,
+            so that a block that is not resident comes once for both. `auto`: `lockstep` where blocks are not resident.
         vae: How the VAE decodes samples: `whole`; `tiled`, what is larger than a tile in overlapping tiles that are
             blended: less memory, and slightly other values.
+        card: GiB of the GPU that `auto` chooses for; None: what is free on the one that is there.
 
     Raises:
-        ValueError: An unknown value, or a base whose package is not installed.
+        ValueError: An unknown value, a base whose package is not installed, or blocks that are not resident with kept
+            activations.
     """
 
     base: Base = "bf16"
-    activations: Activations = "checkpoint"
+    activations: Literal["keep", "checkpoint", "offload", "auto"] = "auto"
+    resident: Resident = "auto"
+    teacher: TeacherPass = "auto"
     vae: Vae = "whole"
+    card: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         check_base(self.base, "memory.base")
-        check_activations(self.activations, "memory.activations")
+        if self.activations != "auto":
+            check_activations(self.activations, "memory.activations")
+        check_resident(self.resident)
+        if self.teacher not in get_args(TeacherPass):
+            raise ValueError(f"memory.teacher must be one of {', '.join(get_args(TeacherPass))}, got {self.teacher!r}")
+        if self.activations == "keep" and isinstance(self.resident, int):
+            raise ValueError(
+                f"memory.resident={self.resident} needs memory.activations=checkpoint or offload, which compute the "
+                "blocks again: kept activations need all weights until the backward pass is done"
+            )
         _check_vae(self.vae)
+        if self.card is not None and not self.card > 0:
+            raise ValueError(f"memory.card must be above 0 GiB, got {self.card}")
+
+    @property
+    def settled(self) -> "Memory":
+        """The same with what nobody chose: `checkpoint`, `all`, and `apart` unless blocks are not resident."""
+        resident = "all" if self.resident == "auto" else self.resident
+        apart = "apart" if resident == "all" else "lockstep"
+        return replace(
+            self,
+            activations="checkpoint" if self.activations == "auto" else self.activations,
+            resident=resident,
+            teacher=apart if self.teacher == "auto" else self.teacher,
+        )
 
     @property
     def recomputes(self) -> bool:
@@ -48,6 +85,22 @@ class Memory:
     def encoders(self) -> "EncoderMemory":
         """Of the VAE that decodes; training loads no text encoder."""
         return EncoderMemory(vae=self.vae)
+
+
+def check_resident(resident: Resident) -> None:
+    """Refuse what is no number of blocks.
+
+    Args:
+        resident: As `memory.resident`.
+
+    Raises:
+        ValueError: As above.
+    """
+    if resident not in ("all", "auto") and not (isinstance(resident, int) and resident >= PASSING):
+        raise ValueError(
+            f"memory.resident must be all, auto or a number of blocks, at least {PASSING} (one that runs and one that "
+            f"comes), got {resident!r}"
+        )
 
 
 @dataclass(frozen=True)

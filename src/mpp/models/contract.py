@@ -258,6 +258,8 @@ class Architecture(ABC):
         named_by: How programs name them in LoRA files that name them otherwise than the original, by the format.
         unquantised: Regexes on the names of linear layers in its blocks that are never quantised: modulation, and
             layers of embedders.
+        kept: Regexes on the names of blocks that are not computed again in the backward pass, by diffusers' own way.
+        offload: Whether the blocks of an expert that is not in use wait in the CPU's memory.
         guidance_scale: Guidance that samples are generated with unless told otherwise.
         steps: Sampling steps unless told otherwise.
         fps: Frames per second of the clips that it was trained on; None for models of images.
@@ -281,6 +283,8 @@ class Architecture(ABC):
     native = ()
     named_by: ClassVar[Mapping[str, Names]] = MappingProxyType({})
     unquantised: ClassVar[Sequence[str]] = ()
+    kept: ClassVar[Sequence[str]] = ()
+    offload = False
     guidance_scale = 1.0
     steps = 30
     fps = None

@@ -137,7 +137,7 @@ class Costing:
         trained = [p for p in transformer.parameters() if p.requires_grad]
         parts = [part for _, part in parts_of(transformer)]
         frozen = [bytes_of([*(p for p in part.parameters() if not p.requires_grad), *part.buffers()]) for part in parts]
-        away = isinstance(transformer, Experts) and transformer.offload
+        away = isinstance(transformer, Experts) and run.architecture.offload
         sizes = {"base": max(frozen) if away else sum(frozen), "adapter": bytes_of(trained)}
         state = optimizer_bytes(self.run, [(n, p) for n, p in transformer.named_parameters() if p.requires_grad])
         return {**sizes, "gradients": sizes["adapter"], "optimizer": state}

@@ -21,7 +21,8 @@ from mpp.memory.counting import Meter
 from mpp.memory.settings import Memory
 from mpp.models.contract import Architecture, Conditioning
 from mpp.models.experts import parts_of
-from mpp.training.step import MaskedPriorStep, Position, passes_of
+from mpp.training.passes import passes_of
+from mpp.training.step import MaskedPriorStep, Position
 from mpp.training.teacher import Teacher
 
 _PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of autocast; all others have none
@@ -49,6 +50,10 @@ class Run:
     precision: str = "bf16-mixed"
     accumulates: bool = False
 
+    def __post_init__(self) -> None:
+        """What nobody chose is as where nothing is counted."""
+        object.__setattr__(self, "memory", self.memory.settled)
+
 
 def measured(
     run: Run, transformer: nn.Module, meter: Meter, conditioning: Conditioning, shape: Sequence[int]
@@ -72,7 +77,7 @@ def measured(
         batch = _batch(run.architecture, conditioning, shape)
         for parameter in (p for p in transformer.parameters() if p.requires_grad):
             parameter.grad = torch.zeros_like(parameter) if run.accumulates else None
-        passes = passes_of(run.architecture, transformer, Teacher(), run.memory.activations, Elsewhere(meter))
+        passes = passes_of(run.architecture, transformer, Teacher(), run.memory, Elsewhere(meter))
         before = meter.live
         with _autocast(run.precision):
             output = _Step(run.architecture, run.loss, passes)(batch, Position(0, 0))

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,15 @@ from mpp.lora.stack import base_fingerprint, load_base
 from mpp.lora.starting import Start
 from mpp.memory.settings import Memory
 from mpp.models.contract import Architecture
+from mpp.models.streamed import compile_blocks, stream
 from mpp.training import metrics
 from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, settled
 from mpp.training.metrics import LossMetrics, Point
 from mpp.training.pace import Pace, peak_memory
+from mpp.training.passes import passes_of
 from mpp.training.rates import check_ratio, effective_rates, optimizer_of, renew_rates
 from mpp.training.schedule import schedule_for
-from mpp.training.step import MaskedPriorStep, Position, StepOutput, passes_of
+from mpp.training.step import MaskedPriorStep, Position, StepOutput
 from mpp.training.teacher import Teacher
 
 log = logging.getLogger("mpp")
@@ -90,7 +92,7 @@ class MaskedPriorModule(LightningModule):
                 f"compile=true does not go with lora.dropout={adapter.dropout} of lora={adapter.kind}, which drops "
                 "whole updates; set lora.dropout=0"
             )
-        self.memory = memory or Memory()
+        self.memory = _memory_of(memory or Memory(), architecture, teacher)
         architecture.load_encoders("cpu", self.memory.encoders)  # loads nothing, refuses what the family cannot do
         check_kind(adapter.kind, self.memory.base, f"lora={adapter.kind}")
         if self.memory.base == "gguf" and compile_blocks:
@@ -147,22 +149,23 @@ class MaskedPriorModule(LightningModule):
         """
         if self.transformer is not None:
             return
-        transformer = load_base(self.architecture, self.memory.base)
+        memory = self.memory = self.memory.settled
+        transformer = load_base(self.architecture, memory.base)
         inject(transformer, self.adapter, self.architecture.lora_targets, seed=self.seed)
         if self.start is not None:
             self.start.fill(transformer)
-        if self.memory.recomputes:
+        if memory.recomputes:
             transformer.enable_gradient_checkpointing()
         if self.compile_blocks:
-            transformer.compile_repeated_blocks(fullgraph=True)
-        if self.architecture.boundaries:
-            # DDP wants all it looks at on one device; the frozen weights of an idle expert are elsewhere.
+            compile_blocks(transformer)
+        if stream(self.architecture, transformer, memory.resident):
+            # DDP wants all it looks at on one device; the frozen weights of some blocks are elsewhere.
             frozen = [name for name, p in transformer.named_parameters(prefix="transformer") if not p.requires_grad]
             frozen += [name for name, _ in transformer.named_buffers(prefix="transformer")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)  # noqa: SLF001
         self._base = base_fingerprint(self.architecture)
         self.transformer = transformer.train()
-        passes = passes_of(self.architecture, self.transformer, self.teacher, self.memory.activations)
+        passes = passes_of(self.architecture, self.transformer, self.teacher, memory)
         self.step = MaskedPriorStep(self.architecture, self.loss, passes)
 
     def plan(self, steps: int | None) -> None:
@@ -440,3 +443,20 @@ class MaskedPriorModule(LightningModule):
             "processes": self.trainer.world_size,
             "samples": data.training_set().record() if isinstance(data, LatentDataModule) else None,
         }
+
+
+def _memory_of(memory: Memory, architecture: Architecture, teacher: Teacher) -> Memory:
+    """How a run fits, with what follows from the model and the teacher."""
+    if architecture.offload and architecture.boundaries and memory.activations == "keep":
+        raise ValueError(
+            "memory.activations=keep needs the weights of both experts until the backward pass is done; set "
+            "memory.activations=checkpoint, or model.offload=false"
+        )
+    if not teacher.eval_mode:
+        return memory
+    if memory.teacher == "lockstep":
+        raise ValueError(
+            "teacher.eval_mode=true does not go with memory.teacher=lockstep, where the student runs in between; set "
+            "memory.teacher=apart"
+        )
+    return replace(memory, teacher="apart")

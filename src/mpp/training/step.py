@@ -2,22 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpp.batching.batch import Batch
 from mpp.core import draws, flow
 from mpp.core.flow import Noisy
 from mpp.core.loss import LossSums, MaskedPriorLoss
 from mpp.core.masks import Mask, MaskWeights
-from mpp.memory.activations import Activations, Host, on_the_cpu
-from mpp.models.contract import Architecture, Conditioning, draw_sigma
-from mpp.training.teacher import Teacher
-
-Latents = Float[Tensor, "b c f h w"]
+from mpp.models.contract import Architecture, draw_sigma
+from mpp.training.passes import Latents, Passes
 
 
 class Position(NamedTuple):
@@ -25,71 +22,6 @@ class Position(NamedTuple):
 
     seed: int
     epoch: int | str
-
-
-class Predictions(NamedTuple):
-    """What teacher and student predict for the same noisy latents; no `prior` where the teacher was not asked."""
-
-    prior: Latents | None
-    pred: Latents
-
-
-@runtime_checkable
-class Passes(Protocol):
-    """Both passes through the transformer: the base model's without gradients, and the adapted model's."""
-
-    def __call__(self, noisy: Noisy, conditioning: Conditioning, samples: Sequence[int]) -> Predictions:
-        """Predictions of a batch; the teacher's for the numbers in `samples` alone, its other rows are 0."""
-        ...
-
-
-@dataclass(frozen=True)
-class WholePasses:
-    """The teacher through the whole model, then the student."""
-
-    architecture: Architecture
-    transformer: nn.Module
-    teacher: Teacher
-
-    def __call__(self, noisy: Noisy, conditioning: Conditioning, samples: Sequence[int]) -> Predictions:
-        """As `Passes` says."""
-        prior = self.teacher.predict(self.architecture, self.transformer, noisy, conditioning, samples)
-        pred = self.architecture.velocity(self.transformer, noisy.latents, noisy.sigma, conditioning)
-        return Predictions(prior, pred)
-
-
-@dataclass(frozen=True)
-class OffloadedPasses:
-    """Passes of which what is saved for the backward pass waits in the CPU's memory."""
-
-    passes: Passes
-    transformer: nn.Module
-    host: Host
-
-    def __call__(self, noisy: Noisy, conditioning: Conditioning, samples: Sequence[int]) -> Predictions:
-        """As `Passes` says."""
-        with on_the_cpu(self.transformer, self.host):
-            return self.passes(noisy, conditioning, samples)
-
-
-def passes_of(
-    architecture: Architecture,
-    transformer: nn.Module,
-    teacher: Teacher,
-    activations: Activations,
-    host: Host | None = None,
-) -> Passes:
-    """The passes of a run.
-
-    Args:
-        architecture: The DiT family.
-        transformer: With its adapter.
-        teacher: Who answers for the prior.
-        activations: As `memory.activations`.
-        host: Where activations wait that are offloaded; None: the CPU's memory.
-    """
-    passes = WholePasses(architecture, transformer, teacher)
-    return OffloadedPasses(passes, transformer, host or Host()) if activations == "offload" else passes
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ class Teacher:
 
     eval_mode: bool = False
 
-    @torch.no_grad()
     def predict(
         self,
         architecture: Architecture,
@@ -44,10 +43,22 @@ class Teacher:
         if not samples:
             return None
         with adapters_off(transformer), _eval_mode(transformer, wanted=self.eval_mode):
-            if len(samples) == noisy.sigma.shape[0]:
-                return architecture.velocity(transformer, noisy.latents, noisy.sigma, conditioning)
-            latents, sigma = rows_of(noisy.latents, samples), rows_of(noisy.sigma, samples)
-            part = architecture.velocity(transformer, latents, sigma, conditioning.select(samples))
+            return self.answer(architecture, transformer, noisy, conditioning, samples)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        architecture: Architecture,
+        transformer: nn.Module,
+        noisy: Noisy,
+        conditioning: Conditioning,
+        samples: Sequence[int],
+    ) -> Float[Tensor, "b c f h w"]:
+        """The same for whoever has switched the adapters off, of at least one sample."""
+        if len(samples) == noisy.sigma.shape[0]:
+            return architecture.velocity(transformer, noisy.latents, noisy.sigma, conditioning)
+        latents, sigma = rows_of(noisy.latents, samples), rows_of(noisy.sigma, samples)
+        part = architecture.velocity(transformer, latents, sigma, conditioning.select(samples))
         answers = dict(zip(samples, part, strict=True))
         nothing = torch.zeros_like(part[0])
         return torch.stack([answers.get(row, nothing) for row in range(len(noisy.sigma))])

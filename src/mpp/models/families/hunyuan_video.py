@@ -164,6 +164,7 @@ class HunyuanVideo(Family):
     conditioning = HunyuanVideoConditioning
     transformer_class = HunyuanVideoTransformer3DModel
     unquantised = (r"\.norm(1|1_context)?\.linear$", r"^context_embedder\.")
+    kept = (r"^context_embedder\.",)
     text_components = ("text_encoder", "text_encoder_2")
     cached_settings = ()
     steps = 50

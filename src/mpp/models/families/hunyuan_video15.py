@@ -135,6 +135,7 @@ class HunyuanVideo15(Family):
     conditioning = HunyuanVideo15Conditioning
     transformer_class = HunyuanVideo15Transformer3DModel
     unquantised = (r"\.norm(1|1_context)\.linear$", r"^context_embedder\.")
+    kept = (r"^context_embedder\.",)
     text_components = ("text_encoder", "text_encoder_2")
     cached_settings = ()
     guidance_scale = 6.0  # scripts/convert_hunyuan_video1_5_to_diffusers.py saves it as the pipeline's guider
