@@ -447,7 +447,7 @@ def test_classes_by_their_older_names_are_found():
         assert now == name or name.startswith("mpp.")
 
 
-@pytest.mark.parametrize(("was", "now"), [(True, "checkpoint"), (False, "keep"), (None, "checkpoint")])
+@pytest.mark.parametrize(("was", "now"), [(True, "checkpoint"), (False, "keep"), (None, "auto")])
 def test_what_a_record_says_by_an_older_word_is_kept_by_that_of_now(was, now):
     base = recorded_settings({"config": {"seed": 1} if was is None else {"gradient_checkpointing": was}})
     assert base.memory.activations == now

@@ -52,7 +52,7 @@ class Memory:
         check_base(self.base, "memory.base")
         if self.activations != "auto":
             check_activations(self.activations, "memory.activations")
-        check_resident(self.resident)
+        _check_resident(self.resident)
         if self.teacher not in get_args(TeacherPass):
             raise ValueError(f"memory.teacher must be one of {', '.join(get_args(TeacherPass))}, got {self.teacher!r}")
         if self.activations == "keep" and isinstance(self.resident, int):
@@ -87,7 +87,7 @@ class Memory:
         return EncoderMemory(vae=self.vae)
 
 
-def check_resident(resident: Resident) -> None:
+def _check_resident(resident: Resident) -> None:
     """Refuse what is no number of blocks.
 
     Args:

@@ -123,7 +123,7 @@ class Streaming:
                 self._blocks[module] = before = made
         self._there: dict[Slot, _Block] = {}
         self.loads: Counter[nn.Module] = Counter()
-        self._place(torch.device("cpu"))
+        self._settle_on(torch.device("cpu"))
         for module in self._blocks:
             module.register_forward_pre_hook(self._enter, prepend=True)
             module._apply = self.mover(module)  # noqa: SLF001 (tests/models/test_private.py says when it changes)
@@ -172,7 +172,7 @@ class Streaming:
             device = function(torch.zeros(0, device=self._device)).device
             if device != self._device:
                 self.rest()
-                self._place(device)
+                self._settle_on(device)
             for parameter in (p for p in module.parameters() if p.requires_grad):
                 parameter.data = function(parameter.data)
                 if parameter.grad is not None:
@@ -181,7 +181,7 @@ class Streaming:
 
         return _apply
 
-    def _place(self, device: torch.device) -> None:
+    def _settle_on(self, device: torch.device) -> None:
         self._device, self._link = device, link_to(device)
         for block in self._blocks.values():  # one after the other, so that no more than one is there twice
             block.kept = self._link.keep(block.kept)
