@@ -128,6 +128,7 @@ class Streaming:
             module.register_forward_pre_hook(self._enter, prepend=True)
             module._apply = self.mover(module)  # noqa: SLF001 (tests/models/test_private.py says when it changes)
 
+    @torch.inference_mode(mode=False)
     def rest(self) -> None:
         """Free what is on the device; blocks come again when they run."""
         for slot in [*self._there]:
@@ -137,6 +138,7 @@ class Streaming:
 
     # ---------------------------------------------------------------- while blocks run
 
+    @torch.inference_mode(mode=False)  # what a validation fetches, training's next step finds there
     def _enter(self, module: nn.Module, _: object) -> None:
         block = self._blocks[module]
         if block.slot is None:
@@ -181,6 +183,7 @@ class Streaming:
 
         return _apply
 
+    @torch.inference_mode(mode=False)
     def _settle_on(self, device: torch.device) -> None:
         self._device, self._link = device, link_to(device)
         for block in self._blocks.values():  # one after the other, so that no more than one is there twice
