@@ -97,8 +97,8 @@ SHARED_ROOTS = {  # keys that are something else in each command: the names belo
     },
     "memory": {
         "prepare": _names("text_encoder vae"),
-        "train": _names("activations base vae"),
-        "plan": _names("activations base vae"),
+        "train": _names("activations base card resident teacher vae"),
+        "plan": _names("activations base card resident teacher vae"),
         "sample": _names("base text_encoder vae"),
     },
     "export": {

@@ -36,6 +36,7 @@ EXPECTED = {  # written from what each setting does; the longest key that leads 
     "model.pretrained_low": "applied",
     "model.offload": "applied",
     "loss": "refused", "teacher": "refused", "lora": "refused", "memory": "refused", "memory.activations": "applied",
+    "memory.resident": "applied", "memory.teacher": "applied", "memory.card": "applied",
     "data": "refused", "data.cache_dir": "applied", "data.num_workers": "applied", "data.require_mask": "applied",
     "data.strict_masks": "applied", "data.strict_sources": "applied", "data.on_empty_mask": "applied",
     "data.preservation.cache_dir": "applied",

@@ -51,8 +51,9 @@ RULES = (  # the first that covers a key holds
     Rule("val_sigmas validate_first trainer.val_check_interval trainer.check_val_every_n_epoch "
          "trainer.num_sanity_val_steps trainer.limit_val_batches trainer.limit_test_batches "
          "trainer.limit_predict_batches trainer.inference_mode", "applied", "validation changes no weights"),
-    Rule("memory.activations gradient_checkpointing compile data.num_workers model.offload trainer.accelerator "
-         "trainer.benchmark trainer.deterministic trainer.detect_anomaly", "applied",
+    Rule("memory.activations memory.resident memory.teacher memory.card gradient_checkpointing compile "
+         "data.num_workers model.offload trainer.accelerator trainer.benchmark trainer.deterministic "
+         "trainer.detect_anomaly", "applied",
          "speed and memory; on other hardware the last bits may differ"),
     Rule("trainer.devices trainer.num_nodes trainer.strategy", "applied",
          "which devices; their number must stay, since each process has its own place in the epoch"),
