@@ -21,6 +21,7 @@ from mpp.logs import adopt, record
 from mpp.lora.stack import base_fingerprint, check_weights
 from mpp.lora.starting import Start
 from mpp.memory.bases import check_device
+from mpp.memory.link import check_link
 from mpp.recorded import followers, going_on
 from mpp.reporting.findings import find
 from mpp.reporting.rows import look_at
@@ -157,6 +158,7 @@ def build_trainer(
         raise ValueError(f"Lightning refuses the settings of trainer: {error}") from error
     check_trainer(trainer, cfg.trainer.precision)
     check_device(module.memory.base, trainer.strategy.root_device)
+    check_link(module.memory.resident, trainer.strategy.root_device)
     check_card(trainer, module, data)
     if trainer.num_devices * trainer.num_nodes > 1 and job_number() is not None:
         raise ValueError(

@@ -1,6 +1,8 @@
 """The way of frozen weights between the CPU's memory and the device that computes."""
 
+import contextlib
 import logging
+import mmap
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,24 +31,31 @@ class Slot:
 
 
 class Link:
-    """That of a device whose memory is the CPU's: nothing moves.
+    """That of any device: copies that it waits for, and of the CPU's own memory none.
 
     A link keeps tensors in the CPU's memory (`keep`), says what stands for them while they are not on the device
     (`waiting`), brings them (`fetch`), makes the device wait for them (`wait`), and lets go of them (`leave`, `free`).
+
+    Args:
+        device: That computes.
     """
+
+    def __init__(self, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008 (it never changes)
+        self.device = device
 
     def keep(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """One block's tensors as they wait in the CPU's memory."""
-        return [tensor.detach() for tensor in tensors]
+        return [tensor.detach().cpu() for tensor in tensors]
 
     def waiting(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """What stands for them while they are not on the device."""
         return list(kept)
 
+    @torch.inference_mode(mode=False)  # a validation's weights are the next step's
     def fetch(self, kept: Sequence[Tensor], slot: Slot) -> list[Tensor]:
         """Start to bring them into a slot, after all that the device was given to do so far."""
         del slot
-        return list(kept)
+        return [tensor.to(self.device) for tensor in kept]
 
     def wait(self, slot: Slot) -> None:
         """Nothing that the device is given from here on begins before they are there."""
@@ -66,26 +75,32 @@ class GpuLink(Link):
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
         self.stream = torch.cuda.Stream(device)
+        self._pinned: list[Tensor] = []
+        self._pins = True
+        weakref.finalize(self, _unpin, self.stream, self._pinned).atexit = False  # the end of the process does it
 
+    @torch.inference_mode(mode=False)
     def keep(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Them in one piece of pinned memory, so that one copy brings them."""
-        memory = pinned(layout_bytes(tensors))
+        memory = _pages(layout_bytes(tensors))
+        self._pin(memory)
         kept = views(memory, tensors)
         for copy, tensor in zip(kept, tensors, strict=True):
             copy.copy_(tensor.detach())
         return kept
 
+    @torch.inference_mode(mode=False)
     def fetch(self, kept: Sequence[Tensor], slot: Slot) -> list[Tensor]:
         """Copy the whole piece behind what the device is doing."""
         if slot.memory is None:
             slot.memory = torch.empty(slot.size, dtype=torch.uint8, device=self.device)
-        count = layout_bytes(kept)
-        whole = torch.empty(0, dtype=torch.uint8).set_(kept[0].untyped_storage(), 0, (count,))
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            slot.memory[:count].copy_(whole, non_blocking=True)
+            if kept:
+                whole = _bytes_of(kept)
+                slot.memory[: len(whole)].copy_(whole, non_blocking=True)
             slot.arrived = self.stream.record_event()
         return views(slot.memory, kept)
 
@@ -99,10 +114,45 @@ class GpuLink(Link):
             self.wait(slot)
         slot.memory = slot.arrived = None
 
+    def _pin(self, memory: Tensor) -> None:
+        if not self._pins or not len(memory):
+            return
+        with torch.cuda.device(self.device):  # or it would take memory of the first GPU
+            failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0))
+            if not failed:
+                self._pinned.append(memory)
+                return
+            with contextlib.suppress(RuntimeError):  # CUDA tells it once more, to whatever is computed next
+                torch.ones(1, device=self.device)
+        self._pins = False
+        log.warning(
+            "the CPU's memory could not be pinned beyond %.1f GiB (CUDA error %d): copies from the rest of it hold the "
+            "GPU up; close what else pins memory, or raise memory.resident",
+            sum(map(len, self._pinned)) / 2**30,
+            failed,
+        )
+
 
 def link_to(device: torch.device) -> Link:
     """The link to a device."""
-    return GpuLink(device) if device.type == "cuda" else Link()
+    return GpuLink(device) if device.type == "cuda" else Link(device)
+
+
+def check_link(resident: int | str, device: torch.device) -> None:
+    """Refuse blocks that wait where waiting saves nothing.
+
+    Args:
+        resident: As `memory.resident`.
+        device: That computes.
+
+    Raises:
+        ValueError: As above.
+    """
+    if isinstance(resident, int) and device.type not in ("cuda", "cpu"):
+        raise ValueError(
+            f"memory.resident={resident} is for CUDA GPUs, whose memory is not the CPU's; on this device "
+            f"({device.type}) set memory.resident=all, and memory.base=int8 where it does not fit"
+        )
 
 
 def layout_bytes(tensors: Sequence[Tensor]) -> int:
@@ -124,23 +174,22 @@ def views(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return made
 
 
-def pinned(size: int) -> Tensor:
-    """So many bytes of pinned memory, and no more.
+def _bytes_of(kept: Sequence[Tensor]) -> Tensor:
+    """The piece of memory that tensors lie in, one behind the other."""
+    first = kept[0].storage_offset() * kept[0].itemsize
+    return torch.empty(0, dtype=torch.uint8).set_(kept[0].untyped_storage(), first, (layout_bytes(kept),))
 
-    Torch's own allocator rounds up to powers of two, which would be half as much again for most blocks.
 
-    Args:
-        size: In bytes.
+def _pages(size: int) -> Tensor:
+    """So many bytes of the CPU's memory, and no more, in pages of their own.
+
+    Torch's own pinned memory is rounded up to powers of two, which would be half as much again for most blocks. Forked
+    processes, such as loaders' workers, share these pages: private ones that are pinned would be copied for each.
     """
-    memory = torch.empty(size, dtype=torch.uint8)
-    runtime = torch.cuda.cudart()
-    failed = int(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
-    if failed:
-        log.warning(
-            "%.2f GiB of CPU memory could not be pinned (CUDA error %d): copies to the GPU will hold it up",
-            size / 2**30,
-            failed,
-        )
-    else:
-        weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
-    return memory
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+
+
+def _unpin(stream: "torch.cuda.Stream", pinned: list[Tensor]) -> None:
+    stream.synchronize()  # it may still read them
+    for memory in pinned:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
