@@ -108,8 +108,8 @@ class Streaming:
     """
 
     def __init__(self, groups: Sequence[Sequence[nn.Module]], resident: int | None) -> None:
-        counts = Counter(weight for group in groups for module in group for weight in set(_frozen(module)))
-        weights = [[[t for t in _frozen(module) if counts[t] == 1] for module in group] for group in groups]
+        counts = Counter(weight for group in groups for module in group for weight in set(frozen(module)))
+        weights = [[[t for t in frozen(module) if counts[t] == 1] for module in group] for group in groups]
         layout = Layout.of([[layout_bytes(block) for block in group] for group in weights], resident)
         homes = [Slot(size) for size in layout.homes]
         self._passing = [Slot(layout.passing) for _ in range(PASSING if layout.passing else 0)]  # the last used is last
@@ -191,6 +191,7 @@ class Streaming:
             block.hold(self._link.waiting(block.kept))
 
 
-def _frozen(module: nn.Module) -> Iterator[Tensor]:
+def frozen(module: nn.Module) -> Iterator[Tensor]:
+    """A module's weights that nobody trains, and its buffers."""
     yield from (parameter for parameter in module.parameters() if not parameter.requires_grad)
     yield from module.buffers()

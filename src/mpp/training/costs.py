@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mpp.lora.adapters import inject
-from mpp.memory.activations import Activations
 from mpp.memory.bases import quantise
 from mpp.memory.counting import Meter, bytes_of, weightless, without_numbers
+from mpp.memory.link import layout_bytes
+from mpp.memory.settings import Memory
+from mpp.memory.streaming import Layout, frozen
 from mpp.models.contract import Conditioning
-from mpp.models.experts import Experts, parts_of
+from mpp.models.experts import parts_of
+from mpp.models.streamed import streamable
 from mpp.training.measuring import Run, block_lists, measured
 from mpp.training.rates import optimizer_of
 
@@ -39,6 +42,9 @@ class Costs:
         teacher: The most that the teacher's pass takes on top of them; 0 where it does not run.
         plain: FLOPs of a step without the teacher.
         prior: FLOPs of the teacher's pass; 0 where it does not run.
+        moved: Bytes of activations that go to the CPU's memory and come back.
+        streamed: Bytes of weights that one pass through all blocks brings to the device.
+        waiting: Bytes of weights in the CPU's memory.
     """
 
     base: int
@@ -50,6 +56,9 @@ class Costs:
     teacher: int
     plain: int
     prior: int
+    moved: int = 0
+    streamed: int = 0
+    waiting: int = 0
 
     @property
     def resting(self) -> int:
@@ -60,6 +69,53 @@ class Costs:
     def peak(self) -> int:
         """The most bytes that are there at once."""
         return self.resting + self.step
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the frozen weights.
+
+    Attributes:
+        outside: Of those that are always on the device.
+        blocks: Of each transformer's blocks that can wait in the CPU's memory.
+        take_turns: Of several transformers only one has its blocks on the device.
+    """
+
+    outside: int
+    blocks: tuple[tuple[int, ...], ...]
+    take_turns: bool = False
+
+    @property
+    def count(self) -> int:
+        """Blocks of one transformer."""
+        return max(map(len, self.blocks))
+
+    def under(self, memory: Memory, costs: Costs) -> Costs:
+        """A step's costs with blocks where `memory` has them, and the teacher when it has it.
+
+        In lockstep the teacher finds all there that the student's pass has left so far: that is counted as all that it
+        leaves.
+
+        Args:
+            memory: Settled.
+            costs: Of a run with the same base and activations, and the teacher apart.
+        """
+        number = memory.resident if isinstance(memory.resident, int) else None
+        streams = number is not None or self.take_turns
+        layout = Layout.of(self.blocks, number)
+        passing = [
+            sum(size for size, stays in zip(*pair, strict=True) if not stays)
+            for pair in zip(self.blocks, layout.stays, strict=True)
+        ]
+        lockstep = memory.teacher == "lockstep" and costs.teacher > 0
+        whole = sum(map(sum, self.blocks))
+        return replace(
+            costs,
+            base=self.outside + (layout.device_bytes if streams else whole),
+            streamed=max(passing),
+            waiting=whole if streams else 0,
+            step=max(costs.step, costs.saved + costs.teacher) if lockstep else costs.step,
+        )
 
 
 class Costing:
@@ -85,14 +141,19 @@ class Costing:
         self.lists = block_lists(run.architecture, self.skeleton)
         full = self._adapted(copy.deepcopy(self.skeleton))
         self.static = self._resting(full)
+        blocks = tuple(
+            tuple(layout_bytes(list(frozen(block))) for block in group) for group in streamable(run.architecture, full)
+        )
+        turns = len(blocks) > 1 and run.architecture.offload
+        self.weights = Weights(self.static["base"] - sum(map(sum, blocks)), blocks, turns)
         self.few = {} if whole or not self._is_uniform(full) else {
             name: len(blocks) for name, blocks in self.lists.items() if len(blocks) > _FEW + 1
         }  # fmt: skip
 
-    def with_activations(self, activations: Activations) -> "Costing":
-        """The same run with other activations."""
+    def with_memory(self, memory: Memory) -> "Costing":
+        """The same run with other settings of memory, on the same base."""
         other = copy.copy(self)
-        other.run = replace(self.run, memory=replace(self.run.memory, activations=activations))
+        other.run = replace(self.run, memory=memory)
         return other
 
     def count(self, shape: Sequence[int], batch: int = 1, conditioning: Conditioning | None = None) -> Costs:
@@ -113,14 +174,16 @@ class Costing:
                 counted[key] += (number - _FEW) * (more[key] - value)
         peaks = {key: value for key, value in counted.items() if isinstance(key, tuple)}
         teacher = max((value for key, value in peaks.items() if key[0] == "teacher"), default=0)
-        return Costs(
+        costs = Costs(
             **self.static,
             saved=counted["saved"],
             step=max(peaks.values()),
             teacher=teacher,
             plain=counted["student"],
             prior=counted["teacher"],
+            moved=counted["moved"],
         )
+        return self.weights.under(self.run.memory, costs)
 
     # ---------------------------------------------------------------- the transformer without weights
 
@@ -135,10 +198,7 @@ class Costing:
 
     def _resting(self, transformer: nn.Module) -> dict[str, int]:
         trained = [p for p in transformer.parameters() if p.requires_grad]
-        parts = [part for _, part in parts_of(transformer)]
-        frozen = [bytes_of([*(p for p in part.parameters() if not p.requires_grad), *part.buffers()]) for part in parts]
-        away = isinstance(transformer, Experts) and run.architecture.offload
-        sizes = {"base": max(frozen) if away else sum(frozen), "adapter": bytes_of(trained)}
+        sizes = {"base": bytes_of(frozen(transformer)), "adapter": bytes_of(trained)}
         state = optimizer_bytes(self.run, [(n, p) for n, p in transformer.named_parameters() if p.requires_grad])
         return {**sizes, "gradients": sizes["adapter"], "optimizer": state}
 

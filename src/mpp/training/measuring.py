@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,8 +68,9 @@ def measured(
         shape: Of a sample's latents, with the frames that the model is given.
 
     Returns:
-        By (pass, list of blocks, which of them) the most bytes that were there, and by name what the forward pass left
-        and the FLOPs of `teacher` and `student`.
+        By (pass, list of blocks, which of them) the most bytes that were there, the teacher's pass before the
+        student's, and by name what the forward pass left, and moved to the CPU, and the FLOPs of `teacher` and
+        `student`.
     """
     handles = list(_watched(run.architecture, transformer, meter))
     meter.known([*transformer.parameters(), *transformer.buffers(), *conditioning.tensors().values()])
@@ -77,7 +78,8 @@ def measured(
         batch = _batch(run.architecture, conditioning, shape)
         for parameter in (p for p in transformer.parameters() if p.requires_grad):
             parameter.grad = torch.zeros_like(parameter) if run.accumulates else None
-        passes = passes_of(run.architecture, transformer, Teacher(), run.memory, Elsewhere(meter))
+        elsewhere, apart = Elsewhere(meter), replace(run.memory, teacher="apart")
+        passes = passes_of(run.architecture, transformer, Teacher(), apart, elsewhere)
         before = meter.live
         with _autocast(run.precision):
             output = _Step(run.architecture, run.loss, passes)(batch, Position(0, 0))
@@ -89,17 +91,18 @@ def measured(
     flops = Counter({"teacher": 0, "student": 0})
     for (name, *_), number in meter.flops.items():
         flops["teacher" if name == "teacher" else "student"] += number
-    return {**meter.peaks, "saved": saved, **flops}
+    return {**meter.peaks, "saved": saved, "moved": elsewhere.moved, **flops}
 
 
 class Elsewhere(Host):
     """The CPU's memory beside a GPU, where there is a CPU alone: what waits in it is not on the device."""
 
     def __init__(self, meter: Meter) -> None:
-        self.meter = meter
+        self.meter, self.moved = meter, 0
 
     def away(self, tensor: Tensor) -> Tensor:
         """A copy that is not counted."""
+        self.moved += tensor.nbytes
         return self.meter.unseen(tensor.detach().clone)
 
     def back(self, copy: Tensor, device: torch.device) -> Tensor:
