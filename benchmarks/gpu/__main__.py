@@ -3,10 +3,11 @@
     python -m benchmarks.gpu [--minutes 30] [--only ROW,...] [--out FOLDER] [--write-docs]
     python -m benchmarks.gpu --tiny      # the same at tiny sizes, to try the kit without a GPU
 
-Nothing is downloaded: WAN at the shapes of 1.3B and 14B has random weights. Each row is measured by a process of its
-own, which may fail, hang or run out of memory without the others; this one never touches the GPU. FOLDER gets
-`rows.jsonl`, one line of JSON as each row comes, and what the processes said in `logs/`. Rows that no longer fit the
-time are left out and said. The exit code is 1 where a check failed or a row broke.
+Nothing is downloaded: WAN at the shapes of 1.3B and 14B and Qwen-Image have random weights. Each row is measured by a
+process of its own, which may fail, hang or run out of memory without the others; this one never touches the GPU. FOLDER
+gets `rows.jsonl`, one line of JSON as each row comes, and what the processes said in `logs/`. Rows that no longer fit
+the time are left out and said; some of blocks that wait in the CPU's memory come with `--only stream` alone. The exit
+code is 1 where a check failed or a row broke.
 """
 
 import argparse

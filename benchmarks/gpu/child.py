@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import measure, training
-from benchmarks.gpu.measure import Case, Found
+from benchmarks.gpu import measure, streams, training
+from benchmarks.gpu.case import GIB, Case, Found
 from benchmarks.gpu.rows import ROWS
 
 KINDS = {
@@ -21,6 +21,8 @@ KINDS = {
     "train": training.train,
     "memory": measure.memory,
     "compile": measure.compiled,
+    "stream": streams.streams,
+    "fits": streams.fits,
 }
 
 
@@ -31,7 +33,7 @@ def answer(name: str, *, tiny: bool) -> Found:
     try:
         found = KINDS[row.kind](case)
     except torch.OutOfMemoryError:
-        return {"status": "does not fit", "peak_gib": torch.cuda.max_memory_allocated() / measure.GIB}
+        return {"status": "does not fit", "peak_gib": torch.cuda.max_memory_allocated() / GIB}
     except Exception as error:  # noqa: BLE001 (the other rows go on; the log has the traceback)
         traceback.print_exc()
         return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}

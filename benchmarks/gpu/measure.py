@@ -6,7 +6,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.counting import MAPPING, flops
 from benchmarks.gpu import model
-from benchmarks.gpu.model import PLAIN, PRIOR, RandomWan, Trainee
-from benchmarks.gpu.rows import Row
+from benchmarks.gpu.case import GIB, Case, Found, seconds_of
+from benchmarks.gpu.model import PLAIN, PRIOR, Trainee
+from benchmarks.gpu.streams import FEW, unchanged
 from mpp.batching.batch import Batch
 from mpp.lora.stack import load_base
 from mpp.memory.bases import dequantise
-from mpp.memory.settings import Memory
 from mpp.training.step import Position
 
-Found = dict[str, Any]
 SURE = 0.03  # how far equal steps may differ in their median
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row on a device.
-
-    Attributes:
-        row: What is asked.
-        device: `cuda` or `cpu`.
-        tiny: Tiny sizes instead of the row's.
-    """
-
-    row: Row
-    device: str
-    tiny: bool
-
-    @property
-    def size(self) -> model.Size:
-        """Of the model."""
-        return model.TINY if self.tiny else model.SIZES[self.row.size]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of the latents."""
-        return model.TINY_SHAPE if self.tiny else model.SHAPES[self.row.shape]
-
-    def architecture(self) -> RandomWan:
-        """The model's family."""
-        return RandomWan(size=self.size, device=self.device, text_length=self.size.text_tokens)
-
-    def trainee(self, *, activations: str | None = None, compiled: bool = False) -> Trainee:
-        """What trains it; with the row's activations unless told otherwise."""
-        memory = Memory(base=self.row.base, activations=activations or self.row.activations)
-        return Trainee.of(model.module(self.architecture(), memory, compiled=compiled))
-
-    def batch(self, **settings: int) -> Batch:
-        """A batch for it."""
-        return model.batch(self.size, self.shape, self.device, **settings)
 
 
 def attention(action: Callable[[], object]) -> str:
@@ -101,13 +61,19 @@ def _driver() -> str:
 
 
 def correct(case: Case) -> Found:
-    """Whether the teacher is the base model bit for bit, so the student at the start, and the prior's cost its pass."""
-    data, found = case.batch(samples=2, with_prior=2), {}
+    """Whether the teacher is the base model bit for bit, so the student at the start, and the prior's cost its pass.
+
+    And whether blocks that wait in the CPU's memory change nothing, with the teacher before the student or in lockstep.
+    """
+    data, found = case.batch(samples=2, with_prior=2), dict(unchanged(case))
     base = case.architecture().load_transformer()
     for name in ("keep", "checkpoint", "offload"):
         trainee = case.trainee(activations=name)
         found |= {f"{key}_{name}": value for key, value in _agreement(trainee, base, data)}
-    found["good"] = all(value for name, value in found.items() if isinstance(value, bool))
+    few = replace(case, layers=FEW)
+    base = few.architecture().load_transformer()
+    found |= {f"{key}_lockstep": value for key, value in _agreement(few.trainee(resident=2), base, data)}
+    found["good"] = all(value for name, value in found.items() if isinstance(value, bool) and name != "repeats")
     return found
 
 
@@ -166,21 +132,6 @@ def syncs(case: Case) -> Found:
         lines = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
         found |= {f"{name}_syncs": len(lines), f"{name}_where": ", ".join(sorted(set(lines)))}
     return found
-
-
-def seconds_of(action: Callable[[], None], device: str) -> float:
-    """Seconds of an action on a device: by CUDA events, or of process time on the CPU."""
-    if device == "cpu":
-        start = time.process_time()
-        action()
-        return time.process_time() - start
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    before.record()
-    action()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / 1000
 
 
 def by_turns(actions: Mapping[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:

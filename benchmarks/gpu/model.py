@@ -1,20 +1,24 @@
-"""WAN at its real shapes with random weights, made on the device, and what trains it."""
+"""Models at their real shapes with random weights, made on the device, and what trains them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from mpp.batching.batch import Batch
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter
 from mpp.memory.settings import Memory
+from mpp.memory.streaming import Streaming
+from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Identity, Ready
+from mpp.models.families.qwen_image import QwenImage, QwenImageConditioning
 from mpp.models.families.wan import Wan, WanConditioning
+from mpp.models.filling import in_precision
 from mpp.training.module import MaskedPriorModule
+from mpp.training.passes import passes_of
 from mpp.training.step import MaskedPriorStep, Position, StepOutput
 from mpp.training.teacher import Teacher
 
@@ -46,40 +50,91 @@ class Size:
             "text_dim": self.text_width,
         }
 
+    def conditioning(self, text: Tensor) -> Conditioning:
+        """Of a batch's text."""
+        return WanConditioning(text)
 
-SIZES = {"1.3b": Size(12, 30, 8960), "14b": Size(40, 40, 13824)}
-SHAPES = {"image": (1, 60, 104), "480p81": (21, 60, 104), "720p81": (21, 90, 160)}  # frames, height, width of latents
+    def family(self, device: str, *, waits: bool = False) -> "Drawn":
+        """The model, whose blocks may wait in the CPU's memory."""
+        return RandomWan(size=self, device=device, waits=waits, text_length=self.text_tokens)
+
+
+@dataclass(frozen=True)
+class QwenSize(Size):
+    """Sizes of Qwen-Image, whose feed-forward layers have none of their own."""
+
+    ffn: int = 0
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What diffusers' class is called with."""
+        return {
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.head,
+            "num_layers": self.layers,
+            "joint_attention_dim": self.text_width,
+            "axes_dims_rope": (self.head // 8, self.head * 7 // 16, self.head * 7 // 16),
+        }
+
+    def conditioning(self, text: Tensor) -> Conditioning:
+        """Of a batch's text."""
+        return QwenImageConditioning(text, torch.ones(text.shape[:2], dtype=torch.bool))
+
+    def family(self, device: str, *, waits: bool = False) -> "Drawn":
+        """The model, whose blocks may wait in the CPU's memory."""
+        return RandomQwen(size=self, device=device, waits=waits, text_length=self.text_tokens)
+
+
+SIZES = {
+    "1.3b": Size(12, 30, 8960),
+    "14b": Size(40, 40, 13824),
+    "qwen": QwenSize(24, 60, text_width=3584, text_tokens=1024),
+}
+SHAPES = {  # frames, height, width of latents
+    "image": (1, 60, 104),
+    "480p49": (13, 60, 104),
+    "480p81": (21, 60, 104),
+    "720p81": (21, 90, 160),
+    "1024": (1, 128, 128),
+}
 TINY = Size(4, 2, 128, head=32, text_width=64, text_tokens=16)
+TINY_QWEN = QwenSize(2, 2, head=32, text_width=64, text_tokens=16)
 TINY_SHAPE = (1, 8, 8)
 
 
 @dataclass(kw_only=True, eq=False)
-class RandomWan(Wan):
-    """A WAN whose weights are drawn instead of loaded.
+class Drawn:
+    """A family whose weights are drawn instead of loaded.
 
     Args:
         size: Of the transformer.
         device: Where its weights are drawn.
+        waits: They go to the CPU's memory then.
     """
 
     pretrained: str = "random"
     size: Size = field(default=SIZES["1.3b"])
     device: str = "cuda"
+    waits: bool = False
 
     def load_transformer(self, ready: Ready | None = None) -> nn.Module:
         """Drawn block by block, so that of a quantised base never two copies are there."""
         transformer, random = self.skeleton(), torch.Generator(self.device).manual_seed(0)
         for name, block in self.blocks(transformer):
-            _draw(block, name, self.device, random)
+            _draw(block, self.device, random)
             if ready is not None:
                 ready(name, block)
-        _draw(transformer, "", self.device, random)
-        return transformer.to(self.device).requires_grad_(False)
+            if self.waits:
+                block.to("cpu")
+        _draw(transformer, self.device, random)
+        return transformer.to("cpu" if self.waits else self.device).requires_grad_(False)
 
-    def skeleton(self) -> nn.Module:
-        """The same without weights."""
+    def skeleton(self, *, published: bool = False) -> nn.Module:
+        """The same without weights, in the precisions that diffusers loads."""
+        del published
         with init_empty_weights():
-            return WanTransformer3DModel(**self.size.settings)
+            transformer = self.transformer_class(**self.size.settings)
+        return in_precision(transformer, torch.bfloat16)
 
     def identity(self, *, fetch: bool = False) -> Identity:
         """There are no files."""
@@ -87,15 +142,22 @@ class RandomWan(Wan):
         return Identity(None, None, None)
 
 
-def _draw(module: nn.Module, prefix: str, device: str, random: torch.Generator) -> None:
-    """Give what is on the meta device numbers: weights of norms are 1; precisions as diffusers loads them."""
-    exact = WanTransformer3DModel._keep_in_fp32_modules  # noqa: SLF001 (as `from_pretrained` reads it)
-    for owner, child in module.named_modules(prefix=prefix):
+@dataclass(kw_only=True, eq=False)
+class RandomWan(Drawn, Wan):
+    """WAN."""
+
+
+@dataclass(kw_only=True, eq=False)
+class RandomQwen(Drawn, QwenImage):
+    """Qwen-Image."""
+
+
+def _draw(module: nn.Module, device: str, random: torch.Generator) -> None:
+    """Give what is on the meta device numbers: weights of norms are 1."""
+    for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):
             if parameter.is_meta:
-                whole = any(part in f"{owner}.{name}".split(".") for part in exact)
-                dtype = torch.float32 if whole else torch.bfloat16
-                value = torch.empty(parameter.shape, device=device, dtype=dtype)
+                value = torch.empty(parameter.shape, device=device, dtype=parameter.dtype)
                 norm = parameter.ndim == 1 and name == "weight"
                 value = value.fill_(1) if norm else value.normal_(0, SPREAD, generator=random)
                 setattr(child, name, nn.Parameter(value, requires_grad=False))
@@ -109,10 +171,10 @@ def batch(size: Size, shape: tuple[int, int, int], device: str, *, samples: int 
     text = torch.randn(samples, size.text_tokens, size.text_width, generator=random).bfloat16()
     latents = torch.randn(samples, 16, *shape, generator=random)
     keys = tuple(f"s{number}" for number in range(samples))
-    return Batch(keys, latents, mask, WanConditioning(text), host_mask=mask).to(device)
+    return Batch(keys, latents, mask, size.conditioning(text), host_mask=mask).to(device)
 
 
-def module(architecture: RandomWan, memory: Memory, *, compiled: bool = False) -> MaskedPriorModule:
+def module(architecture: Drawn, memory: Memory, *, compiled: bool = False) -> MaskedPriorModule:
     """What a run trains, with its transformer."""
     built = MaskedPriorModule(
         architecture=architecture,
@@ -124,7 +186,7 @@ def module(architecture: RandomWan, memory: Memory, *, compiled: bool = False) -
         memory=memory,
     )
     built.configure_model()
-    return built
+    return built.to(architecture.device)
 
 
 @dataclass(frozen=True)
@@ -143,6 +205,20 @@ class Trainee:
     def of(cls, built: MaskedPriorModule) -> "Trainee":
         """With AdamW."""
         return cls(built, built.configure_optimizers())
+
+    @property
+    def streaming(self) -> Streaming:
+        """What brings its blocks."""
+        hooks = [hook for part in self.module.modules() for hook in part._forward_pre_hooks.values()]  # noqa: SLF001
+        return next(hook.__self__ for hook in hooks if isinstance(getattr(hook, "__self__", None), Streaming))
+
+    def with_teacher(self, teacher: str) -> "Trainee":
+        """The same, with the teacher as `memory.teacher` says."""
+        built = self.module
+        memory = replace(built.memory, teacher=teacher)
+        passes = passes_of(built.architecture, built.transformer, built.teacher, memory)
+        built.step = replace(built.step, passes=passes)
+        return self
 
     def forward(self, data: Batch, loss: MaskedPriorLoss) -> tuple[Tensor, StepOutput]:
         """Loss and what the step came to."""

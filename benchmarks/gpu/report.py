@@ -28,6 +28,36 @@ _COLUMNS = {  # of the page, by kind: heading and field
         "plain, s": "plain_s",
         "prior, s": "prior_s",
     },
+    "stream": {
+        "base": "base",
+        "resident blocks": "resident",
+        "counted, GiB": "forecast_gib",
+        "GB/s": "gb_per_s",
+        **{
+            f"{teacher}{heading}": f"{teacher}_{field}"
+            for teacher in ("apart", "lockstep")
+            for heading, field in {
+                ", s": "s",
+                " peak, GiB": "peak_gib",
+                " loads of a block": "loads",
+                " arithmetic alone, s": "compute_s",
+                " copies alone, s": "transfer_s",
+                " overlap": "overlap",
+            }.items()
+        },
+    },
+    "fits": {
+        "card, GiB": "card",
+        "base": "base",
+        "activations": "activations",
+        "resident blocks": "resident",
+        "counted, GiB": "forecast_gib",
+        "peak plain, GiB": "plain_peak_gib",
+        "peak prior, GiB": "prior_peak_gib",
+        "reserved, GiB": "reserved_gib",
+        "plain, s": "plain_s",
+        "prior, s": "prior_s",
+    },
 }
 _TITLES = {
     "correct": "Teacher and student on the device",
@@ -35,6 +65,8 @@ _TITLES = {
     "syncs": "Waits for the device in a step",
     "time": "Time of a step of two samples",
     "compile": "Compiled blocks",
+    "stream": "Blocks that wait in the CPU's memory",
+    "fits": "Steps in the memory of smaller cards",
     "memory": "Memory and time of a step of one sample",
     "train": "A run of mpp.train",
 }
@@ -77,10 +109,11 @@ def page(rows: Sequence[Line]) -> str:
         "# Measurements on a GPU",
         f"Written by `{where['command']}` on {where['date']} at commit {where['commit']}: {where['card']} with "
         f"{where['memory_gib']:.0f} GiB, driver {where['driver']}, torch {where['torch']}, Python {where['python']}. "
-        f"Attention in bfloat16: {where['attention']}. WAN at its real shapes with random weights, LoRA of rank 16 on "
-        "all layers, text of 512 tokens, AdamW, bf16-mixed, activations recomputed. `image` is one frame of 832 x 480 "
-        "pixels, `480p81` 81 of them, `720p81` 81 of 1280 x 720. A ratio is inconclusive where equal steps differ by "
-        "more than 3 %.",
+        f"Attention in bfloat16: {where['attention']}. Models at their real shapes with random weights, LoRA of rank "
+        "16 on all layers, text of 512 tokens (Qwen-Image: 1024), AdamW, bf16-mixed, activations recomputed. `image` "
+        "is one frame of 832 x 480 pixels, `480p49` and `480p81` 49 and 81 of them, `720p81` 81 of 1280 x 720, `1024` "
+        "an image of 1024 x 1024. A ratio is inconclusive where equal steps differ by more than 3 %. An overlap of 1 "
+        "hides the shorter of copies and arithmetic wholly behind the other.",
     ]
     for kind, title in _TITLES.items():
         of_kind = [row for row in rows if row["kind"] == kind]

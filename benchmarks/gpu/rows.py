@@ -19,7 +19,10 @@ class Row:
         base: What the frozen weights are held in.
         activations: As `memory.activations`.
         rounds: Of what is timed by turns.
+        resident: Blocks whose weights are on the device at once; None: all.
+        card: GiB of the card that it is to fit; 0: whatever is there.
         cuda: Whether it means nothing without a GPU, at whatever size.
+        asked: Whether it is measured only where it is named.
     """
 
     name: str
@@ -30,11 +33,32 @@ class Row:
     base: str = "bf16"
     activations: str = "checkpoint"
     rounds: int = 9
+    resident: int | None = None
+    card: float = 0
     cuda: bool = False
+    asked: bool = False
 
 
 def _memory(size: str, shape: str, seconds: int, bases: Sequence[str] = BASES) -> list[Row]:
     return [Row(f"memory_{size}_{shape}_{b}", "memory", seconds, size, shape, b, cuda=True) for b in bases]
+
+
+def _streams(shape: str, seconds: int, usual: Sequence[tuple[str, int]]) -> list[Row]:
+    """WAN 14B with so many resident blocks of each base; those that are usual, and the rest where it is asked for."""
+    every = [(base, resident) for base in ("fp8", "bf16", "nf4") for resident in (40, 20, 8, 2)]
+    return [
+        Row(
+            f"stream_14b_{shape}_{base}_{resident}", "stream", seconds, "14b", shape, base,
+            resident=resident, asked=(base, resident) not in usual,
+        )
+        for base, resident in every
+    ]  # fmt: skip
+
+
+def _fits(size: str, shape: str, card: float, activations: str, resident: int) -> Row:
+    """A choice that fits a card as it is counted, with 1 GiB left over."""
+    name = f"fits_{size}_{shape}_{card:g}gib"
+    return Row(name, "fits", 300, size, shape, "fp8", activations, resident=resident, card=card)
 
 
 ROWS = (
@@ -50,6 +74,11 @@ ROWS = (
     *_memory("14b", "image", 120),
     *_memory("14b", "480p81", 240),
     Row("memory_14b_480p81_fp8_offload", "memory", 240, "14b", "480p81", "fp8", "offload", cuda=True),
+    _fits("qwen", "1024", 12, "checkpoint", 16),
+    _fits("14b", "480p49", 16, "offload", 8),
+    _fits("14b", "480p81", 24, "offload", 16),
+    *_streams("image", 180, [("fp8", 2), ("bf16", 8)]),
+    *_streams("480p81", 300, [("fp8", 8), ("nf4", 2)]),
     Row("compile_1.3b_image", "compile", 300, cuda=True),
     *_memory("1.3b", "720p81", 150, ("bf16",)),
     *_memory("14b", "720p81", 400, ("fp8",)),
@@ -57,7 +86,7 @@ ROWS = (
 
 
 def chosen(words: Sequence[str]) -> list[Row]:
-    """The rows of these names or kinds, or all; the environment's always, which says where the others were measured.
+    """The rows of these names or kinds, or the usual; the environment's always, which says where they were measured.
 
     Raises:
         ValueError: A word that is neither.
@@ -67,7 +96,7 @@ def chosen(words: Sequence[str]) -> list[Row]:
     if unknown:
         raise ValueError(f"--only={unknown[0]}: there is no such row; there are {', '.join(row.name for row in ROWS)}")
     wanted = {"environment", *words}
-    return [row for row in ROWS if not words or row.name in wanted or row.kind in wanted]
+    return [row for row in ROWS if row.name in wanted or row.kind in wanted or not (words or row.asked)]
 
 
 def obstacle(row: Row, left: float, *, cuda: bool, tiny: bool) -> str | None:

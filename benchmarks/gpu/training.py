@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from benchmarks.gpu.measure import Case, Found
+from benchmarks.gpu.case import Case, Found
 from benchmarks.trace import command
 from mpp.cache.format import Cache, CacheIdentity, text_name, write_tensors
 from mpp.cache.index import Entry
