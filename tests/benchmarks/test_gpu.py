@@ -275,6 +275,7 @@ def measured():
         },
         {"row": "memory_b", "kind": "memory", "status": "does not fit", "base": "bf16", "peak_gib": 23.0},
         {"row": "correct", "kind": "correct", "status": "wrong", "adds_up_keep": False, "good": False},
+        {"row": "stream_a", "kind": "stream", "status": "ok", "base": "nf4", "resident": 8, "lockstep_overlap": 0.9375},
     ]
 
 
@@ -285,6 +286,9 @@ def test_the_page_says_where_it_was_measured_and_what_was_not():
     assert "| memory_a | fp8 | checkpoint | 7.123 |" in page
     assert "memory_b: does not fit" in page
     assert "| correct (WRONG) | no |" in page
+    assert "| stream_a | nf4 | 8 |" in page
+    assert "| lockstep overlap |\n" in page
+    assert "| 0.9375 |\n" in page
 
 
 @pytest.mark.parametrize("changes", [{"cuda": False}, {"tiny": True}, {"cuda": None}])
