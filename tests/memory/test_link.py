@@ -3,6 +3,7 @@
 import gc
 import logging
 import random
+import shutil
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -11,11 +12,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mpp.core.loss import MaskedPriorLoss
 from mpp.memory import streaming
 from mpp.memory.link import GpuLink, Link, Slot, check_link, layout_bytes
+from mpp.memory.settings import Memory
 from mpp.memory.streaming import Streaming
 from mpp.training.lockstep import Lockstep
-from tests.helpers import unchecked_error
+from tests.families import base, variants
+from tests.helpers import loss_of, module, randomise_adapter, unchecked_error
+from tests.memory.deeper import deepen
 from tests.memory.simulated_gpu import Gpu, Stream
 
 WIDTH = 6
@@ -266,3 +271,37 @@ def test_fewer_resident_blocks_are_refused_where_they_would_save_nothing():
     error = unchecked_error(check_link, 4, torch.device("mps"))
     assert "memory.resident=4 is for CUDA GPUs" in error
     assert "on this device (mps) set memory.resident=all" in error
+
+
+# ---------------------------------------------------------------- a real transformer
+
+
+@pytest.mark.slow  # some seconds
+@pytest.mark.parametrize("seed", range(8))
+def test_a_real_transformer_learns_on_a_gpu_what_it_learns_with_resident_weights(gpu, built, tmp_path, seed):
+    draw = random.Random(seed)
+    weights, activations = draw.choice(["bf16", "fp8", "nf4"]), draw.choice(["checkpoint", "offload"])
+    memory = Memory(weights, activations, draw.choice([2, 3]), draw.choice(["apart", "lockstep"]))
+    variant = next(variant for variant in variants() if variant.name == "WAN 2.1 T2V")
+    folder = tmp_path / "model"
+    shutil.copytree(built(variant), folder)
+    arch = base.architecture(variant, folder)
+    deepen(arch, folder, seed)
+    data = base.batch(arch, variant, arch.load_encoders("cpu"), ["a red box", "a box by the sea"])
+    with gpu:
+        found = learnt(arch, data, memory)
+        gc.collect()
+    assert gpu.races == []
+    assert gpu.copied
+    want = learnt(arch, data, Memory(weights, resident="all"))
+    assert len(found) == len(want) > 20
+    assert all((a is b) or torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def learnt(arch, data, memory):
+    made = module(arch, MaskedPriorLoss(1.0, 0.1, normalization="per_sample"), memory=memory)
+    randomise_adapter(made.transformer)
+    for _ in range(2):
+        total = loss_of(made, data)
+        total.backward()
+    return [total.detach(), *(p.grad for p in made.parameters() if p.requires_grad)]
