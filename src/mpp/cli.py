@@ -27,7 +27,17 @@ SHORT = {  # by command: what may be typed for a longer key
     }
     | {
         name: f"plan.{name}"
-        for name in ("size", "frames", "batch_size", "precision", "accumulate", "tflops", "bandwidth", "table")
+        for name in [
+            "size",
+            "frames",
+            "batch_size",
+            "precision",
+            "accumulate",
+            "tflops",
+            "bandwidth",
+            "transfer",
+            "table",
+        ]
     },
     "masks": {
         name: f"job.{name}"

@@ -228,15 +228,16 @@ def is_lost_process(error: RuntimeError) -> bool:
 
 
 def check_card(trainer: lightning.Trainer, module: MaskedPriorModule, data: LatentDataModule) -> None:
-    """Count what the run will take of its card, which the banner says.
+    """Count what the run will take of its card, which the banner says, and choose what is left to be chosen.
 
     Raises:
-        ValueError: Weights, adapter and optimizer alone are larger.
+        ValueError: Weights, adapter and optimizer alone are larger, or what waits is larger than the CPU's memory.
     """
     forecast = Forecast.of(trainer, module, data)
     if forecast is None:
         return
     forecast.check()
+    module.memory = forecast.choice.memory
     for report in [callback for callback in trainer.callbacks if isinstance(callback, RunReport)]:
         report.forecast = forecast.say
 

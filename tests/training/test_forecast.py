@@ -1,17 +1,23 @@
 """Whether a run fits: said before, and when it did not."""
 
+import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mpp.config import build
+from mpp.core.loss import MaskedPriorLoss
+from mpp.lora.adapters import Adapter
 from mpp.memory.settings import Memory
 from mpp.training import forecast
 from mpp.training.costs import Costs
-from mpp.training.forecast import Forecast, largest, way_out
-from mpp.training.planning import Choice
+from mpp.training.forecast import Forecast, largest, run_of, way_out
+from mpp.training.planning import Choice, costing
 from mpp.training.step import MaskedPriorStep
 from tests.helpers import train, train_config
 
@@ -22,10 +28,15 @@ def costs(base, step):
     return Costs(base * GIB, GIB, 2 * GIB, GIB, GIB, step * GIB, 0, 1, 0)
 
 
-@pytest.mark.parametrize(("base", "step", "warned"), [(10, 4, False), (10, 11, True), (10, 200, True), (21, 1, True)])
+def forecast_of(base, step, *, fits=True, **more):
+    choice = Choice(Memory().settled, replace(costs(base, step), **more))
+    return Forecast(choice, "832x480, 81 frames", 24 * GIB, fits=fits)
+
+
+@pytest.mark.parametrize(("base", "step", "warned"), [(10, 4, False), (10, 200, True)])
 def test_what_fits_is_said_and_what_may_not_is_warned_of(base, step, warned, caplog):
     caplog.set_level("INFO")
-    found = Forecast(costs(base, step), "832x480, 81 frames", 24 * GIB)
+    found = forecast_of(base, step, fits=not warned)
     found.check()
     found.say()
     assert caplog.messages[0] == (
@@ -36,8 +47,15 @@ def test_what_fits_is_said_and_what_may_not_is_warned_of(base, step, warned, cap
 
 
 def test_only_weights_that_are_larger_than_the_card_are_refused():
-    with pytest.raises(ValueError, match=r"weights \(22.0 GiB\), .* alone are larger than the card \(24.0 GiB\); set"):
-        Forecast(costs(22, 0), "64x64", 24 * GIB).check()
+    with pytest.raises(ValueError, match=r"weights \(22.0 GiB\), .* larger than .* the card \(24.0 GiB\); set"):
+        forecast_of(22, 0).check()
+
+
+def test_what_waits_must_be_free_of_the_cpus_memory_in_every_process(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=31 * GIB))
+    replace(forecast_of(1, 1, waiting=15 * GIB), processes=2).check()
+    with pytest.raises(ValueError, match=r"wait in the CPU's memory, 32.0 GiB for 2 processes, of which 31.0 GiB are"):
+        replace(forecast_of(1, 1, waiting=16 * GIB), processes=2).check()
 
 
 def test_the_way_out_keeps_the_base_where_less_takes_less():
@@ -48,28 +66,44 @@ def test_the_way_out_keeps_the_base_where_less_takes_less():
     assert way_out(now, None, "a").startswith("nothing here takes less")
 
 
-def test_a_run_on_a_card_is_forecast_with_its_largest_samples(pipeline, prepared, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(forecast, "costing", lambda run: SimpleNamespace(count=lambda *given: seen.append(given) or 7))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=9))
-    from mpp.config import build
+def trainer_on(device):
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    return SimpleNamespace(strategy=strategy, precision="32-true", accumulate_grad_batches=1, num_devices=1)
 
+
+@pytest.fixture
+def tiny(pipeline, prepared, tmp_path, monkeypatch):
+    """A run's module and data, and a card of 3 GiB with 2 free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * GIB, 3 * GIB))
     cfg = train_config(pipeline, prepared, tmp_path)
-    data = build(cfg.data, architecture=build(cfg.model))
+    architecture = build(cfg.model)
+    data = build(cfg.data, architecture=architecture)
     data.setup()
-    trainer = SimpleNamespace(
-        strategy=SimpleNamespace(root_device=torch.device("cuda")), precision="32-true", accumulate_grad_batches=1
-    )
-    parts = ("architecture", "adapter", "memory", "loss", "make_optimizer")
-    module = SimpleNamespace(**dict.fromkeys(parts) | {"memory": Memory()})
-    found = Forecast.of(trainer, module, data)
-    assert (found.costs, found.capacity) == (7, 9)
-    (shape, batch, record), *_ = seen
-    assert (batch, shape[2] * shape[3]) == (2, max(e.shape[2] * e.shape[3] for e in data.train_entries))
-    assert largest(data, (2, *shape)).shape == shape
-    trainer.strategy.root_device = torch.device("cpu")
-    assert Forecast.of(trainer, module, data) is None
-    assert record.text.shape[1] == 32
+    parts = {"architecture": architecture, "adapter": Adapter(rank=4), "loss": MaskedPriorLoss(1.0, 0.1)}
+    return SimpleNamespace(**parts, memory=Memory(), make_optimizer=torch.optim.AdamW), data
+
+
+def test_a_run_on_a_card_is_forecast_with_its_largest_samples(tiny):
+    module, data = tiny
+    found = Forecast.of(trainer_on("cuda"), module, data)
+    entry = max(data.train_entries, key=lambda entry: math.prod(entry.shape))
+    record = data.cache.conditioning(entry, data.architecture.conditioning)
+    run = run_of(trainer_on("cuda"), module)
+    kept = costing(replace(run, memory=Memory(activations="keep"))).count(entry.shape, data.batch_size, record)
+    assert (found.costs, found.room, found.fits) == (kept, 2 * GIB, True)
+    assert found.lines()[0] == "memory: auto chose memory.activations=keep memory.resident=all"
+    assert largest(data, (2, *entry.shape)).shape == entry.shape
+    assert Forecast.of(trainer_on("cpu"), module, data) is None
+
+
+def test_a_card_that_is_named_is_chosen_for_on_any_machine(tiny):
+    module, data = tiny
+    for device, card, room in (("cpu", 4, 4), ("cuda", 4, 2), ("cuda", 1.5, 1.5)):
+        module.memory = Memory(card=card)
+        assert Forecast.of(trainer_on(device), module, data).room == room * GIB
+    module.memory = Memory(card=4, activations="keep", resident="all")
+    assert Forecast.of(trainer_on("cpu"), module, data) is None
+    assert not Forecast.of(trainer_on("cuda"), module, data).chosen
 
 
 @pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow)])
@@ -117,6 +151,8 @@ def test_a_run_that_cannot_be_counted_is_trained(error, monkeypatch, caplog):
     monkeypatch.setattr(forecast, "costing", fail)
     monkeypatch.setattr(forecast, "largest", lambda _: None)
     monkeypatch.setattr(forecast, "run_of", lambda *_: None)
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))
-    assert Forecast.of(trainer, None, None) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * GIB, 3 * GIB))
+    trainer = trainer_on("cuda")
+    module = SimpleNamespace(memory=Memory())
+    assert Forecast.of(trainer, module, None) is None
     assert "what the run takes of the card could not be counted" in caplog.text

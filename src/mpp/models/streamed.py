@@ -32,12 +32,25 @@ def check_resident(architecture: Architecture, resident: Resident) -> None:
     Raises:
         ValueError: As above.
     """
-    if not isinstance(resident, int):
-        return
-    count = max(map(len, streamable(architecture, architecture.skeleton())))
-    if resident > count:
+    if isinstance(resident, int):
+        count = max(map(len, streamable(architecture, architecture.skeleton())))
+        check_count(resident, count, architecture.pretrained)
+
+
+def check_count(resident: Resident, count: int, model: str) -> None:
+    """The same where it is known how many there are.
+
+    Args:
+        resident: As `memory.resident`.
+        count: Of the blocks.
+        model: Its name, for the error.
+
+    Raises:
+        ValueError: As above.
+    """
+    if isinstance(resident, int) and resident > count:
         raise ValueError(
-            f"memory.resident={resident}: {architecture.pretrained} has {count} blocks that could wait in the CPU's "
+            f"memory.resident={resident}: {model} has {count} blocks that could wait in the CPU's "
             f"memory; set a number from 2 to {count}, or all"
         )
 

@@ -5,16 +5,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 from lightning import Trainer
 
 from mpp.batching.datamodule import LatentDataModule
 from mpp.cache.coverage import bucket_of
 from mpp.cache.index import Entry
+from mpp.memory.settings import Memory
+from mpp.training.choosing import Chosen, fastest, is_open
 from mpp.training.costs import Costs
 from mpp.training.measuring import Run
 from mpp.training.module import MaskedPriorModule
-from mpp.training.planning import ASIDE, Bucket, Choice, choices, costing, gib, lines_of, next_cheaper, table
+from mpp.training.planning import (
+    ASIDE,
+    Bucket,
+    Choice,
+    choices,
+    costing,
+    gib,
+    holds,
+    lines_of,
+    next_cheaper,
+    table,
+    transferred,
+)
 
 log = logging.getLogger("mpp")
 
@@ -60,62 +75,105 @@ class Forecast:
     """What a run will take of a card.
 
     Attributes:
-        costs: Of steps of its largest samples.
+        choice: How it runs, and what steps of its largest samples take.
         bucket: Their name.
-        capacity: Bytes of the card.
+        room: Bytes of the card that are free.
+        chosen: Some of it was chosen here.
+        fits: It is expected to.
+        processes: Of this run on this machine.
     """
 
-    costs: Costs
+    choice: Choice
     bucket: str
-    capacity: int
+    room: int
+    chosen: bool = False
+    fits: bool = True
+    processes: int = 1
 
     @classmethod
     def of(cls, trainer: Trainer, module: MaskedPriorModule, data: LatentDataModule) -> "Forecast | None":
-        """Count it, where there is a card: a CPU has no such limit, and small runs start sooner without it.
+        """Count it, and choose what is `auto`, where there is a card, or one is named.
 
-        None as well where a model does what cannot be counted, which is no reason not to train it.
+        A CPU has no such limit, and small runs start sooner without it. None as well where a model does what cannot be
+        counted, which is no reason not to train it.
         """
-        device = trainer.strategy.root_device
-        if device.type != "cuda":
+        wanted, device = module.memory, trainer.strategy.root_device
+        named = math.inf if wanted.card is None else wanted.card * 2**30
+        if device.type != "cuda" and (wanted.card is None or not is_open(wanted)):
             return None
+        room = int(min(named, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else named)
         bucket = largest(data)
         try:
-            costs = costing(run_of(trainer, module)).count(bucket.shape, data.batch_size, bucket.conditioning)
+            counting = costing(run_of(trainer, module))
+
+            def counted(memory: Memory) -> Choice:
+                costs = counting.with_memory(memory).count(bucket.shape, data.batch_size, bucket.conditioning)
+                return Choice(memory, costs, counting.weights)
+
+            if is_open(wanted):
+                found = fastest(wanted, counted, room)
+            else:
+                choice = counted(wanted.settled)
+                found = Chosen(choice, fits=holds(choice.costs, room))
         except Exception as error:  # noqa: BLE001 (whatever the counting of a new model raises)
             log.warning("what the run takes of the card could not be counted (%s)", _first(error))
             return None
-        return cls(costs, bucket.name, torch.cuda.get_device_properties(device).total_memory)
+        here = trainer.num_devices if device.type == "cuda" else 0
+        return cls(found.choice, bucket.name, room, is_open(wanted), found.fits, here)
+
+    @property
+    def costs(self) -> Costs:
+        """What it takes."""
+        return self.choice.costs
 
     def check(self) -> None:
-        """Refuse a run whose weights alone are larger than the card.
+        """Refuse a run whose weights alone are larger than the card, or than what is free of the CPU's memory.
 
         Raises:
             ValueError: As above.
         """
-        if self.costs.resting > self.capacity:
+        if self.costs.resting > self.room:
             raise ValueError(
                 f"weights ({gib(self.costs.base)}), adapter and optimizer ({gib(self._trained)}) alone are larger than "
-                f"the card ({gib(self.capacity)}); set memory.base=fp8 or nf4, or see python -m mpp.plan for what fits"
+                f"what is free of the card ({gib(self.room)}); set memory.resident=2, or memory.base=fp8 or nf4, or "
+                "see python -m mpp.plan for what fits"
+            )
+        waiting, free = self.costs.waiting * self.processes, psutil.virtual_memory().available
+        if waiting > free:
+            raise ValueError(
+                f"memory.resident={self.choice.memory.resident}: the blocks of the model wait in the CPU's memory, "
+                f"{gib(waiting)} for {self.processes} process{'es' * (self.processes > 1)}, of which {gib(free)} are "
+                "free; set memory.base=fp8 or nf4, or memory.resident=all where the card holds it"
             )
 
     def say(self) -> None:
         """What is expected, and a warning where it may not fit."""
-        log.info(self.line())
-        if self.costs.peak + ASIDE * 2**30 > self.capacity:
+        for line in self.lines():
+            log.info(line)
+        if not self.fits:
             log.warning(
-                "this may not fit: %s are expected of %s, of which about %g GiB are not torch's; python -m mpp.plan "
-                "says what takes less",
+                "this may not fit: %s are expected of %s that are free, of which about %g GiB are not torch's; python "
+                "-m mpp.plan says what takes less; a base in fewer bits (memory.base=fp8) is never chosen by itself",
                 gib(self.costs.peak),
-                gib(self.capacity),
+                gib(self.room),
                 ASIDE,
             )
 
-    def line(self) -> str:
-        """What is expected, in a line."""
-        return (
-            f"memory: {gib(self.costs.peak)} of {gib(self.capacity)} at most (weights {gib(self.costs.base)}, adapter "
-            f"and optimizer {gib(self._trained)}, step {gib(self.costs.step)}; samples of {self.bucket})"
+    def lines(self) -> list[str]:
+        """What was chosen, and what is expected."""
+        costs, memory = self.costs, self.choice.memory
+        lines = [f"memory: auto chose {self.choice.changes}"] if self.chosen else []
+        lines.append(
+            f"memory: {gib(costs.peak)} of {gib(self.room)} at most (weights {gib(costs.base)}, adapter and optimizer "
+            f"{gib(self._trained)}, step {gib(costs.step)}; samples of {self.bucket})"
         )
+        if costs.streamed:
+            brought = transferred(costs, memory, prior=costs.prior > 0) / 1e9
+            lines.append(
+                f"memory: {memory.resident} of {self.choice.weights.count} blocks on the GPU at once, {brought:.3g} GB "
+                f"between GPU and CPU in each batch's step, {gib(costs.waiting)} of the CPU's memory"
+            )
+        return lines
 
     @property
     def _trained(self) -> int:
@@ -128,7 +186,8 @@ def out_of_memory(trainer: Trainer, module: MaskedPriorModule, data: LatentDataM
     where = f"out of memory in step {trainer.global_step + 1}, on {data.batch_size} x {bucket.name} ({_first(error)})"
     try:
         counting = costing(run)
-        now = Choice(run.memory, counting.count(bucket.shape, data.batch_size, bucket.conditioning))
+        costs = counting.count(bucket.shape, data.batch_size, bucket.conditioning)
+        now = Choice(run.memory, costs, counting.weights)
         found = list(choices(counting, bucket, data.batch_size))
     except Exception as failed:  # noqa: BLE001 (as above)
         return f"{where}; what takes less could not be counted ({_first(failed)})"
@@ -136,7 +195,7 @@ def out_of_memory(trainer: Trainer, module: MaskedPriorModule, data: LatentDataM
         where,
         f"what {now.name} takes for it, as counted:",
         *lines_of(now),
-        "peaks, and which cards (GiB) they fit:",
+        "peaks in GiB with all blocks on the GPU and with two at once, and how many cards of so many GiB hold:",
         *table(found),
         way_out(now, next_cheaper(now, found), trainer.default_root_dir),
     ]
@@ -149,7 +208,5 @@ def way_out(now: Choice, less: Choice | None, folder: str) -> str:
         return "nothing here takes less: prepare smaller images or fewer frames, or take a smaller data.batch_size"
     takes = f"takes {gib(less.costs.peak)} instead of {gib(now.costs.peak)}"
     if less.memory.base == now.memory.base:
-        return (
-            f"next: go on from the last save with resume={folder} memory.activations={less.memory.activations}, {takes}"
-        )
+        return f"next: go on from the last save with resume={folder} {less.changes}, {takes}"
     return f"next: a run of its own with {less.name}, {takes}; the base's precision is never changed by itself"

@@ -10,10 +10,11 @@ from mpp.cache.format import Cache
 from mpp.core.loss import MaskedPriorLoss
 from mpp.memory.activations import ACTIVATIONS
 from mpp.memory.bases import QUANTISED
-from mpp.memory.settings import Memory
+from mpp.memory.settings import Memory, Resident, TeacherPass
+from mpp.memory.streaming import PASSING
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Architecture
-from mpp.training.costs import Costing, Costs
+from mpp.training.costs import Costing, Costs, Weights
 from mpp.training.measuring import Run
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB
@@ -39,15 +40,54 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to run, and what it takes."""
+    """One way to run, and what it takes.
+
+    Attributes:
+        memory: Settled.
+        costs: Of a step.
+        weights: Which of them can wait; None: it is not known.
+    """
 
     memory: Memory
     costs: Costs
+    weights: Weights | None = None
 
     @property
     def name(self) -> str:
         """As one types it."""
-        return f"memory.base={self.memory.base} memory.activations={self.memory.activations}"
+        return f"memory.base={self.memory.base} {self.changes}"
+
+    @property
+    def changes(self) -> str:
+        """The settings of it that may change while a run goes on, as one types them."""
+        memory = self.memory
+        typed = f"memory.activations={memory.activations} memory.resident={memory.resident}"
+        return typed if memory.resident == "all" else f"{typed} memory.teacher={memory.teacher}"
+
+    def with_resident(self, resident: Resident, teacher: TeacherPass = "lockstep") -> "Choice":
+        """The same with other blocks on the device, of a choice that has all of them there and the teacher apart."""
+        memory = replace(self.memory, resident=resident, teacher=teacher)
+        return replace(self, memory=memory, costs=self.weights.under(memory, self.costs))
+
+    @property
+    def least(self) -> "Choice | None":
+        """The same with as few blocks on the device as can be; None where all have to be there."""
+        if self.memory.activations == "keep" or self.weights is None or self.weights.count < PASSING:
+            return None
+        return self.with_resident(PASSING)
+
+    def most(self, room: float, teacher: TeacherPass = "lockstep") -> "Choice | None":
+        """The same with as many blocks on the device as its memory holds; None where it cannot.
+
+        Args:
+            room: As `holds`.
+            teacher: As `memory.teacher`.
+        """
+        for number in range(self.weights.count - 1 if self.least else 0, PASSING - 1, -1):
+            choice = self.with_resident(number, teacher)
+            if holds(choice.costs, room):
+                return choice
+        return None
 
 
 @dataclass(frozen=True)
@@ -63,6 +103,7 @@ class Plan:
         accumulate: Batches whose gradients are added up, as `trainer.accumulate_grad_batches`.
         tflops: TFLOP/s that the GPU does at best, for the least time that a step takes; None: it is not said.
         bandwidth: GB/s that its memory reads at best, likewise.
+        transfer: GB/s that it reads of the CPU's memory at best, likewise.
         table: Count all bases and activations, not only those that are set.
 
     Raises:
@@ -77,6 +118,7 @@ class Plan:
     accumulate: int = 1
     tflops: float | None = None
     bandwidth: float | None = None
+    transfer: float | None = None
     table: bool = True
 
     def __post_init__(self) -> None:
@@ -91,7 +133,7 @@ class Plan:
         for name in ("frames", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("tflops", "bandwidth"):
+        for name in ("tflops", "bandwidth", "transfer"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {value}")
@@ -123,11 +165,12 @@ class Plan:
         return Bucket(shape, bucket_of(shape, architecture.latents))
 
     def seconds(self, costs: Costs, memory: Memory, *, prior: bool) -> float | None:
-        """The least time of an optimizer step: what its FLOPs, or reading the weights in each pass, take at best."""
+        """The least time of an optimizer step: what its FLOPs, reading the weights, or bringing them take at best."""
         passes = 2 + memory.recomputes + prior
         flops = costs.plain + (costs.prior if prior else 0)
         least = [flops / self.tflops / 1e12] if self.tflops else []
         least += [passes * costs.base / self.bandwidth / 1e9] if self.bandwidth else []
+        least += [transferred(costs, memory, prior=prior) / self.transfer / 1e9] if self.transfer else []
         return max(least) * self.accumulate if least else None
 
 
@@ -137,7 +180,7 @@ def costing(run: Run) -> Costing:
 
 
 def choices(known: Costing, bucket: Bucket, batch: int) -> Iterator[Choice]:
-    """What a run takes with every base and all activations, as one after the other is counted."""
+    """What a run takes with every base and all activations, all blocks there, as one after the other is counted."""
     counted: dict[tuple[str, str], Costs] = {}
     for base in ("bf16", *QUANTISED):
         run = known.run
@@ -148,20 +191,35 @@ def choices(known: Costing, bucket: Bucket, batch: int) -> Iterator[Choice]:
         eight = base == "int8"  # which takes what fp8 takes: a byte a weight, and the same scales
         each = None if eight else known if base == known.run.memory.base else Costing(run)
         for activations in ACTIVATIONS:
+            memory = replace(run.memory, activations=activations, resident="all", teacher="apart")
             if each is not None:
-                found = each.with_activations(activations).count(bucket.shape, batch, bucket.conditioning)
-                counted[base, activations] = found
+                weights = each.weights
+                counted[base, activations] = each.with_memory(memory).count(bucket.shape, batch, bucket.conditioning)
             costs = counted["fp8" if eight else base, activations]
-            yield Choice(replace(run.memory, activations=activations), costs)
+            yield Choice(memory, costs, weights)
+
+
+def transferred(costs: Costs, memory: Memory, *, prior: bool) -> int:
+    """Bytes that a batch's step moves between the CPU's memory and the GPU's.
+
+    Blocks that wait are brought for the student and for computing them again, and for a teacher that runs apart.
+    """
+    return costs.streamed * (3 if prior and memory.teacher == "apart" else 2) + 2 * costs.moved
+
+
+def holds(costs: Costs, room: float) -> bool:
+    """Whether so many bytes hold it, with what others take of them."""
+    return costs.peak + ASIDE * _GIB <= room
 
 
 def fits(costs: Costs, card: float) -> bool:
-    """Whether it fits a card of so many GiB, with what others take of it."""
-    return costs.peak / _GIB + ASIDE <= card
+    """Whether it fits a card of so many GiB."""
+    return holds(costs, card * _GIB)
 
 
 def next_cheaper(now: Choice, others: Sequence[Choice]) -> Choice | None:
     """The choice that takes less with the least change: of the same base where there is one."""
+    others = [way for choice in others for way in (choice, choice.least) if way is not None]
     less = [choice for choice in others if choice.costs.peak < now.costs.peak]
     same = [choice for choice in less if choice.memory.base == now.memory.base]
     return max(same or less, key=lambda choice: choice.costs.peak, default=None)
@@ -212,6 +270,10 @@ def lines_of(choice: Choice, plan: Plan | None = None, decode: int | None = None
     costs = choice.costs
     lines = [f"  {name:<18} {gib(size):>10}  {remark}".rstrip() for name, size, remark in parts(costs, decode)]
     both = costs.plain + costs.prior
+    if costs.waiting:
+        brought = transferred(costs, choice.memory, prior=costs.prior > 0) / 1e9
+        said = f"weights that wait; {brought:.3g} GB pass between CPU and GPU in a step"
+        lines.append(f"  {'CPU memory':<18} {gib(costs.waiting):>10}  {said}")
     lines.append(
         f"  FLOPs of a step: {costs.plain / 1e12:,.3g} T without the teacher, {both / 1e12:,.3g} T with it "
         f"({both / costs.plain:.3f} times)"
@@ -224,10 +286,24 @@ def lines_of(choice: Choice, plan: Plan | None = None, decode: int | None = None
 
 
 def table(found: Sequence[Choice]) -> list[str]:
-    """Choices as lines: what each takes at its peak, and the cards that hold it."""
-    lines = [f"  {'base':<6}{'activations':<12}{'GiB':>8}  fits" + "".join(f"{card:>5}" for card in CARDS)]
+    """Choices as lines: their peaks with all blocks on the device and with the fewest, and how many cards hold.
+
+    Args:
+        found: With all blocks there.
+    """
+    head = f"  {'base':<6}{'activations':<12}{'all':>7}{f'{PASSING} blocks':>10}  blocks on a card of"
+    lines = [head + "".join(f"{card:>5}" for card in CARDS)]
     for choice in found:
-        marks = "".join(f"{'x' if fits(choice.costs, card) else '-':>5}" for card in CARDS)
-        memory = choice.memory
-        lines.append(f"  {memory.base:<6}{memory.activations:<12}{choice.costs.peak / _GIB:>8.1f}      {marks}")
+        memory, least = choice.memory, choice.least
+        peaks = f"{choice.costs.peak / _GIB:>7.1f}{f'{least.costs.peak / _GIB:.1f}' if least else '-':>10}"
+        marks = "".join(f"{resident_on(choice, card):>5}" for card in CARDS)
+        lines.append(f"  {memory.base:<6}{memory.activations:<12}{peaks}{'':>21}{marks}")
     return lines
+
+
+def resident_on(choice: Choice, card: float) -> str:
+    """How many blocks of a choice a card of so many GiB holds: `all`, a number, or `-` where it holds too few."""
+    if fits(choice.costs, card):
+        return "all"
+    most = choice.most(card * _GIB) if choice.least else None
+    return str(most.memory.resident) if most else "-"
