@@ -22,6 +22,7 @@ from mpp.lora.stack import base_fingerprint, check_weights
 from mpp.lora.starting import Start
 from mpp.memory.bases import check_device
 from mpp.memory.link import check_link
+from mpp.models.streamed import check_resident
 from mpp.recorded import followers, going_on
 from mpp.reporting.findings import find
 from mpp.reporting.rows import look_at
@@ -80,6 +81,7 @@ def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
     data = build(cfg.data, architecture=architecture)
     architecture.check()
     check_weights(architecture, module.memory.base)
+    check_resident(architecture, module.memory.resident)
     module.start = None if resumption else Start.read(module.adapter, architecture)
     data.setup()
     check_preservation(module.loss, data)

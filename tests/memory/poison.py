@@ -1,8 +1,8 @@
-"""A device whose memory is not the CPU's: what is not there, or left, is not a number."""
+"""A device whose memory is not the CPU's: what is not there yet, or not any more, is not a number."""
 
 import torch
 
-from mpp.memory.link import Link
+from mpp.memory.link import Link, layout_bytes, views
 
 
 def poisoned(like):
@@ -11,18 +11,41 @@ def poisoned(like):
 
 
 class Poison(Link):
-    """A link that copies what it fetches, and poisons the copies when they are left."""
+    """A link to memory of its own, laid out as a GPU's is; all its bytes are 255 until a slot is waited for.
+
+    That is not a number in every floating point format.
+    """
 
     def keep(self, tensors):
-        return [tensor.detach().clone() for tensor in tensors]
+        kept = views(torch.empty(layout_bytes(tensors), dtype=torch.uint8), tensors)
+        for copy, tensor in zip(kept, tensors, strict=True):
+            copy.copy_(tensor.detach())
+        return kept
 
     def waiting(self, kept):
         return poisoned(kept)
 
     def fetch(self, kept, slot):
-        slot.there = [tensor.clone() for tensor in kept]
-        return slot.there
+        if slot.memory is None:
+            slot.memory = torch.empty(slot.size, dtype=torch.uint8)
+        slot.memory.fill_(255)
+        slot.arrived = kept
+        return views(slot.memory, kept)
+
+    def wait(self, slot):
+        for there, tensor in zip(views(slot.memory, slot.arrived or ()), slot.arrived or (), strict=True):
+            there.copy_(tensor)
+        slot.arrived = None
 
     def leave(self, slot):
-        for tensor, bad in zip(slot.there, poisoned(slot.there), strict=True):
-            tensor.copy_(bad)
+        slot.memory.fill_(255)
+
+    def free(self, slot):
+        slot.memory = slot.arrived = None
+
+
+class Visible(Poison):
+    """One that shows the CPU's memory as it is, so that what is counted is what is on the device."""
+
+    def waiting(self, kept):
+        return list(kept)
