@@ -55,7 +55,7 @@ def step_of(built, loss, memory):
 
 
 def learned(built, data, loss, memory, *, epochs=(0,), low=False):
-    """Losses, and the gradients that backward passes of several draws of noise leave, by name; finite."""
+    """Losses, and the gradients that backward passes of several draws of noise leave, by name."""
     step, found = step_of(built, loss, memory), {}
     built.zero_grad()
     for epoch in epochs:
@@ -101,10 +101,10 @@ def check(arch, data, draw, *, low=False, base="bf16"):
     return built
 
 
-def pair(arch, draw, resident=None, **memory):
+def pair(arch, draw, resident=None, whole=None, **memory):
     """A module with all weights there, and one with a drawn number of blocks; some of its blocks have to wait."""
     offload, arch.offload = arch.offload, False
-    whole = adapted(arch, replace(RESIDENT, **memory))
+    whole = whole or adapted(arch, replace(RESIDENT, **memory))
     arch.offload = offload
     count = max(len(group) for group in streamable(arch, whole.transformer))
     resident = resident or draw.randint(2, count - 1)
