@@ -118,7 +118,10 @@ def test_blocks_come_as_often_as_two_that_pass_and_those_that_stay_say(seed, mon
     assert sum(desk.stays) == (count if resident == count else resident - 2)
 
 
-@pytest.mark.parametrize(("teacher", "least", "ends"), [("apart", 3, 2), ("lockstep", 2, 1), pytest.param(None, 2, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("teacher", "least", "ends"),
+    [("apart", 3, 2), ("lockstep", 2, 1), pytest.param(None, 2, 1, marks=pytest.mark.slow)],
+)
 def test_in_a_step_each_comes_as_often_as_passes_go_by_but_for_those_at_the_turns(
     teacher, least, ends, built, tmp_path, monkeypatch
 ):
@@ -155,9 +158,11 @@ def test_those_that_stay_are_evenly_spread_and_all_slots_are_counted(seed):
         at = [-1, *(number for number, stay in enumerate(stays) if stay), len(stays)]
         gaps = [after - before for before, after in zip(at[1:-1], at[2:-1], strict=False)]
         assert max(gaps, default=0) - min(gaps, default=0) <= 1
-        assert whole or max(after - before for before, after in zip(at, at[1:], strict=False)) <= len(sizes) / (
-            sum(stays) or 1
-        ) + 1
+        assert (
+            whole
+            or max(after - before for before, after in zip(at, at[1:], strict=False))
+            <= len(sizes) / (sum(stays) or 1) + 1
+        )
         homes.append([size for size, stay in zip(sizes, stays, strict=True) if stay])
         others += [size for size, stay in zip(sizes, stays, strict=True) if not stay]
     longest = max(len(held) for held in homes)
@@ -188,7 +193,14 @@ def test_what_is_on_the_device_is_never_more_than_was_counted(teacher, built, tm
     sizes = [layout_bytes(block.kept) for block in moved._blocks.values()]
     counted = Layout.of([sizes], resident).device_bytes
     assert max(most) == counted < sum(sizes)
-    run = Run(arch, Adapter(rank=4, alpha=4), Memory("bf16", "checkpoint", "all", teacher), PRIOR, torch.optim.AdamW, "32-true")
+    run = Run(
+        arch,
+        Adapter(rank=4, alpha=4),
+        Memory("bf16", "checkpoint", "all", teacher),
+        PRIOR,
+        torch.optim.AdamW,
+        "32-true",
+    )
     costs = Costing(run).count(shape, 2, type(data.conditioning)(data.conditioning.text[0]))
     assert bytes_of([data.latents]) + max(meter.peaks.values()) == pytest.approx(costs.step + counted, rel=0.05)
 

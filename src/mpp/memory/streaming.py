@@ -96,8 +96,8 @@ class Streaming:
 
     The backward pass must compute the blocks again: a weight that autograd had saved would be another block's by then.
 
-    Moving a block to a device, by itself or with its model, takes its trained parameters there, and the others when it
-    runs.
+    Moving a block to a device, by itself or with its model, takes there what it trains and what it shares with other
+    blocks, and the rest when it runs.
 
     Args:
         groups: Blocks in the order in which they run; one group for each transformer.
@@ -175,10 +175,11 @@ class Streaming:
             if device != self._device:
                 self.rest()
                 self._settle_on(device)
-            for parameter in (p for p in module.parameters() if p.requires_grad):
-                parameter.data = function(parameter.data)
-                if parameter.grad is not None:
-                    parameter.grad.data = function(parameter.grad.data)
+            away = set(self._blocks[module].weights)
+            for tensor in (t for t in (*module.parameters(), *module.buffers()) if t not in away):
+                tensor.data = function(tensor.data)
+                if tensor.grad is not None:
+                    tensor.grad.data = function(tensor.grad.data)
             return module
 
         return _apply

@@ -86,7 +86,6 @@ class ZImage(Family):
     transformer_class = ZImageTransformer2DModel
     single_file = SingleFile("x_embedder.weight", _config, convert_z_image_transformer_checkpoint_to_diffusers)
     unquantised = (r"\.adaLN_modulation\.",)
-    kept = (r"_refiner\.",)
     guidance_scale = 5.0  # the model card's 4, counted as `arguments` says
     steps = 50
     native = (
