@@ -79,9 +79,7 @@ def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         held_after=resumption.held_after if resumption else None,
     )
     data = build(cfg.data, architecture=architecture)
-    architecture.check()
-    check_weights(architecture, module.memory.base)
-    check_resident(architecture, module.memory.resident)
+    check_model(module)
     module.start = None if resumption else Start.read(module.adapter, architecture)
     data.setup()
     check_preservation(module.loss, data)
@@ -111,6 +109,17 @@ def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         for line in ending(outcome(trainer, module, folder), folder):
             log.info(line)
     return trainer, module
+
+
+def check_model(module: MaskedPriorModule) -> None:
+    """Refuse a model that is not there, or does not go with how it is to fit, before any weights are loaded.
+
+    Raises:
+        ValueError: As `Architecture.check`, `check_weights` and `check_resident`.
+    """
+    module.architecture.check()
+    check_weights(module.architecture, module.memory.base)
+    check_resident(module.architecture, module.memory.resident)
 
 
 def build_trainer(

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -156,13 +157,10 @@ def test_those_that_stay_are_evenly_spread_and_all_slots_are_counted(seed):
         whole = resident is None or resident >= len(sizes)
         assert sum(stays) == (len(sizes) if whole else resident - 2)
         at = [-1, *(number for number, stay in enumerate(stays) if stay), len(stays)]
-        gaps = [after - before for before, after in zip(at[1:-1], at[2:-1], strict=False)]
-        assert max(gaps, default=0) - min(gaps, default=0) <= 1
-        assert (
-            whole
-            or max(after - before for before, after in zip(at, at[1:], strict=False))
-            <= len(sizes) / (sum(stays) or 1) + 1
-        )
+        gaps = [after - before for before, after in pairwise(at)]
+        inner = gaps[1:-1]
+        assert max(inner, default=0) - min(inner, default=0) <= 1
+        assert max(gaps) <= len(sizes) / (sum(stays) or 1) + 1
         homes.append([size for size, stay in zip(sizes, stays, strict=True) if stay])
         others += [size for size, stay in zip(sizes, stays, strict=True) if not stay]
     longest = max(len(held) for held in homes)

@@ -88,14 +88,6 @@ class Memory:
 
 
 def _check_resident(resident: Resident) -> None:
-    """Refuse what is no number of blocks.
-
-    Args:
-        resident: As `memory.resident`.
-
-    Raises:
-        ValueError: As above.
-    """
     if resident not in ("all", "auto") and not (isinstance(resident, int) and resident >= PASSING):
         raise ValueError(
             f"memory.resident must be all, auto or a number of blocks, at least {PASSING} (one that runs and one that "
