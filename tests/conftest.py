@@ -53,6 +53,24 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def deep(pipeline, tmp_path_factory):
+    """It with two experts of four blocks, so that some of them can wait."""
+    import shutil
+
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from mpp.models.tiny import TRANSFORMER
+
+    folder = tmp_path_factory.mktemp("deep") / "tiny_wan"
+    shutil.copytree(pipeline, folder)
+    for seed, part in enumerate(("transformer", "transformer_2")):
+        torch.manual_seed(seed)
+        WanTransformer3DModel(**TRANSFORMER | {"num_layers": 4}).save_pretrained(folder / part)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def built(tmp_path_factory):
     """From a variant to the folder of its tiny pipeline, which all processes of a test run share."""
     from tests.families.base import built as build

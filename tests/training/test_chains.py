@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mpp.lora.export import export_path
 from mpp.lora.writing import step_of_lora
 from mpp.training.checkpoint import read_checkpoint
 from tests.helpers import logged, train
+from tests.memory.poison import Poison
 
 HERE = "tests.training.test_chains.SignalAt"
 OPTIMIZERS = {
@@ -40,14 +42,14 @@ def stopped(step, *settings):
     return [f"+callbacks.stop._target_={HERE}", f"+callbacks.stop.step={step}", *settings]
 
 
-def chain(pipeline, cache, out, settings, stops):
-    """One run, stopped at each of some steps."""
+def chain(pipeline, cache, out, settings, stops, of_part=lambda _: []):
+    """One run, stopped at each of some steps; a part may have settings of its own."""
     for part, step in enumerate(stops):
         with pytest.raises(SystemExit) as ended:
-            train(pipeline, cache, out, *settings, *again(part), *stopped(step))
+            train(pipeline, cache, out, *settings, *of_part(part), *again(part), *stopped(step))
         assert ended.value.code == 128 + signal.SIGTERM
         assert step_of_lora(out / "lora.safetensors") == step
-    return train(pipeline, cache, out, *settings, *again(len(stops)))
+    return train(pipeline, cache, out, *settings, *of_part(len(stops)), *again(len(stops)))
 
 
 def again(part):
@@ -108,11 +110,21 @@ def drawn(seed):
     return settings, sorted(random_.sample(range(1, steps), random_.randint(1, 4)))
 
 
+def where_blocks_wait(seed, part):
+    random_ = random.Random(f"{seed} {part}")
+    return [
+        f"memory.resident={random_.choice([2, 3, 'all'])}",
+        f"memory.teacher={random_.choice(['apart', 'lockstep'])}",
+    ]
+
+
 @pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, *range(2, 12)))])
-def test_a_chain_of_resumes_at_drawn_steps_is_the_straight_run(pipeline, prepared, tmp_path, seed):
+def test_a_chain_of_resumes_at_drawn_steps_is_the_straight_run(deep, prepared, tmp_path, monkeypatch, seed):
+    """In each part as many blocks as it draws wait where nothing is a number, in the straight run none."""
+    monkeypatch.setattr("mpp.memory.streaming.link_to", lambda _: Poison())
     settings, stops = drawn(seed)
-    train(pipeline, prepared, tmp_path / "straight", *settings)
-    chain(pipeline, prepared, tmp_path / "parts", settings, stops)
+    train(deep, prepared, tmp_path / "straight", *settings)
+    chain(deep, prepared, tmp_path / "parts", settings, stops, partial(where_blocks_wait, seed))
     assert_equal_runs(tmp_path / "straight", tmp_path / "parts")
     wanted, found = (values(tmp_path / run, "val/loss") for run in ("straight", "parts"))
     assert wanted == found, "validations that were due at a stop are made up for, with the values that they had"
