@@ -18,11 +18,10 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.files import check_writable, remove_leftovers
 from mpp.jobs import begin_record, job_number, repeat_output
 from mpp.logs import adopt, record
-from mpp.lora.stack import base_fingerprint, check_weights
+from mpp.lora.stack import base_fingerprint, check_model
 from mpp.lora.starting import Start
 from mpp.memory.bases import check_device
 from mpp.memory.link import check_link
-from mpp.models.streamed import check_resident
 from mpp.recorded import followers, going_on
 from mpp.reporting.findings import find
 from mpp.reporting.rows import look_at
@@ -79,7 +78,7 @@ def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         held_after=resumption.held_after if resumption else None,
     )
     data = build(cfg.data, architecture=architecture)
-    check_model(module)
+    check_model(architecture, module.memory.base, module.memory.resident)
     module.start = None if resumption else Start.read(module.adapter, architecture)
     data.setup()
     check_preservation(module.loss, data)
@@ -109,17 +108,6 @@ def train(cfg: DictConfig) -> tuple[lightning.Trainer, MaskedPriorModule]:
         for line in ending(outcome(trainer, module, folder), folder):
             log.info(line)
     return trainer, module
-
-
-def check_model(module: MaskedPriorModule) -> None:
-    """Refuse a model that is not there, or does not go with how it is to fit, before any weights are loaded.
-
-    Raises:
-        ValueError: As `Architecture.check`, `check_weights` and `check_resident`.
-    """
-    module.architecture.check()
-    check_weights(module.architecture, module.memory.base)
-    check_resident(module.architecture, module.memory.resident)
 
 
 def build_trainer(

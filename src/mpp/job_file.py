@@ -99,7 +99,7 @@ SHARED_ROOTS = {  # keys that are something else in each command: the names belo
         "prepare": _names("text_encoder vae"),
         "train": _names("activations base card resident teacher vae"),
         "plan": _names("activations base card resident teacher vae"),
-        "sample": _names("base text_encoder vae"),
+        "sample": _names("base resident text_encoder vae"),
     },
     "export": {
         "train": _names("formats metadata"),

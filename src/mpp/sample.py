@@ -20,9 +20,11 @@ def run(cfg: DictConfig) -> list[Path]:
     import torch
 
     from mpp.cache.format import Cache
-    from mpp.lora.stack import Stack, check_weights, load_base
+    from mpp.lora.stack import Stack, check_model, load_base
     from mpp.memory.bases import check_device
+    from mpp.memory.link import check_link
     from mpp.models.experts import parts_of
+    from mpp.models.streamed import stream
     from mpp.sampling.generation import generate, generation_name, save
 
     adopt()
@@ -30,11 +32,11 @@ def run(cfg: DictConfig) -> list[Path]:
     architecture, prompts, device = build(cfg.model), build(cfg.sampling), device_of(cfg.device)
     memory = build(cfg.memory)
     check_device(memory.base, device)
+    check_link(memory.resident, torch.device(device))
     if not prompts.lines:
         raise ValueError("sampling.prompts is empty; give one, e.g. sampling.prompts='a photo of ohwx'")
-    architecture.check()
+    check_model(architecture, memory.base, memory.resident)
     prompts.check(architecture)
-    check_weights(architecture, memory.base)
     skeleton = dict(parts_of(architecture.skeleton()))
     loras = Stack.read(cfg.lora_path, architecture, skeleton)
     loras.check_kinds(memory.base)
@@ -47,6 +49,7 @@ def run(cfg: DictConfig) -> list[Path]:
     encoders.release()
     transformer = load_base(architecture, memory.base)
     loras.attach(dict(parts_of(transformer)))
+    stream(architecture, transformer, memory.resident)
     transformer.to(device).eval()
     kind = torch.device(device).type
     low = next((p.dtype for p in transformer.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)

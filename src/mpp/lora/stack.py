@@ -13,8 +13,10 @@ from mpp.lora.adapters import ADAPTER, check_kind
 from mpp.lora.files import LoraFile, attach, merge
 from mpp.lora.reading import asked, find_loras
 from mpp.memory.bases import quantise, restore
+from mpp.memory.settings import Resident
 from mpp.models.contract import Architecture
 from mpp.models.experts import parts_of
+from mpp.models.streamed import check_resident
 from mpp.models.weights import say
 
 
@@ -258,3 +260,19 @@ def check_loras(architecture: Architecture) -> None:
             if lora.tensors:
                 attach(parts[part], lora.adapter_alone(), name=f"lora_{number}", strength=strength)
                 parts = dict(parts_of(architecture.skeleton()))
+
+
+def check_model(architecture: Architecture, base: str, resident: Resident) -> None:
+    """Refuse a model that is not there, or does not go with how it is to fit, before any weights are loaded.
+
+    Args:
+        architecture: The family.
+        base: As `memory.base`.
+        resident: As `memory.resident`.
+
+    Raises:
+        ValueError: As `Architecture.check`, `check_weights` and `check_resident`.
+    """
+    architecture.check()
+    check_weights(architecture, base)
+    check_resident(architecture, resident)

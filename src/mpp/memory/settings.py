@@ -1,5 +1,6 @@
 """What a user says of memory: each command has the settings that do something there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -52,7 +53,7 @@ class Memory:
         check_base(self.base, "memory.base")
         if self.activations != "auto":
             check_activations(self.activations, "memory.activations")
-        _check_resident(self.resident)
+        _check_resident(self.resident, ("all", "auto"))
         if self.teacher not in get_args(TeacherPass):
             raise ValueError(f"memory.teacher must be one of {', '.join(get_args(TeacherPass))}, got {self.teacher!r}")
         if self.activations == "keep" and isinstance(self.resident, int):
@@ -87,11 +88,12 @@ class Memory:
         return EncoderMemory(vae=self.vae)
 
 
-def _check_resident(resident: Resident) -> None:
-    if resident not in ("all", "auto") and not (isinstance(resident, int) and resident >= PASSING):
+def _check_resident(resident: Resident, words: Sequence[str]) -> None:
+    """Refuse what is neither a number of blocks nor a word: ValueError."""
+    if resident not in words and not (isinstance(resident, int) and resident >= PASSING):
         raise ValueError(
-            f"memory.resident must be all, auto or a number of blocks, at least {PASSING} (one that runs and one that "
-            f"comes), got {resident!r}"
+            f"memory.resident must be {', '.join(words)} or a number of blocks, at least {PASSING} (one that runs and "
+            f"one that comes), got {resident!r}"
         )
 
 
@@ -136,17 +138,21 @@ class GenerationMemory(EncoderMemory):
 
     Args:
         base: What the weights of the base's blocks are kept in, as for training.
+        resident: How many of the transformer's blocks have their weights on the GPU at once, at least 2, or `all`; the
+            others wait in the CPU's memory and come when they run. Of several experts it is those of the one in use.
 
     Raises:
         ValueError: An unknown value, or one whose package is not installed.
     """
 
     base: Base = "bf16"
+    resident: int | Literal["all"] = "all"
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         super().__post_init__()
         check_base(self.base, "memory.base")
+        _check_resident(self.resident, ("all",))
 
 
 def _check_vae(vae: str) -> None:
