@@ -13,6 +13,7 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter, inject
 from mpp.lora.stack import load_base
 from mpp.memory.counting import Meter, bytes_of
+from mpp.memory.link import layout_bytes
 from mpp.memory.settings import Memory
 from mpp.models.conditioning import Conditioning
 from mpp.models.contract import Architecture, draw_sigma
@@ -108,10 +109,14 @@ def measured(case: Case, root: Path) -> dict[str, Any]:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     optimizer.step()
     state = [value for values in optimizer.state.values() for value in values.values()]
-    away = run.architecture.offload and bool(run.architecture.boundaries)
-    sizes = [bytes_of(tensors) for tensors in frozen]
+    base = sum(bytes_of(tensors) for tensors in frozen)
+    if arch.offload and arch.boundaries:  # the blocks of one expert are there, where those of the other were
+        blocks = [
+            sum(layout_bytes(_frozen(block)) for _, block in arch.blocks(part)) for _, part in parts_of(transformer)
+        ]
+        base += max(blocks) - sum(blocks)
     found = {
-        "base": max(sizes) if away else sum(sizes),
+        "base": base,
         "adapter": bytes_of(trained),
         "optimizer": bytes_of(state),
         "gradients": bytes_of(p.grad for p in trained),

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import mpp.fitting
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter
 from mpp.memory import streaming
@@ -268,4 +267,3 @@ def test_more_blocks_than_there_are_are_refused_before_weights_load(pipeline, pr
     monkeypatch.setattr(type(architecture), "load_transformer", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=r"memory\.resident=3: .* has 2 blocks .* set a number from 2 to 2, or all"):
         helpers.train(pipeline, prepared, tmp_path / "run", "memory.resident=3")
-    assert mpp.fitting.check_resident is check_resident
