@@ -169,7 +169,10 @@ def behind_the_default_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
 
 
-@pytest.mark.parametrize("fault", [no_wait, copy_at_once, into_the_running_slot, behind_the_default_stream])
+FAULTS = (copy_at_once, into_the_running_slot, behind_the_default_stream)
+
+
+@pytest.mark.parametrize("fault", [no_wait, *(pytest.param(fault, marks=pytest.mark.slow) for fault in FAULTS)])
 def test_a_link_that_does_not_wait_is_found(gpu, monkeypatch, fault):
     fault(monkeypatch)
     found = 0

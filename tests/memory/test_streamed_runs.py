@@ -77,8 +77,7 @@ def drawn(seed):
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("seed", [2, pytest.param(0, marks=pytest.mark.slow), *(
-    pytest.param(seed, marks=MORE) for seed in (1, *range(3, 10)))])  # fmt: skip
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=MORE) for seed in (0, 1, *range(3, 10)))])
 def test_a_streamed_run_and_its_resumes_are_the_resident_run_to_the_bit(deep, prepared, tmp_path, seed):
     prepare(deep, prepared.parent, *SAMPLES)
     settings, parts = drawn(seed)
@@ -257,6 +256,7 @@ class Poisoned(Callback):
 
 
 @pytest.mark.slow
+@pytest.mark.draws  # half a minute
 def test_two_processes_have_the_gradient_of_one_whose_blocks_all_stay(deep, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(draws, "order", lambda count, *_: list(range(count)))
     base = [

@@ -15,7 +15,7 @@ from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter
 from mpp.memory.settings import Memory
 from mpp.training import forecast
-from mpp.training.costs import Costs
+from mpp.training.costs import Costs, Weights
 from mpp.training.forecast import Forecast, largest, run_of, way_out
 from mpp.training.planning import Choice, costing
 from mpp.training.step import MaskedPriorStep
@@ -96,8 +96,10 @@ def test_a_run_on_a_card_is_forecast_with_its_largest_samples(tiny):
     assert Forecast.of(trainer_on("cpu"), module, data) is None
 
 
-def test_a_card_that_is_named_is_chosen_for_on_any_machine(tiny):
+def test_a_card_that_is_named_is_chosen_for_on_any_machine(tiny, monkeypatch):
     module, data = tiny
+    weights, counted = Weights(0, ((1, 1),)), SimpleNamespace(count=lambda *_: costs(0, 0))
+    monkeypatch.setattr(forecast, "costing", lambda _: SimpleNamespace(with_memory=lambda _: counted, weights=weights))
     for device, card, room in (("cpu", 4, 4), ("cuda", 4, 2), ("cuda", 1.5, 1.5)):
         module.memory = Memory(card=card)
         assert Forecast.of(trainer_on(device), module, data).room == room * GIB
