@@ -96,10 +96,10 @@ SHARED_ROOTS = {  # keys that are something else in each command: the names belo
         "train": _names("rate replace caption cache_dir"),
     },
     "memory": {
-        "prepare": _names("text_encoder vae"),
+        "prepare": _names("text_encoder text_layers vae"),
         "train": _names("activations base card resident teacher vae"),
         "plan": _names("activations base card resident teacher vae"),
-        "sample": _names("base resident text_encoder vae"),
+        "sample": _names("base resident text_encoder text_layers vae"),
     },
     "export": {
         "train": _names("formats metadata"),

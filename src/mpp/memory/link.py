@@ -138,20 +138,22 @@ def link_to(device: torch.device) -> Link:
     return GpuLink(device) if device.type == "cuda" else Link(device)
 
 
-def check_link(resident: int | str, device: torch.device) -> None:
+def check_link(resident: int | str, device: torch.device, setting: str = "resident", base: str = "base") -> None:
     """Refuse blocks that wait where waiting saves nothing.
 
     Args:
         resident: As `memory.resident`.
         device: That computes.
+        setting: Name of the setting in `memory`, for errors.
+        base: Of the one that says what they are kept in.
 
     Raises:
         ValueError: As above.
     """
     if isinstance(resident, int) and device.type not in ("cuda", "cpu"):
         raise ValueError(
-            f"memory.resident={resident} is for CUDA GPUs, whose memory is not the CPU's; on this device "
-            f"({device.type}) set memory.resident=all, and memory.base=int8 where it does not fit"
+            f"memory.{setting}={resident} is for CUDA GPUs, whose memory is not the CPU's; on this device "
+            f"({device.type}) set memory.{setting}=all, and memory.{base}=int8 where it does not fit"
         )
 
 

@@ -53,7 +53,7 @@ class Memory:
         check_base(self.base, "memory.base")
         if self.activations != "auto":
             check_activations(self.activations, "memory.activations")
-        _check_resident(self.resident, ("all", "auto"))
+        _check_resident(self.resident, "memory.resident", "blocks", ("all", "auto"))
         if self.teacher not in get_args(TeacherPass):
             raise ValueError(f"memory.teacher must be one of {', '.join(get_args(TeacherPass))}, got {self.teacher!r}")
         if self.activations == "keep" and isinstance(self.resident, int):
@@ -88,12 +88,12 @@ class Memory:
         return EncoderMemory(vae=self.vae)
 
 
-def _check_resident(resident: Resident, words: Sequence[str]) -> None:
-    """Refuse what is neither a number of blocks nor a word: ValueError."""
+def _check_resident(resident: Resident, setting: str, what: str, words: Sequence[str]) -> None:
+    """Refuse what is neither a number of blocks or layers nor a word: ValueError."""
     if resident not in words and not (isinstance(resident, int) and resident >= PASSING):
         raise ValueError(
-            f"memory.resident must be {', '.join(words)} or a number of blocks, at least {PASSING} (one that runs and "
-            f"one that comes), got {resident!r}"
+            f"{setting} must be {', '.join(words)} or a number of {what}, at least {PASSING} (one that runs and one "
+            f"that comes), got {resident!r}"
         )
 
 
@@ -105,20 +105,30 @@ class EncoderMemory:
         text_encoder: What the linear layers of the text encoders' repeated layers are kept in: `bf16`, as
             `model.text_dtype` has them; `fp8` or `int8`, 8 bits with a scale per output row; `nf4`, 4 bits by
             bitsandbytes. `cpu`: as `bf16`, and the text encoders run on the CPU, whatever else runs on `device`.
+        text_layers: How many of a text encoder's repeated layers have their weights on the GPU at once, at least 2, or
+            `all`; the others wait in the CPU's memory and come when they run. Embeddings are the same.
         vae: How the VAE encodes and decodes: `whole`; `tiled`, one sample at a time, and what is larger than a tile in
             overlapping tiles that are blended, as diffusers does it: less memory, and slightly other values.
 
     Raises:
-        ValueError: An unknown value, or one whose package is not installed.
+        ValueError: An unknown value, one whose package is not installed, or layers that wait for a text encoder on the
+            CPU.
     """
 
     text_encoder: TextEncoder = "bf16"
+    text_layers: int | Literal["all"] = "all"
     vae: Vae = "whole"
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         if self.text_encoder != "cpu":
             check_base(self.text_encoder, "memory.text_encoder", get_args(TextEncoder))
+        _check_resident(self.text_layers, "memory.text_layers", "layers", ("all",))
+        if self.text_encoder == "cpu" and self.text_layers != "all":
+            raise ValueError(
+                f"memory.text_layers={self.text_layers} does nothing with memory.text_encoder=cpu, which has all "
+                "layers in the CPU's memory; leave one of the two out"
+            )
         _check_vae(self.vae)
 
     @property
@@ -152,7 +162,7 @@ class GenerationMemory(EncoderMemory):
         """Refuse what cannot work."""
         super().__post_init__()
         check_base(self.base, "memory.base")
-        _check_resident(self.resident, ("all",))
+        _check_resident(self.resident, "memory.resident", "blocks", ("all",))
 
 
 def _check_vae(vae: str) -> None:

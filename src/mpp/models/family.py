@@ -25,13 +25,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from mpp.files import weights_fingerprint
 from mpp.memory.counting import Meter, bytes_of
+from mpp.memory.link import check_link
 from mpp.memory.settings import EncoderMemory
 from mpp.models.conditioning import Conditioning, Tensors
 from mpp.models.contract import Architecture, Generation, Identity, Prompt, Ready
 from mpp.models.filling import fill, folder_state, in_precision
 from mpp.models.published import published_config
 from mpp.models.single_file import SingleFile, stored
-from mpp.models.text_encoders import load_quantised
+from mpp.models.text_encoders import check_layers, load_quantised, stream_layers
 from mpp.models.text_limit import TextLimit
 from mpp.models.weights import (
     SINGLE_FILES,
@@ -261,6 +262,7 @@ class FamilyEncoders:
         self.device = torch.device(device)
         self.memory = memory or EncoderMemory()
         self.text_device = torch.device("cpu") if self.memory.text_encoder == "cpu" else self.device
+        check_link(self.memory.text_layers, self.text_device, "text_layers", "text_encoder")
         self.seconds_loading = 0.0
         self._loaded: dict[str, Any] = {}
 
@@ -328,14 +330,25 @@ class FamilyEncoders:
         if subfolder not in self._loaded:
             dtype = dtype or DTYPES[self.model.text_dtype]
             text = subfolder in self.model.text_components
+            resident = self.memory.text_layers if text else "all"
             base = self.memory.text_weights if text else "bf16"
             with self.loading(subfolder, dtype, "" if base == "bf16" else f" in {base}"):
+                if resident != "all":
+                    check_layers(resident, self._text_folders())
                 folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
                 model = load_quantised(kind, folder, dtype, base) if base != "bf16" else None
-                model = model or kind.from_pretrained(folder, dtype=dtype)
-                device = self.text_device if text else self.device
-                self._loaded[subfolder] = model.to(device).eval().requires_grad_(False)
+                model = (model or kind.from_pretrained(folder, dtype=dtype)).eval().requires_grad_(False)
+                if resident != "all":
+                    stream_layers(model, resident)
+                self._loaded[subfolder] = model.to(self.text_device if text else self.device)
         return self._loaded[subfolder]
+
+    def _text_folders(self) -> Iterator[Path]:
+        """Of text encoders with their configurations, weights or not."""
+        for name in self.model.text_components:
+            folder = resolve_folder(self.model.text_encoder, name, "model.text_encoder", files="*.json")
+            if "model_type" in json.loads((folder / "config.json").read_bytes()):  # or it is no model of transformers
+                yield folder
 
     def tokenizer(self, subfolder: str = "tokenizer", kind: Any = AutoTokenizer) -> Any:  # noqa: ANN401
         """A tokenizer (or a processor, by its class)."""

@@ -1,21 +1,23 @@
-"""Text encoders of transformers in fewer bits, each weight quantised as soon as it is read.
+"""Text encoders of transformers in fewer bits, each weight quantised as soon as it is read, and layers that wait.
 
 It is transformers' own loading, with its names of tensors and its exceptions of precision; the quantizer is added to it
 as its documentation has them added.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpp.memory.bases import quantise
+from mpp.memory.streaming import Streaming
 from mpp.models.contract import repeated
 
 _METHOD = "mpp"
@@ -51,6 +53,35 @@ def quantisable(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[str]:
         for name, module in layer.named_modules(prefix=prefix):
             if isinstance(module, nn.Linear) and exact.isdisjoint(name.split(".")):
                 yield name
+
+
+def check_layers(resident: int, folders: Iterable[Path]) -> None:
+    """Refuse more layers than any text encoder has, without weights.
+
+    Args:
+        resident: As `memory.text_layers`.
+        folders: Of a model's text encoders, as transformers saves them.
+
+    Raises:
+        ValueError: As above.
+    """
+    count = max(AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers for folder in folders)
+    if resident > count:
+        raise ValueError(
+            f"memory.text_layers={resident}: the text encoder has {count} layers that could wait in the CPU's memory; "
+            f"set a number from 2 to {count}, or all"
+        )
+
+
+def stream_layers(model: PreTrainedModel, resident: int) -> Streaming:
+    """Let repeated layers wait in the CPU's memory; a vision tower's make room for those that read the text.
+
+    Args:
+        model: On the CPU, its weights frozen.
+        resident: As `memory.text_layers`; a list that has no more layers stays whole while it runs.
+    """
+    lists = groupby(repeated(model), key=lambda named: named[0].rpartition(".")[0])
+    return Streaming([[layer for _, layer in group] for _, group in lists], resident)
 
 
 @register_quantization_config(_METHOD)

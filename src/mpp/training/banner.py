@@ -45,6 +45,8 @@ def _model(trainer: Trainer, module: MaskedPriorModule) -> list[str]:
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in frozen})
     source = f" from {model.pretrained}" if isinstance(model.pretrained, str) else ""
     memory = _ACTIVATIONS[module.memory.activations]
+    memory += "" if module.memory.resident == "all" else f", {module.memory.resident} blocks there at once"
+    memory += ", teacher in lockstep" if module.memory.teacher == "lockstep" else ""
     return [
         f"model: {model.family}{source}, {count_of(count)} parameters, {' and '.join(kinds)}"
         + (f", linear layers of its blocks in {module.memory.base}" if layers else ""),
