@@ -199,7 +199,7 @@ def test_a_run_has_its_record_and_all_that_was_said(made):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [pytest.param(True, marks=pytest.mark.draws), False])
 def test_each_job_of_a_sweep_has_its_own_folder_and_can_be_resumed(made, tmp_path, named):
     words = [
         MODEL,

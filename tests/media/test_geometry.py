@@ -76,6 +76,7 @@ def test_a_crop_lies_in_its_image_whatever_the_sizes():
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_a_crop_lies_in_its_image_for_5000_sizes():
     check_sizes(random.Random(1), 5000, checked=0.001)
 
