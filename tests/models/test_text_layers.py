@@ -16,7 +16,7 @@ import mpp.sample
 from mpp.cache.format import Cache
 from mpp.memory.settings import EncoderMemory
 from mpp.models.contract import repeated
-from mpp.models.text_encoders import stream_layers
+from mpp.models.text_encoders import stream_text_layers
 from tests import helpers
 from tests.families import wan_first
 from tests.families.base import architecture, conditioning
@@ -71,11 +71,11 @@ def test_embeddings_are_those_of_layers_that_stay(variant, built, tmp_path, monk
     made, there = [], []
 
     def stream(model, resident):
-        made.append(stream_layers(model, resident))
+        made.append(stream_text_layers(model, resident))
         for _, layer in repeated(model):
             layer.register_forward_hook(lambda *_, streaming=made[-1]: there.append(len(streaming._there)))
 
-    monkeypatch.setattr("mpp.models.family.stream_layers", stream)
+    monkeypatch.setattr("mpp.models.family.stream_text_layers", stream)
     monkeypatch.setattr("mpp.memory.streaming.link_to", lambda _: Poison())
     for resident in (2, 3):
         del made[:], there[:]
@@ -124,7 +124,7 @@ def test_a_cache_does_not_say_where_layers_waited(prepare):
 def test_more_layers_than_there_are_are_refused_before_weights_are_read(prepare, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     with pytest.raises(
-        ValueError, match=r"memory\.text_layers=3: the text encoder has 2 layers .* from 2 to 2, or all"
+        ValueError, match=r"^memory\.text_layers=3: the text encoder has 2 layers .* from 2 to 2, or all"
     ):
         prepare("memory.text_layers=3")
 

@@ -32,7 +32,7 @@ from mpp.models.contract import Architecture, Generation, Identity, Prompt, Read
 from mpp.models.filling import fill, folder_state, in_precision
 from mpp.models.published import published_config
 from mpp.models.single_file import SingleFile, stored
-from mpp.models.text_encoders import check_layers, load_quantised, stream_layers
+from mpp.models.text_encoders import count_text_layers, load_quantised, stream_text_layers
 from mpp.models.text_limit import TextLimit
 from mpp.models.weights import (
     SINGLE_FILES,
@@ -263,6 +263,8 @@ class FamilyEncoders:
         self.memory = memory or EncoderMemory()
         self.text_device = torch.device("cpu") if self.memory.text_encoder == "cpu" else self.device
         check_link(self.memory.text_layers, self.text_device, "text_layers", "text_encoder")
+        if self.memory.text_layers != "all":
+            self._check_layers(self.memory.text_layers)
         self.seconds_loading = 0.0
         self._loaded: dict[str, Any] = {}
 
@@ -333,22 +335,26 @@ class FamilyEncoders:
             resident = self.memory.text_layers if text else "all"
             base = self.memory.text_weights if text else "bf16"
             with self.loading(subfolder, dtype, "" if base == "bf16" else f" in {base}"):
-                if resident != "all":
-                    check_layers(resident, self._text_folders())
                 folder = resolve_folder(self.model.text_encoder, subfolder, "model.text_encoder")
                 model = load_quantised(kind, folder, dtype, base) if base != "bf16" else None
                 model = (model or kind.from_pretrained(folder, dtype=dtype)).eval().requires_grad_(False)
                 if resident != "all":
-                    stream_layers(model, resident)
+                    stream_text_layers(model, resident)
                 self._loaded[subfolder] = model.to(self.text_device if text else self.device)
         return self._loaded[subfolder]
 
-    def _text_folders(self) -> Iterator[Path]:
-        """Of text encoders with their configurations, weights or not."""
+    def _check_layers(self, resident: int) -> None:
+        """Refuse more layers than any text encoder has, without weights: raise ValueError."""
+        count, where = 0, (self.model.text_encoder, "model.text_encoder")
         for name in self.model.text_components:
-            folder = resolve_folder(self.model.text_encoder, name, "model.text_encoder", files="*.json")
-            if "model_type" in json.loads((folder / "config.json").read_bytes()):  # or it is no model of transformers
-                yield folder
+            folder = resolve_folder(where[0], name, where[1], files="*.json")
+            with loading(*where):
+                count = max(count, count_text_layers(folder))
+        if resident > count:
+            raise ValueError(
+                f"memory.text_layers={resident}: the text encoder has {count} layers that could wait in the CPU's "
+                f"memory; set a number from 2 to {count}, or all"
+            )
 
     def tokenizer(self, subfolder: str = "tokenizer", kind: Any = AutoTokenizer) -> Any:  # noqa: ANN401
         """A tokenizer (or a processor, by its class)."""

@@ -4,7 +4,8 @@ It is transformers' own loading, with its names of tensors and its exceptions of
 as its documentation has them added.
 """
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -55,25 +56,18 @@ def quantisable(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[str]:
                 yield name
 
 
-def check_layers(resident: int, folders: Iterable[Path]) -> None:
-    """Refuse more layers than any text encoder has, without weights.
+def count_text_layers(folder: Path) -> int:
+    """How many layers read the text, without weights; 0 of what is no model of transformers.
 
     Args:
-        resident: As `memory.text_layers`.
-        folders: Of a model's text encoders, as transformers saves them.
-
-    Raises:
-        ValueError: As above.
+        folder: Of a text encoder, with its configuration.
     """
-    count = max(AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers for folder in folders)
-    if resident > count:
-        raise ValueError(
-            f"memory.text_layers={resident}: the text encoder has {count} layers that could wait in the CPU's memory; "
-            f"set a number from 2 to {count}, or all"
-        )
+    if "model_type" not in json.loads((folder / "config.json").read_bytes()):
+        return 0
+    return AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
 
 
-def stream_layers(model: PreTrainedModel, resident: int) -> Streaming:
+def stream_text_layers(model: PreTrainedModel, resident: int) -> Streaming:
     """Let repeated layers wait in the CPU's memory; a vision tower's make room for those that read the text.
 
     Args:
