@@ -103,7 +103,14 @@ def test_rows_that_no_longer_fit_are_said(child_program, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the rows
 
 
-@pytest.mark.parametrize("name", ["environment", "correct", *(row.name for row in ROWS if row.kind == "gradients")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "environment",
+        pytest.param("correct", marks=pytest.mark.slow),
+        *(row.name for row in ROWS if row.kind == "gradients"),
+    ],
+)
 def test_checks_hold_at_tiny_size(name):
     found = child.answer(name, tiny=True)
     assert found["status"] == "ok", found

@@ -77,7 +77,10 @@ def drawn(seed):
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=MORE) for seed in (0, 1, *range(3, 10)))])
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(2, marks=pytest.mark.slow), *(pytest.param(seed, marks=MORE) for seed in (0, 1, *range(3, 10)))],
+)
 def test_a_streamed_run_and_its_resumes_are_the_resident_run_to_the_bit(deep, prepared, tmp_path, seed):
     prepare(deep, prepared.parent, *SAMPLES)
     settings, parts = drawn(seed)

@@ -153,7 +153,7 @@ def test_what_an_optimizer_makes_of_it_is_the_same_and_never_comes_back_old(wan,
 # ---------------------------------------------------------------- experts
 
 
-@pytest.mark.parametrize("resident", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4))])
+@pytest.mark.parametrize("resident", [pytest.param(n, marks=pytest.mark.slow) for n in ("all", 2, 3, 4)])
 def test_experts_change_places_whichever_of_them_a_batch_needs(resident, deep):
     arch = deep(BOTH, 4, (4, 4))
     data, (whole, built) = data_of(arch, BOTH, 2), pair(arch, None, resident)
