@@ -12,7 +12,15 @@ import pytest
 import torch
 from diffusers import ModelMixin
 from torch import nn
-from transformers import LlamaConfig, LlamaModel, PreTrainedModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 import mpp.prepare
 import mpp.sample
@@ -23,7 +31,7 @@ from mpp.memory.counting import Meter
 from mpp.memory.settings import EncoderMemory
 from mpp.models.text_encoders import load_quantised
 from tests import helpers
-from tests.families import wan_first
+from tests.families import variants, wan_first
 from tests.families.base import architecture, conditioning, pixels
 
 TEXT = "a red box by the sea"
@@ -42,7 +50,7 @@ def arch(variant, built):
 
 def text_models(encoders):
     """The text encoders that are loaded, by their folders; LTX-2's connectors behind one are none."""
-    names = set(encoders.model.text_components) - {"connectors"}
+    names = set(encoders.model.text_components) - {"connectors", "image_encoder"}
     return {name: part for name, part in encoders._loaded.items() if name in names}
 
 
@@ -86,6 +94,16 @@ def test_a_text_encoder_on_the_cpu_gives_the_same_whatever_the_device(arch, vari
     found = record.tensors()
     assert found
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("name", ["WAN 2.1 I2V", "HunyuanVideo 1.5 I2V"])
+def test_an_image_encoder_is_no_text_encoder(name, built):
+    variant = next(variant for variant in variants() if variant.name == name)
+    arch = architecture(variant, built(variant))
+    kind = CLIPVisionModel if name.startswith("WAN") else SiglipVisionModel
+    layers = arch.load_encoders("cpu", EncoderMemory("int8")).encoder(kind, "image_encoder").modules()
+    assert not any(is_quantised(layer) for layer in layers)
+    assert arch.load_encoders("meta", EncoderMemory("cpu")).encoder(kind, "image_encoder").device.type == "meta"
 
 
 def read_prompt(arch, variant):

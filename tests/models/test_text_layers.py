@@ -56,7 +56,8 @@ def encode(arch, variant, **memory):
 
 def text_models(encoders):
     """The text encoders that are loaded."""
-    return [encoders._loaded[name] for name in encoders.model.text_components if name != "connectors"]
+    components = {*encoders.model.text_components} - {"connectors", "image_encoder"}
+    return [encoders._loaded[name] for name in encoders._loaded if name in components]
 
 
 @pytest.fixture(params=wan_first())

@@ -46,6 +46,7 @@ from mpp.models.weights import (
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_IMAGES = "image_encoder"  # among what makes embeddings, and no text encoder
 
 
 @dataclass(kw_only=True, eq=False)
@@ -331,7 +332,7 @@ class FamilyEncoders:
         """A text encoder in `text_dtype` as `memory` has it, or an image encoder, or in another dtype."""
         if subfolder not in self._loaded:
             dtype = dtype or DTYPES[self.model.text_dtype]
-            text = subfolder in self.model.text_components
+            text = subfolder in self.model.text_components and subfolder != _IMAGES
             resident = self.memory.text_layers if text else "all"
             base = self.memory.text_weights if text else "bf16"
             with self.loading(subfolder, dtype, "" if base == "bf16" else f" in {base}"):
@@ -346,7 +347,7 @@ class FamilyEncoders:
     def _check_layers(self, resident: int) -> None:
         """Refuse more layers than any text encoder has, without weights: raise ValueError."""
         count, where = 0, (self.model.text_encoder, "model.text_encoder")
-        for name in self.model.text_components:
+        for name in (name for name in self.model.text_components if name != _IMAGES):
             folder = resolve_folder(where[0], name, where[1], files="*.json")
             with loading(*where):
                 count = max(count, count_text_layers(folder))
