@@ -25,20 +25,8 @@ SHORT = {  # by command: what may be typed for a longer key
         "trainer.precision": "plan.precision",
         "trainer.accumulate_grad_batches": "plan.accumulate",
     }
-    | {
-        name: f"plan.{name}"
-        for name in [
-            "size",
-            "frames",
-            "batch_size",
-            "precision",
-            "accumulate",
-            "tflops",
-            "bandwidth",
-            "transfer",
-            "table",
-        ]
-    },
+    | {name: f"plan.{name}" for name in ("size", "frames", "batch_size", "precision", "accumulate", "table")}
+    | {name: f"plan.{name}" for name in ("tflops", "bandwidth", "transfer")},
     "masks": {
         name: f"job.{name}"
         for name in ("input", "output", "overwrite", "keep", "video_format", "frame_folders", "preview")

@@ -1,15 +1,11 @@
 """`python -m mpp.plan`: what a run takes in memory and FLOPs, counted without weights and without a GPU."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from mpp.config import build, check_config, command
 from mpp.logs import record
-
-if TYPE_CHECKING:
-    from mpp.memory.settings import Memory
-    from mpp.training.planning import Choice
 
 
 def run(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -23,9 +19,10 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     """
     check_config(cfg)
     from mpp.models.streamed import check_count
-    from mpp.training.choosing import fastest, is_open
+    from mpp.training.choosing import is_open, settle
     from mpp.training.measuring import Run
-    from mpp.training.planning import Choice, choices, costing, decoding, lines_of, table
+    from mpp.training.plan_lines import TABLE, lines_of, table
+    from mpp.training.planning import choices, costing, decoding
 
     plan, architecture, wanted = build(cfg.plan), build(cfg.model), build(cfg.memory)
     settings = Run(
@@ -43,15 +40,9 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
     counting = costing(settings)
     check_count(wanted.resident, counting.weights.count, architecture.pretrained)
 
-    def counted(memory: "Memory") -> "Choice":
-        costs = counting.with_memory(memory).count(bucket.shape, plan.batch_size, bucket.conditioning)
-        return Choice(memory, costs, counting.weights)
-
-    chosen = None
+    room = None if wanted.card is None else wanted.card * 2**30
     try:
-        if wanted.card is not None and is_open(wanted):
-            chosen = fastest(wanted, counted, wanted.card * 2**30)
-        now = counted(wanted.settled) if chosen is None else chosen.choice
+        found = settle(wanted, counting, bucket, plan.batch_size, room)
     except RuntimeError as error:
         if bucket.conditioning is None:
             raise
@@ -60,19 +51,19 @@ def run(cfg: DictConfig) -> list[dict[str, Any]]:
             f"({str(error).splitlines()[0]}); choose the model that it was prepared for"
         ) from error
     samples = f"{plan.batch_size} sample{'s' * (plan.batch_size > 1)} of {bucket.name}"
-    print(f"{architecture.pretrained}, {samples}, {now.name}")
-    if chosen is not None:
-        print(f"chosen for {wanted.card:g} GiB" + ("" if chosen.fits else ", which nothing fits on this base"))
-    print("\n".join(lines_of(now, plan, decoding(architecture, settings.memory, bucket.shape))))
-    found = [now]
+    print(f"{architecture.pretrained}, {samples}, {found.choice.name}")
+    if room is not None and is_open(wanted):
+        print(f"chosen for {wanted.card:g} GiB" + ("" if found.fits else ", which nothing fits on this base"))
+    print("\n".join(lines_of(found.choice, plan, decoding(architecture, settings.memory, bucket.shape))))
+    ways = [found.choice]
     if plan.table:
-        print("peaks in GiB with all blocks on the GPU and with two at once, and how many cards of so many GiB hold:")
+        print(TABLE)
         print(table([])[0])
         for choice in choices(counting, bucket, plan.batch_size):
             print(table([choice])[1], flush=True)
-            found.append(choice)
+            ways.append(choice)
     named = ("base", "activations", "resident", "teacher")
-    rows = [{**{name: getattr(c.memory, name) for name in named}, **vars(c.costs)} for c in found]
+    rows = [{**{name: getattr(c.memory, name) for name in named}, **vars(c.costs)} for c in ways]
     record(bucket=bucket.name, plan=rows[0], table=rows[1:])
     return rows
 

@@ -12,10 +12,10 @@ import torch
 
 from mpp.lora.adapters import Adapter, adapter_layers
 from mpp.memory import streaming
-from mpp.memory.settings import Memory
+from mpp.memory.counting import Meter, weightless, without_numbers
 from mpp.training.costs import Costing
 from mpp.training.lockstep import Lockstep
-from mpp.training.measuring import Run
+from mpp.training.measuring import Run, measured
 from mpp.training.step import Position
 from tests.families import variants
 from tests.memory.deeper import deeper
@@ -206,15 +206,21 @@ def test_compiled_blocks_go_in_lockstep(deep, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param("32-true", marks=pytest.mark.draws), "bf16-mixed"])
-def test_without_numbers_the_same_is_counted(deep, precision):
+def test_without_numbers_a_step_takes_the_same_flops_and_no_more_than_is_planned(deep, precision):
     arch, _ = deep
-    counted = {}
-    for teacher in ("apart", "lockstep"):
-        memory = Memory(activations="checkpoint", resident="all", teacher=teacher)
-        run = Run(arch, Adapter(rank=4, alpha=4), memory, PRIOR, torch.optim.AdamW, precision)
-        counted[teacher] = Costing(run).count((16, 2, 8, 12), 2)
-    apart, lockstep = counted["apart"], counted["lockstep"]
-    assert (lockstep.plain, lockstep.prior) == (apart.plain, apart.prior)
-    assert apart.prior > 0
-    assert lockstep.resting == apart.resting
-    assert lockstep.peak >= apart.peak
+    apart, lockstep = (
+        Run(arch, Adapter(rank=4, alpha=4), replace(RESIDENT, teacher=teacher), PRIOR, torch.optim.AdamW, precision)
+        for teacher in ("apart", "lockstep")
+    )
+    shape, planned, found = (16, 2, 8, 12), Costing(lockstep).count((16, 2, 8, 12), 2), []
+    for run in (apart, lockstep):
+        transformer = Costing(run, whole=True)._adapted(arch.skeleton().requires_grad_(False))
+        samples = arch.collate([arch.blank(transformer.config, shape)] * 2)
+        with without_numbers():
+            found.append(measured(run, weightless(transformer), Meter(), samples, shape))
+    assert all(one["teacher"] == planned.prior > 0 and one["student"] == planned.plain for one in found)
+    during = [
+        max(bytes for name, bytes in one.items() if isinstance(name, tuple) and name[0] == "teacher") for one in found
+    ]
+    assert during[0] < during[1] <= planned.saved + planned.teacher  # what the student has left so far is there too
+    assert max(bytes for name, bytes in found[1].items() if isinstance(name, tuple)) <= planned.step

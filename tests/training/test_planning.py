@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,16 +12,22 @@ from mpp.config import build, compose
 from mpp.core.loss import MaskedPriorLoss
 from mpp.lora.adapters import Adapter
 from mpp.memory.settings import Memory
-from mpp.training.costs import Costs
+from mpp.training.costs import Costing, Costs
 from mpp.training.measuring import Run
-from mpp.training.planning import CARDS, Bucket, Choice, Plan, choices, costing, fits, next_cheaper, parts, table
+from mpp.training.plan_lines import parts, table
+from mpp.training.planning import CARDS, Bucket, Choice, Plan, choices, costing, fits, next_cheaper
+from tests.families import base, variants
 from tests.helpers import config, unchecked_error
 
 GIB = 2**30
 
 
+def costs_of(peak):
+    return Costs(0, 0, 0, 0, 0, int(peak * GIB), 0, 1, 1)
+
+
 def choice(base, activations, peak):
-    return Choice(Memory(base=base, activations=activations), Costs(0, 0, 0, 0, 0, int(peak * GIB), 0, 1, 1))
+    return Choice(Memory(base=base, activations=activations), costs_of(peak))
 
 
 def test_the_parts_come_to_the_peak():
@@ -109,6 +116,21 @@ def test_what_a_gguf_file_takes_is_not_made_up(architecture):
     run = Run(architecture, Adapter(), Memory("gguf"), MaskedPriorLoss(), torch.optim.AdamW)
     with pytest.raises(ValueError, match=r"what a GGUF file takes is not counted.*memory\.base=nf4 and int8"):
         costing(run)
+
+
+def test_experts_that_take_turns_cannot_keep_activations_which_the_plan_says_as_training_does(built):
+    variant = next(variant for variant in variants() if variant.name == "WAN 2.2 A14B T2V both")
+    run = Run(
+        base.architecture(variant, built(variant)), Adapter(rank=2), Memory(), MaskedPriorLoss(), torch.optim.AdamW
+    )
+    kept, known, counted = replace(run, memory=Memory(activations="keep")), costing(run), []
+    with pytest.raises(ValueError, match=r"keep needs the weights of both experts.*set memory.activations=checkpoint"):
+        Costing(kept)
+    stand_in = lambda self, *_: counted.append(self.run.memory.activations) or costs_of(0)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Costing, "count", stand_in)
+        found = list(choices(known, Bucket((16, 1, 8, 8), "64x64"), 1))
+    assert {way.memory.activations for way in found} == {"checkpoint", "offload"} == set(counted)
 
 
 def test_a_model_whose_shape_is_not_known_needs_its_configuration():

@@ -55,6 +55,23 @@ def check_count(resident: Resident, count: int, model: str) -> None:
         )
 
 
+def check_turns(architecture: Architecture, activations: str) -> None:
+    """Refuse experts of which each needs its weights until the backward pass is done, in the same memory.
+
+    Args:
+        architecture: The family.
+        activations: As `memory.activations`.
+
+    Raises:
+        ValueError: As above.
+    """
+    if architecture.offload and architecture.boundaries and activations == "keep":
+        raise ValueError(
+            "memory.activations=keep needs the weights of both experts until the backward pass is done; set "
+            "memory.activations=checkpoint, or model.offload=false"
+        )
+
+
 def stream(architecture: Architecture, transformer: nn.Module, resident: Resident) -> Streaming | None:
     """Let blocks wait in the CPU's memory, of several experts those of the idle ones too; None where all stay.
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from mpp.memory.activations import Activations
 from mpp.memory.settings import Memory
 from mpp.memory.streaming import PASSING
-from mpp.training.planning import ASIDE, Choice, holds, transferred
+from mpp.training.costs import Costing
+from mpp.training.planning import ASIDE, Bucket, Choice, holds, least_seconds
 
 TFLOPS = 100.0  # TFLOP/s of a GPU as good as any: only which of two ways is faster depends on it
 TRANSFER = 25.0  # GB/s between the CPU's memory and such a GPU's
@@ -24,6 +25,27 @@ class Chosen:
 def is_open(memory: Memory) -> bool:
     """Whether there is something to choose."""
     return "auto" in (memory.activations, memory.resident)
+
+
+def settle(wanted: Memory, counting: Costing, bucket: Bucket, batch: int, room: float | None) -> Chosen:
+    """How a run goes, and what it takes: chosen where something is open and it is known for how much memory.
+
+    Args:
+        wanted: As the user has it.
+        counting: Of the run.
+        bucket: Its largest samples.
+        batch: Samples of a batch.
+        room: Bytes of the device that are free; None: it is not known.
+    """
+
+    def counted(memory: Memory) -> Choice:
+        costs = counting.with_memory(memory).count(bucket.shape, batch, bucket.conditioning)
+        return Choice(memory, costs, counting.weights)
+
+    if room is not None and is_open(wanted):
+        return fastest(wanted, counted, room)
+    choice = counted(wanted.settled)
+    return Chosen(choice, fits=room is None or holds(choice.costs, room))
 
 
 def fastest(wanted: Memory, counted: Callable[[Memory], Choice], room: float) -> Chosen:
@@ -71,6 +93,4 @@ def _ways(whole: Choice, wanted: Memory, usable: float) -> Iterator[Choice]:
 
 def nominal_seconds(choice: Choice) -> float:
     """Seconds of a step on a nominal GPU: to compare ways, not to believe."""
-    costs = choice.costs
-    moved = transferred(costs, choice.memory, prior=costs.prior > 0)
-    return max((costs.plain + costs.prior) / TFLOPS / 1e12, moved / TRANSFER / 1e9)
+    return least_seconds(choice.costs, choice.memory, TFLOPS, TRANSFER, prior=choice.costs.prior > 0)

@@ -21,7 +21,7 @@ from mpp.memory.settings import Memory
 from mpp.memory.streaming import Layout, frozen
 from mpp.models.contract import Conditioning
 from mpp.models.experts import parts_of
-from mpp.models.streamed import streamable
+from mpp.models.streamed import check_turns, streamable
 from mpp.training.measuring import Run, block_lists, measured
 from mpp.training.rates import optimizer_of
 
@@ -126,7 +126,7 @@ class Costing:
         whole: Run every block, instead of few.
 
     Raises:
-        ValueError: A base whose bytes no shape tells.
+        ValueError: A base whose bytes no shape tells, or as `check_turns`.
     """
 
     def __init__(self, run: Run, *, whole: bool = False) -> None:
@@ -135,6 +135,7 @@ class Costing:
                 "what a GGUF file takes is not counted, as its types differ from layer to layer; memory.base=nf4 and "
                 "int8 say what files of 4 and of 8 bits take"
             )
+        check_turns(run.architecture, run.memory.activations)
         self.run = run
         self.skeleton = run.architecture.skeleton(published=True).requires_grad_(False)
         self.config = next(part.config for _, part in parts_of(self.skeleton))
@@ -213,9 +214,10 @@ class Costing:
 
     def _counted(self, shape: Sequence[int], batch: int, record: Conditioning, few: dict[str, int]) -> dict[Any, int]:
         transformer = self._adapted(_shortened(self.skeleton, few))
+        run = replace(self.run, memory=replace(self.run.memory, teacher="apart"))
         samples = self.run.architecture.collate([record] * batch)
         with without_numbers():
-            return measured(self.run, weightless(transformer), Meter(), samples, shape)
+            return measured(run, weightless(transformer), Meter(), samples, shape)
 
 
 def _shortened(skeleton: nn.Module, few: Mapping[str, int]) -> nn.Module:

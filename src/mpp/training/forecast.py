@@ -12,22 +12,18 @@ from lightning import Trainer
 from mpp.batching.datamodule import LatentDataModule
 from mpp.cache.coverage import bucket_of
 from mpp.cache.index import Entry
-from mpp.memory.settings import Memory
-from mpp.training.choosing import Chosen, fastest, is_open
+from mpp.training.choosing import is_open, settle
 from mpp.training.costs import Costs
 from mpp.training.measuring import Run
 from mpp.training.module import MaskedPriorModule
+from mpp.training.plan_lines import TABLE, gib, lines_of, table
 from mpp.training.planning import (
     ASIDE,
     Bucket,
     Choice,
     choices,
     costing,
-    gib,
-    holds,
-    lines_of,
     next_cheaper,
-    table,
     transferred,
 )
 
@@ -104,17 +100,7 @@ class Forecast:
         room = int(min(named, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else named)
         bucket = largest(data)
         try:
-            counting = costing(run_of(trainer, module))
-
-            def counted(memory: Memory) -> Choice:
-                costs = counting.with_memory(memory).count(bucket.shape, data.batch_size, bucket.conditioning)
-                return Choice(memory, costs, counting.weights)
-
-            if is_open(wanted):
-                found = fastest(wanted, counted, room)
-            else:
-                choice = counted(wanted.settled)
-                found = Chosen(choice, fits=holds(choice.costs, room))
+            found = settle(wanted, costing(run_of(trainer, module)), bucket, data.batch_size, room)
         except Exception as error:  # noqa: BLE001 (whatever the counting of a new model raises)
             log.warning("what the run takes of the card could not be counted (%s)", _first(error))
             return None
@@ -195,7 +181,7 @@ def out_of_memory(trainer: Trainer, module: MaskedPriorModule, data: LatentDataM
         where,
         f"what {now.name} takes for it, as counted:",
         *lines_of(now),
-        "peaks in GiB with all blocks on the GPU and with two at once, and how many cards of so many GiB hold:",
+        TABLE,
         *table(found),
         way_out(now, next_cheaper(now, found), trainer.default_root_dir),
     ]

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,9 +68,8 @@ def measured(
         shape: Of a sample's latents, with the frames that the model is given.
 
     Returns:
-        By (pass, list of blocks, which of them) the most bytes that were there, the teacher's pass before the
-        student's, and by name what the forward pass left, and moved to the CPU, and the FLOPs of `teacher` and
-        `student`.
+        By (pass, list of blocks, which of them) the most bytes that were there, and by name what the forward pass left
+        and moved to the CPU, and the FLOPs of `teacher` and `student`.
     """
     handles = list(_watched(run.architecture, transformer, meter))
     meter.known([*transformer.parameters(), *transformer.buffers(), *conditioning.tensors().values()])
@@ -78,8 +77,8 @@ def measured(
         batch = _batch(run.architecture, conditioning, shape)
         for parameter in (p for p in transformer.parameters() if p.requires_grad):
             parameter.grad = torch.zeros_like(parameter) if run.accumulates else None
-        elsewhere, apart = Elsewhere(meter), replace(run.memory, teacher="apart")
-        passes = passes_of(run.architecture, transformer, Teacher(), apart, elsewhere)
+        elsewhere = Elsewhere(meter)
+        passes = passes_of(run.architecture, transformer, Teacher(), run.memory, elsewhere)
         before = meter.live
         with _autocast(run.precision):
             output = _Step(run.architecture, run.loss, passes)(batch, Position(0, 0))

@@ -22,7 +22,7 @@ from mpp.lora.stack import base_fingerprint, load_base
 from mpp.lora.starting import Start
 from mpp.memory.settings import Memory
 from mpp.models.contract import Architecture
-from mpp.models.streamed import compile_blocks, stream
+from mpp.models.streamed import check_turns, compile_blocks, stream
 from mpp.training import metrics
 from mpp.training.checkpoint import CHECKPOINT_FORMAT, check_checkpoint, settled
 from mpp.training.metrics import LossMetrics, Point
@@ -447,11 +447,7 @@ class MaskedPriorModule(LightningModule):
 
 def _memory_of(memory: Memory, architecture: Architecture, teacher: Teacher) -> Memory:
     """How a run fits, with what follows from the model and the teacher."""
-    if architecture.offload and architecture.boundaries and memory.activations == "keep":
-        raise ValueError(
-            "memory.activations=keep needs the weights of both experts until the backward pass is done; set "
-            "memory.activations=checkpoint, or model.offload=false"
-        )
+    check_turns(architecture, memory.activations)
     if not teacher.eval_mode:
         return memory
     if memory.teacher == "lockstep":
